@@ -1,0 +1,46 @@
+# `make demo` and `make test` are all that a newcomer needs; `make help` lists the rest.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+SLOW   := slow or slurm or scale
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test test-slow test-all golden lint format docs bench slurm-sandbox clean-demo
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+env: $(READY)  ## make the environment (.venv) from the pinned requirements
+
+$(READY): envs/requirements.txt envs/make_venv.sh
+	PYTHON=$(PYTHON) bash envs/make_venv.sh $(VENV)
+
+demo: env  ## run the whole workflow on the embedded demo (CPU, offline, minutes)
+	$(BIN)/snakemake
+
+test: env  ## the fast tests
+	$(BIN)/python -m pytest -m "not ($(SLOW))"
+
+test-slow: env  ## real trainings, the real Snakefile, a real Slurm where it is installed
+	$(BIN)/python -m pytest -m "$(SLOW)"
+
+test-all: test test-slow  ## everything
+
+golden: env  ## compare with recordings of the original LLaVA: make golden REFERENCE=folder
+	$(BIN)/python -m pytest tests/golden --reference $(REFERENCE)
+
+lint: env  ## ruff, snakefmt, snakemake --lint, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/snakefmt --check Snakefile rules
+	$(BIN)/snakemake --lint
+	$(BIN)/mypy
+
+format: env  ## rewrite the code in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/snakefmt Snakefile rules
+
+docs: env  ## regenerate the JSON schema and the configuration reference
+	$(BIN)/python -m workflow_scripts.config.reference

@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Makes the environment in the folder $1 (default .venv) from envs/requirements.txt; safe to run again after an interruption.
+set -euo pipefail
+venv=${1:-.venv}
+python=${PYTHON:-python3}
+here=$(cd "$(dirname "$0")" && pwd)
+
+"$python" - <<'PY' || exit 1
+import sys
+if sys.version_info < (3, 11):
+    sys.exit(f"error: Python 3.11 or newer is needed, this is {sys.version.split()[0]}; set PYTHON=/path/to/python3.11")
+PY
+
+if [ ! -x "$venv/bin/pip" ]; then
+    if ! "$python" -m venv "$venv" 2>/tmp/venv-error.$$; then
+        # Debian splits ensurepip off into python3-venv; an existing pip can fill the gap.
+        "$python" -m venv --without-pip "$venv" && "$python" -m pip --python "$venv/bin/python" install --quiet pip || {
+            cat /tmp/venv-error.$$ >&2
+            echo "error: Python's venv module is incomplete; on Debian and Ubuntu: apt-get install python3-venv" >&2
+            exit 1
+        }
+    fi
+    rm -f /tmp/venv-error.$$
+fi
+
+echo "installing into $venv (several hundred MB the first time)"
+"$venv/bin/pip" install --quiet --disable-pip-version-check -r "$here/requirements.txt"
+touch "$venv/.ready"
