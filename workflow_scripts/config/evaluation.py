@@ -1,0 +1,29 @@
+"""What is measured on the finished checkpoints."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from workflow_scripts.config.base import StrictModel
+
+
+class EvaluationSpec(StrictModel):
+    """Accuracy by question type, by greedy generation on held-out questions.
+
+    Each question is asked three times: as it is, with the vision tokens permuted, and about a blank picture
+    (what can be guessed without seeing anything).
+    """
+
+    source: str
+    """Name of the source with the questions: one question a record, with `question_type` (a `shapes` source
+    with `split: test`)."""
+    pictures: int | None = Field(None, ge=1)
+    """Use the first so many pictures of the source; null means all."""
+    permute_seed: int = 0
+    """Seed of the permutation of the vision tokens; each question gets its own permutation."""
+    batch_size: int = Field(128, ge=1)
+    """Questions answered at once."""
+    max_new_tokens: int = Field(8, ge=1, le=256)
+    """Longest answer, in tokens."""
+    examples: int = Field(6, ge=0, le=50)
+    """Pictures shown in the report with each checkpoint's answers."""
