@@ -1,0 +1,256 @@
+"""Checkpoints that are complete or absent, and the run's identity.
+
+A checkpoint is written to ``.saving-checkpoint-N`` by all ranks; then one rank lists every file with size and
+CRC-32 in ``complete.json``, flushes all to disk and renames the folder to ``checkpoint-N``. A folder without a
+valid list is never resumed from, and is never counted when old ones are pruned.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import time
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MARKER = "complete.json"
+RESULT = "train_result.json"
+IDENTITY = "run_identity.json"
+STAGING = ".saving-"
+DAMAGED = "damaged-"
+CHUNK = 1 << 22
+
+
+class TrainingError(Exception):
+    """A mistake that its reader can mend, or a stop with a reason: shown without a traceback."""
+
+
+def say(message: str) -> None:
+    """One line for the person who reads the log, from the first rank only."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"llava_ext: {message}", file=sys.stderr, flush=True)
+
+
+def crc32(path: Path) -> str:
+    """CRC-32 of a file as eight hex digits, with the fast implementation where it is installed."""
+    try:
+        from isal.isal_zlib import crc32 as update
+    except ImportError:
+        update = zlib.crc32
+    value = 0
+    with path.open("rb") as stream:
+        while piece := stream.read(CHUNK):
+            value = update(piece, value)
+    return f"{value:08x}"
+
+
+def sha256(path: Path) -> str:
+    """sha256 of a file as hex."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def flush(path: Path) -> None:
+    """Forces a file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON under a temporary name, flushes, renames."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        flush(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> Any | None:
+    """The JSON in ``path``, or None when it is absent or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+# ---- checkpoints ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A ``checkpoint-N`` folder."""
+
+    path: Path
+    step: int
+
+    def problem(self, contents: bool = True) -> str | None:
+        """Why it can't be resumed from, or None if every listed file is there, whole, and unchanged."""
+        listing = read_json(self.path / MARKER)
+        if not isinstance(listing, dict) or not isinstance(listing.get("files"), dict):
+            return f"{MARKER} is missing or damaged, so the save was not finished"
+        for name, facts in listing["files"].items():
+            file = self.path / name
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != facts["bytes"]:
+                return f"{name} has {file.stat().st_size} bytes instead of {facts['bytes']}"
+            if contents and crc32(file) != facts["crc32"]:
+                return f"{name} has changed since it was saved (its CRC-32 is different)"
+        return None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What was recorded with it: step, world size, engine."""
+        return read_json(self.path / MARKER) or {}
+
+
+def checkpoints(output_dir: Path) -> list[Checkpoint]:
+    """All ``checkpoint-N`` folders, newest step first, complete or not."""
+    found = []
+    for path in output_dir.glob("checkpoint-*"):
+        match = re.fullmatch(r"checkpoint-(\d+)", path.name)
+        if match and path.is_dir():
+            found.append(Checkpoint(path, int(match.group(1))))
+    return sorted(found, key=lambda item: -item.step)
+
+
+def last_good(output_dir: Path) -> Checkpoint | None:
+    """The newest checkpoint that is whole. Damaged newer ones are set aside under ``damaged-checkpoint-N``."""
+    for checkpoint in checkpoints(output_dir):
+        problem = checkpoint.problem()
+        if problem is None:
+            return checkpoint
+        aside = checkpoint.path.with_name(DAMAGED + checkpoint.path.name)
+        say(f"{checkpoint.path}: not usable: {problem}; set aside as {aside.name}, looking for an older one")
+        shutil.rmtree(aside, ignore_errors=True)
+        checkpoint.path.rename(aside)
+    return None
+
+
+def staging(output_dir: Path, step: int) -> Path:
+    """The folder that becomes ``checkpoint-<step>``."""
+    return output_dir / f"{STAGING}checkpoint-{step}"
+
+
+def clear_staging(output_dir: Path) -> None:
+    """Removes what killed saves left behind."""
+    for path in output_dir.glob(f"{STAGING}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def seal(folder: Path, target: Path, step: int, **facts: Any) -> None:
+    """Lists and flushes what ``folder`` holds, then gives it its final name."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    listing = {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "crc32": crc32(path)} for path in files
+    }
+    for path in files:
+        flush(path)
+    write_json(folder / MARKER, {"step": step, "files": listing, **facts})
+    flush(folder)
+    if target.exists():
+        shutil.rmtree(target)
+    folder.rename(target)
+    flush(target.parent)
+
+
+def prune(output_dir: Path, keep: int | None) -> None:
+    """Removes old checkpoints beyond the ``keep`` newest complete ones (None or 0: keeps all)."""
+    if not keep:
+        return
+    complete = [item for item in checkpoints(output_dir) if item.problem(contents=False) is None]
+    for old in complete[keep:]:
+        # First out of sight, so that a kill in the middle leaves nothing that looks like a checkpoint.
+        doomed = old.path.with_name(f"{STAGING}old-{old.path.name}")
+        old.path.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+    if complete:
+        for path in output_dir.glob(f"{DAMAGED}checkpoint-*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+# ---- identity ---------------------------------------------------------------------------------------------------
+
+
+def folder_digest(folder: Path) -> str:
+    """A digest of a model folder that is cheap at any size: JSON whole; of other files size, head and tail."""
+    whole = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if not path.is_file() or path.name.startswith(".") or path.suffix in (".md", ".txt"):
+            continue
+        with path.open("rb") as stream:
+            piece = stream.read(1 << 20)
+            size = path.stat().st_size
+            if size > 1 << 21:
+                stream.seek(-(1 << 20), os.SEEK_END)
+                piece += stream.read()
+        whole.update(f"{path.name}\0{size}\0".encode() + hashlib.sha256(piece).digest())
+    return whole.hexdigest()
+
+
+def check_identity(output_dir: Path, identity: dict[str, Any]) -> None:
+    """Refuses to continue a run with another configuration; records the identity of a new one.
+
+    Raises:
+        TrainingError: names each key whose value differs from the recorded one.
+    """
+    path = output_dir / IDENTITY
+    recorded = read_json(path)
+    if isinstance(recorded, dict):
+        differing = [
+            f"  {key}: {recorded.get(key)!r} when it was started, now {identity.get(key)!r}"
+            for key in sorted(recorded.keys() | identity.keys())
+            if recorded.get(key) != identity.get(key)
+        ]
+        if differing and (checkpoints(output_dir) or (output_dir / RESULT).exists()):
+            raise TrainingError(
+                f"--output_dir {output_dir}: holds a training with another configuration:\n"
+                + "\n".join(differing)
+                + "\nChoose another --output_dir, or undo the change, or delete the folder to start over."
+            )
+    write_json(path, identity)
+
+
+def finished(output_dir: Path) -> dict[str, Any] | None:
+    """The result of a training that has ended here, if its files are still whole in size."""
+    result = read_json(output_dir / RESULT)
+    if not isinstance(result, dict) or result.get("status") != "finished":
+        return None
+    for name, facts in result.get("bytes", {}).items():
+        path = output_dir / name
+        if not path.is_file() or path.stat().st_size != facts:
+            say(f"{path}: missing or changed since the training finished; it is made again from the last checkpoint")
+            return None
+    return result
+
+
+def publish(folder: Path, output_dir: Path) -> tuple[dict[str, str], dict[str, int]]:
+    """Moves the verified final files from ``folder`` into ``output_dir``; returns their sha256 and sizes."""
+    digests, sizes = {}, {}
+    for path in sorted(item for item in folder.rglob("*") if item.is_file()):
+        name = str(path.relative_to(folder))
+        flush(path)
+        digests[name], sizes[name] = sha256(path), path.stat().st_size
+        target = output_dir / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, target)
+    shutil.rmtree(folder, ignore_errors=True)
+    flush(output_dir)
+    return digests, sizes
+
+
+def write_result(output_dir: Path, status: str, step: int, **facts: Any) -> None:
+    """Writes ``train_result.json``, the last file of a training."""
+    write_json(output_dir / RESULT, {"status": status, "step": step, "time": time.time(), **facts})
