@@ -12,15 +12,16 @@ if sys.version_info < (3, 11):
 PY
 
 if [ ! -x "$venv/bin/pip" ]; then
-    if ! "$python" -m venv "$venv" 2>/tmp/venv-error.$$; then
+    complaint=$(mktemp)
+    trap 'rm -f "$complaint"' EXIT
+    if ! "$python" -m venv "$venv" >"$complaint" 2>&1; then
         # Debian splits ensurepip off into python3-venv; an existing pip can fill the gap.
         "$python" -m venv --without-pip "$venv" && "$python" -m pip --python "$venv/bin/python" install --quiet pip || {
-            cat /tmp/venv-error.$$ >&2
+            cat "$complaint" >&2
             echo "error: Python's venv module is incomplete; on Debian and Ubuntu: apt-get install python3-venv" >&2
             exit 1
         }
     fi
-    rm -f /tmp/venv-error.$$
 fi
 
 echo "installing into $venv (several hundred MB the first time)"
