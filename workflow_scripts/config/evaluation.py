@@ -17,13 +17,13 @@ class EvaluationSpec(StrictModel):
     source: str
     """Name of the source with the questions: one question a record, with `question_type` (a `shapes` source
     with `split: test`)."""
-    pictures: int | None = Field(None, ge=1)
+    pictures: int | None = Field(default=None, ge=1)
     """Use the first so many pictures of the source; null means all."""
     permute_seed: int = 0
     """Seed of the permutation of the vision tokens; each question gets its own permutation."""
-    batch_size: int = Field(128, ge=1)
+    batch_size: int = Field(default=128, ge=1)
     """Questions answered at once."""
-    max_new_tokens: int = Field(8, ge=1, le=256)
+    max_new_tokens: int = Field(default=8, ge=1, le=256)
     """Longest answer, in tokens."""
-    examples: int = Field(6, ge=0, le=50)
+    examples: int = Field(default=6, ge=0, le=50)
     """Pictures shown in the report with each checkpoint's answers."""

@@ -12,19 +12,19 @@ from workflow_scripts.config.base import StrictModel
 class ShapesDamage(StrictModel):
     """How many pictures of a drawn source are damaged on purpose, by kind of damage."""
 
-    truncated: int = Field(0, ge=0)
+    truncated: int = Field(default=0, ge=0)
     """JPEG files that end in the middle of their data."""
-    corrupt: int = Field(0, ge=0)
+    corrupt: int = Field(default=0, ge=0)
     """JPEG files with overwritten bytes: ordinary viewers open them, libjpeg warns."""
-    gif_as_jpg: int = Field(0, ge=0)
+    gif_as_jpg: int = Field(default=0, ge=0)
     """Whole GIF files under a name that ends in .jpg."""
-    png_as_jpg: int = Field(0, ge=0)
+    png_as_jpg: int = Field(default=0, ge=0)
     """Whole PNG files under a name that ends in .jpg."""
-    html_as_jpg: int = Field(0, ge=0)
+    html_as_jpg: int = Field(default=0, ge=0)
     """Error pages saved as .jpg, as a careless downloader leaves them."""
-    empty: int = Field(0, ge=0)
+    empty: int = Field(default=0, ge=0)
     """Files of zero bytes."""
-    missing: int = Field(0, ge=0)
+    missing: int = Field(default=0, ge=0)
     """Samples whose picture is not in the archive."""
 
     def total(self) -> int:
@@ -52,13 +52,13 @@ class ShapesSource(StrictModel):
     """What the pictures are packed in."""
     seed: int = 0
     """Other seeds give other pictures."""
-    image_size: int = Field(56, ge=28, le=1024)
+    image_size: int = Field(default=56, ge=28, le=1024)
     """Side of the pictures, in pixels."""
-    turns: int = Field(5, ge=1, le=12)
+    turns: int = Field(default=5, ge=1, le=12)
     """Questions about each one-shape picture of a `questions` source."""
-    two_shapes_share: float = Field(0.2, ge=0, le=1)
+    two_shapes_share: float = Field(default=0.2, ge=0, le=1)
     """Share of pictures with two shapes; these are only asked about their number."""
-    text_only: int = Field(0, ge=0)
+    text_only: int = Field(default=0, ge=0)
     """Records without a picture, added to a `questions` source."""
     damage: ShapesDamage = ShapesDamage()
     """Pictures to damage on purpose; `damaged.json` beside the annotations lists them."""
@@ -94,17 +94,17 @@ class ShapesLlm(StrictModel):
     """What the experiments may use it as."""
     seed: int = 0
     """Seed of the weights."""
-    hidden_size: int = Field(64, ge=8)
+    hidden_size: int = Field(default=64, ge=8)
     """Width."""
-    intermediate_size: int = Field(128, ge=8)
+    intermediate_size: int = Field(default=128, ge=8)
     """Width of the MLPs."""
-    layers: int = Field(2, ge=1)
+    layers: int = Field(default=2, ge=1)
     """Number of decoder layers."""
-    heads: int = Field(4, ge=1)
+    heads: int = Field(default=4, ge=1)
     """Attention heads."""
-    initializer_range: float = Field(0.05, gt=0)
+    initializer_range: float = Field(default=0.05, gt=0)
     """Standard deviation of the weights: at this width Llama's 0.02 learns more slowly."""
-    max_positions: int = Field(512, ge=128)
+    max_positions: int = Field(default=512, ge=128)
     """Longest sequence."""
 
     @model_validator(mode="after")
@@ -121,23 +121,23 @@ class ShapesTower(StrictModel):
     """What the experiments may use it as."""
     seed: int = 0
     """Seed of the weights and of the pictures that it is trained on."""
-    steps: int = Field(200, ge=0)
+    steps: int = Field(default=200, ge=0)
     """Contrastive pre-training steps; 0 leaves the tower random."""
-    batch_size: int = Field(64, ge=2)
+    batch_size: int = Field(default=64, ge=2)
     """Pictures a step."""
-    learning_rate: float = Field(3e-3, gt=0)
+    learning_rate: float = Field(default=3e-3, gt=0)
     """Highest learning rate of the pre-training."""
-    hidden_size: int = Field(48, ge=8)
+    hidden_size: int = Field(default=48, ge=8)
     """Width."""
-    layers: int = Field(4, ge=2)
+    layers: int = Field(default=4, ge=2)
     """Number of encoder layers."""
-    heads: int = Field(4, ge=1)
+    heads: int = Field(default=4, ge=1)
     """Attention heads."""
-    image_size: int = Field(56, ge=28)
+    image_size: int = Field(default=56, ge=28)
     """Side of the picture in pixels, a multiple of patch_size."""
-    patch_size: int = Field(14, ge=4)
+    patch_size: int = Field(default=14, ge=4)
     """Side of a patch in pixels."""
-    position_std: float = Field(0.5, gt=0)
+    position_std: float = Field(default=0.5, gt=0)
     """Standard deviation of the position embeddings: with CLIP's 0.02 so small a tower carries no position."""
 
     @model_validator(mode="after")
