@@ -388,12 +388,9 @@ class Interventions:
 
     def _token_count(self, grid_side: int | None) -> int | None:
         """Tokens per image where that is known; None when it depends on an unknown grid or on a bad size."""
+        size = self.final_spatial_size
         if self.compression_after_projection:
-            return (
-                self.final_side(0) ** 2
-                if _is_int(self.final_spatial_size) and self.final_spatial_size > 0
-                else None
-            )
+            return self.final_side(0) ** 2 if size is not None and _is_int(size) and size > 0 else None
         return None if grid_side is None else grid_side**2
 
     def _single_token(self, grid_side: int | None) -> bool:
