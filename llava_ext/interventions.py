@@ -241,16 +241,25 @@ class Interventions:
 
     # -- checks ---------------------------------------------------------------------------------------------------
 
-    def problems(self, grid_side: int | None = None, num_tower_layers: int | None = None) -> list[str]:
+    def problems(
+        self, grid_side: int | None = None, num_tower_layers: int | None = None, keeps_cls: bool = False
+    ) -> list[str]:
         """Every reason why these flags cannot work, as readable lines; empty when they can.
 
         Args:
             grid_side: patches along one side of the vision tower's grid; None checks only what does not need it.
             num_tower_layers: the vision tower's number of layers; None likewise.
+            keeps_cls: the CLS token goes to the LLM too (`cls_patch`, transformers' `full`), so tokens are no grid.
         """
         found = self._normalize_problems() + self._multilayer_problems(num_tower_layers)
         found += self._compression_problems(grid_side) + self._interleave_problems(grid_side)
         found += self._published_problems()
+        if keeps_cls:
+            found += [
+                f"{name}: needs a grid of patches, but the CLS token is kept; use mm_vision_select_feature: patch or turn {name} off"
+                for name in GRID_FLAGS
+                if getattr(self, name)
+            ]
         if self.twoD_vision_embedding and self._single_token(grid_side):
             found.append(
                 "twoD_vision_embedding: has no effect with one vision token (final_spatial_size 1); "
@@ -258,9 +267,11 @@ class Interventions:
             )
         return found
 
-    def validate(self, grid_side: int | None = None, num_tower_layers: int | None = None) -> None:
+    def validate(
+        self, grid_side: int | None = None, num_tower_layers: int | None = None, keeps_cls: bool = False
+    ) -> None:
         """Raises :class:`InterventionError` with all of :meth:`problems`, if there are any."""
-        found = self.problems(grid_side, num_tower_layers)
+        found = self.problems(grid_side, num_tower_layers, keeps_cls)
         if found:
             raise InterventionError("\n".join(found))
 
@@ -400,6 +411,12 @@ class Interventions:
 FLAGS = (
     "normalize_projector",
     "use_multilayer_features",
+    "compression_after_projection",
+    "twoD_vision_embedding",
+    "interleave",
+    "add_spatial_coordinates",
+)
+GRID_FLAGS = (
     "compression_after_projection",
     "twoD_vision_embedding",
     "interleave",

@@ -221,7 +221,8 @@ class SpatialLlavaModel(LlavaModel):
         Raises:
             ValueError: placeholders without pixel values, or numbers of placeholders and vision tokens that differ.
         """
-        is_image, image_tokens, images = None, None, None
+        is_image: Any = None
+        image_tokens, images = None, None
         if input_ids is not None and inputs_embeds is None:
             is_image = input_ids == self.config.image_token_id
             # The placeholder's own row is never used; any valid id keeps an id beyond the vocabulary from indexing it.
@@ -277,7 +278,7 @@ class SpatialLlavaModel(LlavaModel):
         image_tokens = image_tokens.to(inputs_embeds.device, inputs_embeds.dtype)
         return inputs_embeds.masked_scatter(is_image.unsqueeze(-1), image_tokens)
 
-    def _without_images(self, inputs_embeds: Tensor, is_image: Tensor, past_key_values: Any) -> Tensor:
+    def _without_images(self, inputs_embeds: Any, is_image: Tensor, past_key_values: Any) -> Tensor:
         """A batch without pixels: refuses placeholders and, in training, keeps the vision path in the graph.
 
         Every rank of a distributed training must run the same modules in the same order. A zero image goes through tower and
