@@ -86,7 +86,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--table", type=Path, help="with PATH: keep the table (parquet) under this name")
     parser.add_argument("--source", type=Path, help="the manifest of a source")
     parser.add_argument("--manifest", type=Path, help="with --source: the scan's manifest, to be written")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: %(default)s")
+    parser.add_argument(
+        "--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: %(default)s"
+    )
     parser.add_argument("--max-pixels", type=int, default=178_956_970, help="more is too_large (%(default)s)")
     parser.add_argument("--full", action="store_true", help="read everything again, also what did not change")
     options = parser.parse_args(argv)

@@ -22,7 +22,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from workflow_scripts.archives import DamagedMember, Listing, StoreReader, StoreType, list_members, store_size
-from workflow_scripts.image_check import MAX_BYTES, MAX_PIXELS, STATUSES, Verdict, check, prepare_process, wrong_suffix
+from workflow_scripts.image_check import (
+    MAX_BYTES,
+    MAX_PIXELS,
+    STATUSES,
+    Verdict,
+    check,
+    prepare_process,
+    wrong_suffix,
+)
 from workflow_scripts.io import UserError, atomic_path, progress
 
 CHUNK = 64
@@ -106,7 +114,9 @@ def _known(table: Path, parts: Path, settings_key: str) -> dict[tuple[Any, ...],
             content = pq.read_table(file)
         except (OSError, pa.ArrowException):
             continue
-        if (content.schema.metadata or {}).get(b"scan") != settings_key.encode() or not content.schema.equals(SCHEMA):
+        if (content.schema.metadata or {}).get(b"scan") != settings_key.encode() or not content.schema.equals(
+            SCHEMA
+        ):
             continue
         for row in zip(*(column.to_pylist() for column in content.columns), strict=True):
             known[(row[0], row[3], row[2], row[4], row[13], row[14])] = row
@@ -179,7 +189,9 @@ def _scan_rows(
         parts.save()
 
 
-def _ordered(work: Any, chunks: Iterable[Sequence[int]], threads: int) -> Iterator[tuple[Sequence[int], list[Row]]]:
+def _ordered(
+    work: Any, chunks: Iterable[Sequence[int]], threads: int
+) -> Iterator[tuple[Sequence[int], list[Row]]]:
     """Runs ``work`` on a thread pool with a short queue; the decoders release Python's lock."""
     source = iter(chunks)
     with ThreadPoolExecutor(threads) as pool:
@@ -262,9 +274,13 @@ def read_scan(manifest: Path, summary: dict[str, Any]) -> pa.Table:
     try:
         table = pq.read_table(path, columns=CONTRACT)
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{path}: can't be read ({error}); delete {manifest} and run the scan again") from None
+        raise UserError(
+            f"{path}: can't be read ({error}); delete {manifest} and run the scan again"
+        ) from None
     if table_digest(table) != summary["table_digest"]:
-        raise UserError(f"{path}: not the table that {manifest} describes; delete the manifest and scan again")
+        raise UserError(
+            f"{path}: not the table that {manifest} describes; delete the manifest and scan again"
+        )
     return table
 
 

@@ -67,7 +67,9 @@ class StoreReader:
         while len(data) < size:
             more = os.pread(self.fd, size - len(data), offset + len(data))
             if not more:
-                raise DamagedMember(f"the archive ends {size - len(data)} bytes before the end of this member")
+                raise DamagedMember(
+                    f"the archive ends {size - len(data)} bytes before the end of this member"
+                )
             data += more
         return data
 
@@ -130,5 +132,7 @@ def inflate(packed: bytes, size: int) -> bytes:
     except (isal_zlib.error, zlib.error) as error:
         raise DamagedMember(f"its deflate data are damaged ({error})") from None
     if len(data) != size:
-        raise DamagedMember(f"unpacks to {'more' if len(data) > size else 'fewer'} than the {size} bytes announced")
+        raise DamagedMember(
+            f"unpacks to {'more' if len(data) > size else 'fewer'} than the {size} bytes announced"
+        )
     return data

@@ -42,7 +42,9 @@ class _Walk:
         elif info.isreg():
             if info.offset_data + info.size > self.total:
                 missing = info.offset_data + info.size - self.total
-                raise _cut(self.path, f"it ends {missing} bytes before the end of {info.name!r}", self.members - 1)
+                raise _cut(
+                    self.path, f"it ends {missing} bytes before the end of {info.name!r}", self.members - 1
+                )
             self._row(info, (info.offset_data, info.size, int(info.mtime * 1_000_000_000)))
         else:
             self.listing.note("link" if info.issym() else "special_file", info.name)
@@ -55,7 +57,9 @@ class _Walk:
             self._row(info, target)
 
     def _row(self, info: tarfile.TarInfo, where: tuple[int, int, int]) -> None:
-        name = accept(self.listing, posixpath.normpath(info.name) if info.name.startswith("./") else info.name)
+        name = accept(
+            self.listing, posixpath.normpath(info.name) if info.name.startswith("./") else info.name
+        )
         if name is not None:
             self.listing.names.append(name)
             self.rows.append(where)

@@ -22,7 +22,16 @@ EOCD64 = struct.Struct("<4sQ2H2L4Q")
 CENTRAL = struct.Struct("<4s6H3L5H2L")
 LOCAL = struct.Struct("<4s5H3L2H")
 UTF8, ENCRYPTED = 0x800, 0x1
-METHODS = {1: "shrink", 6: "implode", 9: "deflate64", 12: "bzip2", 14: "lzma", 93: "zstd", 95: "xz", 99: "AES"}
+METHODS = {
+    1: "shrink",
+    6: "implode",
+    9: "deflate64",
+    12: "bzip2",
+    14: "lzma",
+    93: "zstd",
+    95: "xz",
+    99: "AES",
+}
 
 
 @dataclass(frozen=True)
@@ -53,7 +62,9 @@ def find_directory(path: Path, data: mmap.mmap | bytes) -> Directory:
     _, disk, first_disk, _, entries, size, offset, _ = EOCD.unpack_from(data, end)
     if disk or first_disk:
         if disk != 0xFFFF:
-            raise UserError(f"{path}: one piece of a split zip; join the pieces with `zip -s 0 in.zip --out whole.zip`")
+            raise UserError(
+                f"{path}: one piece of a split zip; join the pieces with `zip -s 0 in.zip --out whole.zip`"
+            )
     located = end - EOCD64_LOCATOR.size
     if located >= 0 and data[located : located + 4] == b"PK\6\7":
         end, entries, size, offset = _zip64(path, data, located)
@@ -156,7 +167,12 @@ def _parse(path: Path, table: bytes, directory: Directory, listing: Listing, col
                 size, stored, offset = _zip64_values(extra, size, stored, offset)
             except ValueError as error:
                 raise _broken(path, f"entry {shown}: {error}") from None
-        _append(listing, columns, name, (flags, method, crc, stored, size, offset + directory.shift, date << 16 | time))
+        _append(
+            listing,
+            columns,
+            name,
+            (flags, method, crc, stored, size, offset + directory.shift, date << 16 | time),
+        )
 
 
 def _append(listing: Listing, columns: _Columns, name: str, fields: tuple[int, ...]) -> None:

@@ -126,7 +126,9 @@ class _Source(StrictModel):
         files = getattr(self, "files", ())
         names = [file.name for file in files]
         if sum(file.role == "images" for file in files) > 1:
-            raise ValueError("files: two files have role: images; an archive is a source of its own, so split them")
+            raise ValueError(
+                "files: two files have role: images; an archive is a source of its own, so split them"
+            )
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"files: two files are called {name!r}; give one another `name`")
@@ -274,7 +276,9 @@ class MixtureSpec(StrictModel):
 
 def _samples_or_weight(section: Any) -> Any:
     if section.samples is not None and section.weight is not None:
-        raise ValueError(f"samples: {section.samples} and weight: {section.weight} exclude each other; keep one")
+        raise ValueError(
+            f"samples: {section.samples} and weight: {section.weight} exclude each other; keep one"
+        )
     return section
 
 

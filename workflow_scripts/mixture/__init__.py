@@ -1,0 +1,1 @@
+"""Annotations and scans put together into one mixture: reading, joining, policies, choosing, writing."""

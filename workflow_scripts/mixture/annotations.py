@@ -1,0 +1,180 @@
+"""A part's annotation files as columns: a few dozen bytes a record, never the records themselves."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+
+from llava_ext.json_records import JsonRecordsError, RawRecord, iterate_records
+from llava_ext.samples import RecordView, count_words, image_names, record_decoder, unsafe_path
+from workflow_scripts.io import UserError
+
+BATCH = 65536
+
+
+@dataclass(frozen=True)
+class Malformed:
+    """A record that is not usable whatever the images are."""
+
+    file: str
+    number: int
+    why: str
+
+
+@dataclass
+class Records:
+    """The well-formed records of a part in their order, and the names of their images one after the other."""
+
+    files: list[Path]
+    file: np.ndarray
+    number: np.ndarray
+    offset: np.ndarray
+    length: np.ndarray
+    words: np.ndarray
+    id_hash: np.ndarray
+    n_images: np.ndarray
+    first_image: np.ndarray
+    images: pa.ChunkedArray
+    malformed: list[Malformed] = field(default_factory=list)
+    placeholder_mismatch: list[str] = field(default_factory=list)
+    placeholder_mismatches: int = 0
+
+    def __len__(self) -> int:
+        return len(self.offset)
+
+    @property
+    def record_of_image(self) -> np.ndarray:
+        """For each image name, the record that it belongs to."""
+        return np.repeat(np.arange(len(self)), self.n_images)
+
+    def where(self, record: int) -> str:
+        """File and number of a record, for messages."""
+        return f"{self.files[self.file[record]].name}, record {self.number[record]}"
+
+
+class _Collector:
+    def __init__(self) -> None:
+        self.file, self.number = array("H"), array("I")
+        self.offset, self.length, self.words = array("Q"), array("I"), array("i")
+        self.id_hash, self.n_images = array("Q"), array("H")
+        self.names: list[str] = []
+        self.chunks: list[pa.Array] = []
+        self.malformed: list[Malformed] = []
+        self.mismatches: list[str] = []
+        self.n_mismatches = 0
+
+    def add(self, file: int, raw: RawRecord, record: RecordView, names: list[str]) -> None:
+        self.file.append(file)
+        self.number.append(raw.number)
+        self.offset.append(raw.offset)
+        self.length.append(len(raw.data))
+        self.words.append(count_words(record))
+        identity = hashlib.blake2b(str(record.id).encode("utf-8", "surrogatepass"), digest_size=8)
+        self.id_hash.append(int.from_bytes(identity.digest(), "little") if record.id is not None else 0)
+        self.n_images.append(len(names))
+        self.names += names
+        if len(self.names) >= BATCH:
+            self.flush()
+
+    def flush(self) -> None:
+        self.chunks.append(pa.array(self.names, pa.string()))
+        self.names = []
+
+    def finish(self, files: list[Path]) -> Records:
+        self.flush()
+        n_images = np.array(self.n_images, np.int64)
+        first = np.cumsum(n_images) - n_images
+        return Records(
+            files,
+            np.array(self.file, np.uint16),
+            np.array(self.number, np.uint32),
+            np.array(self.offset, np.uint64),
+            np.array(self.length, np.uint32),
+            np.array(self.words, np.int32),
+            np.array(self.id_hash, np.uint64),
+            n_images,
+            first,
+            pa.chunked_array(self.chunks, pa.string()),
+            self.malformed,
+            self.mismatches,
+            self.n_mismatches,
+        )
+
+
+@contextmanager
+def collector_off() -> Iterator[None]:
+    """Millions of small objects that are no garbage cost the garbage collector half the time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def read_records(files: list[Path], tolerate_syntax: bool = False) -> Records:
+    """Reads the annotation files of a part.
+
+    Broken records are collected, not raised; broken JSON raises :class:`UserError` with file and record.
+    """
+    found = _Collector()
+    with collector_off():
+        for number, path in enumerate(files):
+            try:
+                for raw in iterate_records(path):
+                    _read_one(found, number, path, raw)
+            except JsonRecordsError as error:
+                raise UserError(f"{error}. Repair the file or fetch it again") from None
+            except OSError as error:
+                raise UserError(f"{path}: {error.strerror}; run the step that makes it again") from None
+    return found.finish(files)
+
+
+def _read_one(found: _Collector, file: int, path: Path, raw: RawRecord) -> None:
+    try:
+        record = record_decoder.decode(raw.data)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        found.malformed.append(Malformed(path.name, raw.number, str(error)))
+        return
+    names = image_names(record.image)
+    why = _complaint(record, names)
+    if why:
+        found.malformed.append(Malformed(path.name, raw.number, why))
+        return
+    asks = any("<image>" in turn.value for turn in record.conversations[:1]) or (
+        bool(names) and any("<image>" in turn.value for turn in record.conversations)
+    )
+    if asks != bool(names):
+        found.n_mismatches += 1
+        if len(found.mismatches) < 5:
+            found.mismatches.append(f"{path.name}, record {raw.number}")
+    found.add(file, raw, record, names)
+
+
+def _complaint(record: RecordView, names: list[str]) -> str:
+    if not record.conversations:
+        return "conversations is empty"
+    if any(unsafe_path(name) for name in names):
+        bad = next(name for name in names if unsafe_path(name))
+        return f"image {bad[:200]!r} is no path inside a folder"
+    if len(names) > 65535:
+        return f"{len(names)} images"
+    return ""
+
+
+def record_id(records: Records, record: int) -> Any:
+    """The ``id`` of one record, read from its file."""
+    with records.files[records.file[record]].open("rb") as stream:
+        stream.seek(int(records.offset[record]))
+        return record_decoder.decode(stream.read(int(records.length[record]))).id
