@@ -1,0 +1,94 @@
+"""Samples of a store as encoded examples for the collator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import Dataset
+
+from .conversation import encode
+from .resume import TrainingError
+
+if TYPE_CHECKING:
+    from .samples import SampleStore
+
+ImageReader = Callable[[bytes, bool], torch.Tensor]
+
+
+class EncodedSamples(Dataset[dict[str, Any]]):
+    """Each item: ``input_ids`` and ``labels`` (lists, -200 for an image), ``images`` (list of ``(3, S, S)``), ``index``.
+
+    Args:
+        store: records and image files.
+        read_image: file content and tolerance to pixel values.
+        cache_mib: how much of the encoded samples may stay in memory, per process. Nothing is random in an item,
+            so a cached one is the same.
+    """
+
+    def __init__(
+        self,
+        store: SampleStore,
+        tokenizer: Any,
+        version: str,
+        max_length: int,
+        read_image: ImageReader,
+        cache_mib: int = 0,
+    ) -> None:
+        self.store = store
+        self.tokenizer = tokenizer
+        self.version = version
+        self.max_length = max_length
+        self.read_image = read_image
+        self._room = cache_mib * 2**20
+        self._cache: dict[int, dict[str, Any]] = {}
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item = self._cache.get(index)
+        if item is None:
+            item = self._item(index)
+            size = 64 * len(item["input_ids"]) + sum(image.nbytes for image in item["images"])
+            if size <= self._room:
+                self._room -= size
+                self._cache[index] = item
+        return item
+
+    def text(self, index: int) -> Any:
+        """The sample's ids and labels without its images, as :func:`llava_ext.conversation.encode` gives them."""
+        record = self.store.record(index)
+        try:
+            return encode(record, self.tokenizer, self.version, self.max_length)
+        except (ValueError, KeyError, AssertionError) as error:
+            raise TrainingError(f"{self.describe(index)}: can't be encoded: {error}") from error
+
+    def _item(self, index: int) -> dict[str, Any]:
+        encoded = self.text(index)
+        return {
+            "input_ids": encoded.input_ids,
+            "labels": encoded.labels,
+            "images": self._images(index),
+            "index": index,
+        }
+
+    def _images(self, index: int) -> list[torch.Tensor]:
+        try:
+            files = self.store.image_bytes(index)
+            return [
+                self.read_image(data, tolerant)
+                for data, tolerant in zip(files, self.store.tolerant(index), strict=True)
+            ]
+        except (OSError, ValueError) as error:
+            raise TrainingError(
+                f"{self.describe(index)}: its image can't be used: {error}\n"
+                "Drop the sample or mend the file (a mixture made by the workflow has its damaged images sorted out)."
+            ) from error
+
+    def describe(self, index: int) -> str:
+        """Names a sample in messages: its number, id, source and image."""
+        record = self.store.record(index)
+        image = record.get("image") or "no image"
+        return f"record {index} (id {record.get('id')!r}, source {self.store.source(index)}, {image})"

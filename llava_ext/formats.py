@@ -1,0 +1,353 @@
+"""The original LLaVA layout: its key names, its config fields, its files; both ways, without loss.
+
+    original                                              in memory
+    model.embed_tokens..., model.layers..., model.norm    model.language_model....
+    lm_head.weight                                        lm_head.weight
+    model.mm_projector.<wrappers>.<0, 2, ...>.weight      model.multi_modal_projector.linear_<1, 2, ...>.weight
+    model.mm_projector.<wrappers>.norm.weight             model.multi_modal_projector.norm.weight
+    model.vision_tower.vision_tower.vision_model....      model.vision_tower....
+
+The published intervention code wraps the projector, outermost first: ``proj`` with compression, ``projector`` with
+coordinates, ``projector`` with normalisation. Reading accepts any wrapping; writing makes the published one.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+from .interventions import (
+    DEFAULT_LAYERS,
+    FIELD_NAMES,
+    PUBLISHED_GRID_SIDE,
+    PUBLISHED_SPARSITY,
+    VICUNA_7B_MAX_NORM,
+    VICUNA_7B_SCALE,
+    Interventions,
+)
+from .resume import TrainingError
+
+State = dict[str, torch.Tensor]
+
+PROJECTOR = "model.multi_modal_projector."
+TOWER = "model.vision_tower."
+LLM = "model.language_model."
+ORIGINAL_PROJECTOR = "model.mm_projector."
+ORIGINAL_TOWER = "model.vision_tower.vision_tower.vision_model."
+OWN_KEY = "spatial_llava"
+WRAPPERS = ("proj", "projector")
+PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
+WEIGHT_FILES = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
+
+
+# ---- files ------------------------------------------------------------------------------------------------------
+
+
+def read_tensors(path: Path) -> State:
+    """The tensors of one ``.safetensors`` or torch file; a pickle that holds anything else is refused.
+
+    Raises:
+        TrainingError: absent, damaged, or not only tensors.
+    """
+    if not path.is_file():
+        raise TrainingError(f"{path}: no such file")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, SafetensorError) as error:
+        raise TrainingError(f"{path}: damaged, or not only tensors, so it is not loaded: {error}") from error
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise TrainingError(f"{path}: holds something other than named tensors")
+    return state
+
+
+def read_folder(folder: Path) -> State:
+    """All tensors of a checkpoint folder, sharded or not, under the names in its files."""
+    for name in WEIGHT_FILES:
+        path = folder / name
+        if not path.is_file():
+            continue
+        if path.suffix != ".json":
+            return read_tensors(path)
+        shards = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+        state: State = {}
+        for shard in shards:
+            state |= read_tensors(folder / Path(shard).name)
+        return state
+    raise TrainingError(f"{folder}: no weights; expected one of {', '.join(WEIGHT_FILES)}")
+
+
+def read_projector(path: Path) -> State:
+    """A projector's tensors under our names (``linear_1.weight``, ``norm.weight``), from any file that has one.
+
+    Args:
+        path: ``mm_projector.bin``, a ``.safetensors`` file, or a folder with either (or with a whole checkpoint).
+    """
+    if path.is_dir():
+        found = next((path / name for name in PROJECTOR_FILES if (path / name).is_file()), None)
+        state = read_tensors(found) if found else read_folder(path)
+    else:
+        state = read_tensors(path)
+    projector = projector_from_original(state) or {
+        name.rsplit("multi_modal_projector.", 1)[1]: tensor
+        for name, tensor in state.items()
+        if "multi_modal_projector." in name
+    }
+    if not projector:
+        raise TrainingError(f"{path}: no projector in it; expected keys like {ORIGINAL_PROJECTOR}0.weight")
+    return projector
+
+
+def tensor_names(path: Path) -> list[str]:
+    """Names in a safetensors file, from its header alone."""
+    with safe_open(path, framework="pt") as stream:
+        return list(stream.keys())
+
+
+# ---- projector --------------------------------------------------------------------------------------------------
+
+
+def projector_from_original(state: Mapping[str, torch.Tensor]) -> State:
+    """The projector in ``state`` (keys with ``mm_projector.``) under our names; empty when there is none.
+
+    Registers of the published code are left out: it cuts them off again, so they change nothing.
+    """
+    found: State = {}
+    for key, tensor in state.items():
+        _, separator, rest = key.partition("mm_projector.")
+        if not separator:
+            continue
+        parts = rest.split(".")
+        while parts[0] in WRAPPERS:
+            parts = parts[1:]
+        if parts[0] == "registers":
+            continue
+        if parts[0] == "norm":
+            name = "norm.weight"
+        elif parts[0].isdigit():
+            name = f"linear_{int(parts[0]) // 2 + 1}.{parts[1]}"
+        elif parts[0] in ("weight", "bias"):
+            name = f"linear_1.{parts[0]}"
+        else:
+            raise TrainingError(f"projector: unknown key {key!r}")
+        found[name] = tensor
+    return found
+
+
+def projector_to_original(projector: Mapping[str, torch.Tensor], interventions: Interventions) -> State:
+    """Our names to the keys of ``mm_projector.bin``, wrapped as the published code wraps them."""
+    outer = "proj." if interventions.compression_after_projection else ""
+    if interventions.add_spatial_coordinates:
+        outer += "projector."
+    inner = outer + ("projector." if interventions.normalize_projector else "")
+    linears = {name.split(".")[0] for name in projector if name.startswith("linear_")}
+    found: State = {}
+    for name, tensor in projector.items():
+        layer, _, leaf = name.partition(".")
+        if layer == "norm":
+            key = f"{outer}norm.{leaf}"
+        elif len(linears) == 1:
+            key = f"{inner}{leaf}"
+        else:
+            key = f"{inner}{2 * (int(layer.removeprefix('linear_')) - 1)}.{leaf}"
+        found[ORIGINAL_PROJECTOR + key] = tensor
+    return found
+
+
+def projector_of(state: Mapping[str, torch.Tensor]) -> State:
+    """The projector in a state with names as in memory, without the prefix."""
+    return {name.removeprefix(PROJECTOR): tensor for name, tensor in state.items() if name.startswith(PROJECTOR)}
+
+
+def projector_type(projector: Mapping[str, torch.Tensor]) -> str:
+    """LLaVA's name for the projector's shape."""
+    depth = sum(1 for name in projector if re.fullmatch(r"linear_\d+\.weight", name))
+    return "linear" if depth == 1 else f"mlp{depth}x_gelu"
+
+
+def check_projector(projector: Mapping[str, torch.Tensor], expected: Mapping[str, Iterable[int]], what: str) -> None:
+    """Refuses a projector that does not fit the model, naming each key that differs.
+
+    Args:
+        projector: what was read, under our names.
+        expected: name to shape, of the model.
+        what: where it was read from, for the message.
+    """
+    wrong = [f"  {name}: missing there" for name in expected if name not in projector]
+    wrong += [f"  {name}: not in this model" for name in projector if name not in expected]
+    wrong += [
+        f"  {name}: {list(projector[name].shape)} there, {list(shape)} here"
+        for name, shape in expected.items()
+        if name in projector and list(projector[name].shape) != list(shape)
+    ]
+    if wrong:
+        raise TrainingError(
+            f"{what}: is not a projector for this model (other interventions, another vision tower or another LLM):\n"
+            + "\n".join(sorted(wrong))
+        )
+
+
+# ---- whole models -----------------------------------------------------------------------------------------------
+
+
+def state_from_original(state: Mapping[str, torch.Tensor]) -> State:
+    """A whole original checkpoint's tensors under the names in memory. Rotary buffers are left out (they are recomputed)."""
+    found: State = {PROJECTOR + name: tensor for name, tensor in projector_from_original(state).items()}
+    for key, tensor in state.items():
+        if "mm_projector." in key or ".rotary_emb." in key:
+            continue
+        if key.startswith(ORIGINAL_TOWER):
+            found[TOWER + key.removeprefix(ORIGINAL_TOWER)] = tensor
+        elif key.startswith("model."):
+            found[LLM + key.removeprefix("model.")] = tensor
+        else:
+            found[key] = tensor
+    return found
+
+
+def state_to_original(state: Mapping[str, torch.Tensor], interventions: Interventions) -> State:
+    """The reverse of :func:`state_from_original`."""
+    found = projector_to_original(projector_of(state), interventions)
+    for name, tensor in state.items():
+        if name.startswith(PROJECTOR):
+            continue
+        if name.startswith(TOWER):
+            found[ORIGINAL_TOWER + name.removeprefix(TOWER)] = tensor
+        elif name.startswith(LLM):
+            found["model." + name.removeprefix(LLM)] = tensor
+        else:
+            found[name] = tensor
+    return found
+
+
+# ---- configuration ----------------------------------------------------------------------------------------------
+
+
+def loads_with(interventions: Interventions) -> list[str]:
+    """Which code computes the same model from the original layout."""
+    names = ["llava_ext"]
+    if interventions.is_vanilla:
+        return ["LLaVA", *names]
+    return ["the published intervention code", *names] if not published_problems(interventions) else names
+
+
+def published_problems(interventions: Interventions) -> list[str]:
+    """Why the published intervention code could not compute this model; empty when it can."""
+    found = []
+    if interventions.normalize_projector and interventions.fixed_statistics() != (VICUNA_7B_MAX_NORM, VICUNA_7B_SCALE):
+        found.append("normalisation constants other than 1.22 and 0.83")
+    if interventions.use_multilayer_features and interventions.multilayer_layers != DEFAULT_LAYERS:
+        found.append(f"vision layers other than {DEFAULT_LAYERS}")
+    if not interventions.published_behaviour:
+        if interventions.twoD_vision_embedding:
+            found.append("two-dimensional positions of each image")
+        if interventions.interleave and interventions.sparsity != PUBLISHED_SPARSITY:
+            found.append(f"coordinates every {interventions.sparsity} tokens")
+        if interventions.add_spatial_coordinates and (
+            interventions.use_multilayer_features or interventions.compression_after_projection
+        ):
+            found.append("coordinates together with several layers or compression")
+    return found
+
+
+def config_to_original(
+    text_config: Mapping[str, Any], vision_config: Mapping[str, Any], interventions: Interventions, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The ``config.json`` of the original layout.
+
+    Args:
+        text_config: the LLM's own config.
+        vision_config: the vision tower's config.
+        interventions: the flags, under the published names; what those can't say is in ``spatial_llava``.
+        settings: LLaVA's fields that the model does not know (``mm_vision_tower``, ``image_aspect_ratio``, ...).
+    """
+    fields = {key: value for key, value in text_config.items() if key not in ("model_type", "architectures", "dtype")}
+    fields |= {
+        "model_type": "llava_llama2d" if interventions.twoD_vision_embedding else "llava_llama",
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "mm_hidden_size": vision_config["hidden_size"],
+        "mm_patch_merge_type": "flat",
+        "mm_use_im_patch_token": False,
+        "mm_use_im_start_end": False,
+        "use_mm_proj": True,
+        "tokenizer_padding_side": "right",
+    }
+    fields |= {key: value for key, value in settings.items() if value is not None or key == "mm_projector_lr"}
+    if "rope_theta" not in fields and isinstance(text_config.get("rope_parameters"), dict):
+        fields["rope_theta"] = text_config["rope_parameters"].get("rope_theta", 10000.0)
+        fields["rope_scaling"] = None
+    if not interventions.is_vanilla:
+        fields |= _published_fields(interventions, vision_config)
+    fields[OWN_KEY] = {
+        "interventions": interventions.to_dict(),
+        "loads_with": loads_with(interventions),
+        "vision_config": dict(vision_config),
+    }
+    return fields
+
+
+def _published_fields(interventions: Interventions, vision_config: Mapping[str, Any]) -> dict[str, Any]:
+    grid = int(vision_config["image_size"]) // int(vision_config["patch_size"])
+    fields: dict[str, Any] = {
+        "add_registers": False,
+        "num_registers": 4,
+        "num_vision_tokens": grid * grid,
+        "normalize_projector": interventions.normalize_projector,
+        "use_multilayer_features": interventions.use_multilayer_features,
+        "add_spatial_coordinates": interventions.add_spatial_coordinates,
+        "compression_after_projection": interventions.compression_after_projection,
+        # The published code takes the side; 16 is its default.
+        "final_spatial_size": interventions.final_side(grid) if interventions.compression_after_projection else 16,
+    }
+    if interventions.twoD_vision_embedding:
+        fields["twoD_vision_embedding"] = True
+    if interventions.interleave:
+        fields |= {"interleave": True, "interleave_sparsity": interventions.sparsity}
+    return fields
+
+
+def interventions_from_original(config: Mapping[str, Any], grid_side: int) -> Interventions:
+    """The interventions of an original ``config.json``; what we wrote there ourselves comes first.
+
+    The published ``final_spatial_size`` is a side. Where the described meaning gives the same model (the side divides the
+    grid; coordinates on a grid of 24) it is translated, else ``published_behaviour`` is set.
+    """
+    own = config.get(OWN_KEY)
+    if isinstance(own, dict) and isinstance(own.get("interventions"), dict):
+        return Interventions.from_mapping(own["interventions"], ignore_unknown=True)
+    flags = {
+        name: True
+        for name in FIELD_NAMES
+        if config.get(name) is True and name != "published_behaviour"
+    }
+    published = bool(flags.get("twoD_vision_embedding")) or (
+        bool(flags.get("interleave")) and grid_side != PUBLISHED_GRID_SIDE
+    )
+    values: dict[str, Any] = dict(flags)
+    if flags.get("compression_after_projection"):
+        side = int(config.get("final_spatial_size", 16))
+        published = published or grid_side % side != 0
+        values["final_spatial_size"] = side if published else side * side
+    if published:
+        values["published_behaviour"] = True
+    if flags.get("interleave") and not published:
+        values["interleave_sparsity"] = PUBLISHED_SPARSITY
+    return Interventions.from_mapping(values)
+
+
+def is_original(folder: Path) -> bool:
+    """Whether a folder holds an original LLaVA checkpoint (whole, or a projector with its config)."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return "mm_vision_tower" in config

@@ -1,0 +1,246 @@
+"""``python -m llava_ext.train``: trains stage 1 or stage 2 of LLaVA, and continues by itself after any interruption.
+
+Takes the flags of LLaVA's own scripts; see docs/training.md. Writes into ``--output_dir``; ``train_result.json`` comes last.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import resume
+from .callbacks import Interruption, Metrics, NoStep, StuckAtZero, listen, world_size
+from .resume import TrainingError, say
+
+if TYPE_CHECKING:
+    from .arguments import Arguments
+    from .samples import SampleStore
+    from .trainer import LlavaTrainer
+
+# Not part of what determines the result: where things lie, what is logged, how work is spread over processes.
+WITHOUT_INFLUENCE = frozenset(
+    """output_dir cache_dir logging_strategy logging_first_step logging_steps log_level log_level_replica log_on_each_node
+    save_strategy save_steps save_total_limit save_on_each_node save_only_model report_to run_name project disable_tqdm
+    dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
+    dataloader_multiprocessing_context dataloader_in_order local_rank ddp_timeout ddp_backend ddp_bucket_cap_mb
+    ddp_find_unused_parameters ddp_broadcast_buffers ddp_static_graph skip_memory_metrics push_to_hub hub_model_id hub_strategy
+    hub_token hub_private_repo hub_always_push hub_revision watchdog_minutes watchdog_zero_steps resume debug
+    resume_from_checkpoint ignore_data_skip per_device_eval_batch_size per_device_train_batch_size gradient_accumulation_steps
+    deepspeed fsdp fsdp_config use_cpu model_name_or_path vision_tower pretrain_mm_mlp_adapter data_path image_folder
+    cache_samples supervised_share_bound mismatch_bound preflight_samples lora_merge trackio_space_id trackio_bucket_id
+    trackio_static_space_id accelerator_config parallelism_config""".split()
+)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Trains. Exit status 0 when finished or interrupted (the result file says which), 1 for anything else."""
+    listen()
+    from .arguments import parse
+
+    try:
+        run(parse(argv))
+    except TrainingError as error:
+        _fail(error)
+    except ValueError as error:
+        if not _is_readable(error):
+            raise
+        _fail(error)
+
+
+def _is_readable(error: ValueError) -> bool:
+    """Whether an error is one of the package's own, whose message is meant for its reader."""
+    return type(error).__module__.startswith(__package__ or "llava_ext") and type(error) is not ValueError
+
+
+def _fail(error: Exception) -> None:
+    rank = os.environ.get("RANK")
+    print(f"error: {error}" + (f" (rank {rank})" if rank else ""), file=sys.stderr, flush=True)
+    raise SystemExit(1) from None
+
+
+def run(arguments: Arguments) -> None:
+    """The whole training, from checked arguments to ``train_result.json``."""
+    for notice in arguments.notices:
+        say(notice)
+    output_dir = Path(arguments.training.output_dir)
+    _start_distributed(arguments)
+    store, folders = _open_inputs(arguments)
+    state = _on_first_rank(lambda: _look_around(arguments, store, folders, output_dir))
+    if state["finished"]:
+        say(f"{output_dir}: this training is finished (step {state['finished']['step']}); nothing to do")
+        return
+    from .setup_run import make_trainer
+
+    trainer = make_trainer(arguments, store, folders)
+    interruption = _watch(trainer, arguments, output_dir)
+    checkpoint = state["checkpoint"]
+    if checkpoint:
+        _check_fits(trainer, Path(checkpoint))
+    trainer.train(resume_from_checkpoint=checkpoint)
+    _conclude(trainer, interruption, arguments, folders, output_dir)
+
+
+# ---- before the model -------------------------------------------------------------------------------------------
+
+
+def _start_distributed(arguments: Arguments) -> None:
+    """Process groups before anything is built: ZeRO-3 splits parameters while the model is made."""
+    training = arguments.training
+    if training.deepspeed and training.device.type == "cpu":
+        import deepspeed
+        from deepspeed.ops import __compatible_ops__
+
+        # Compiled at first use otherwise, for minutes, and a killed build leaves a lock that hangs every later start.
+        __compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(dist_backend="gloo")
+    elif training.deepspeed:
+        import deepspeed
+
+        deepspeed.init_distributed()
+
+
+def _open_inputs(arguments: Arguments) -> tuple[SampleStore, dict[str, Path]]:
+    from .arguments import resolve_model
+    from .samples import open_samples
+
+    model, cache = arguments.model, arguments.training.cache_dir
+    folders = {"llm": resolve_model(model.model_name_or_path, "model_name_or_path", cache)}
+    if not model.vision_tower:
+        raise TrainingError("--vision_tower: missing; give the folder or hub id of a CLIP vision tower")
+    folders["vision_tower"] = resolve_model(model.vision_tower, "vision_tower", cache)
+    store = open_samples(arguments.data.data_path, arguments.data.image_folder, tolerant=True)
+    if not len(store):
+        raise TrainingError(f"--data_path {arguments.data.data_path}: holds no samples")
+    return store, folders
+
+
+def _on_first_rank(work: Any) -> Any:
+    """Runs ``work`` on rank 0 and gives its result, or its error, to all."""
+    if world_size() == 1:
+        return work()
+    import torch.distributed as dist
+
+    box: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            box = [("result", work())]
+        except TrainingError as error:
+            box = [("error", str(error))]
+    dist.broadcast_object_list(box, src=0)
+    kind, value = box[0]
+    if kind == "error":
+        raise TrainingError(value)
+    return value
+
+
+def _look_around(arguments: Arguments, store: SampleStore, folders: dict[str, Path], output_dir: Path) -> dict[str, Any]:
+    """What is in the output folder already: a finished training, a checkpoint to continue from, or nothing."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    if arguments.training.resume == "never" and any(output_dir.glob("checkpoint-*")):
+        raise TrainingError(f"--resume never: {output_dir} holds checkpoints; delete it to start over")
+    resume.check_identity(output_dir, identity(arguments, store, folders))
+    finished = resume.finished(output_dir)
+    if finished:
+        return {"finished": finished, "checkpoint": None}
+    resume.clear_staging(output_dir)
+    (output_dir / resume.RESULT).unlink(missing_ok=True)
+    good = resume.last_good(output_dir)
+    return {"finished": None, "checkpoint": str(good.path) if good else None}
+
+
+def identity(arguments: Arguments, store: SampleStore, folders: dict[str, Path]) -> dict[str, Any]:
+    """Everything that determines the result, by content rather than by path."""
+    training = arguments.training
+    values: dict[str, Any] = {}
+    for group in (arguments.model, arguments.data, training):
+        for name in type(group).__dataclass_fields__:
+            value = getattr(group, name, None)
+            if name not in WITHOUT_INFLUENCE:
+                values[name] = value if isinstance(value, (bool, int, float, type(None))) else str(value)
+    values |= {f"interventions.{name}": value for name, value in arguments.interventions.to_dict().items()}
+    values["micro_batch_size"] = training.per_device_train_batch_size
+    values["global_batch_size"] = (
+        training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
+    )
+    values["samples"] = store.digest
+    values |= {f"{name}_content": resume.folder_digest(folder) for name, folder in folders.items()}
+    adapter = arguments.model.pretrain_mm_mlp_adapter
+    if adapter:
+        path = Path(adapter)
+        values["projector_content"] = resume.folder_digest(path) if path.is_dir() else resume.sha256(path)
+    return json.loads(json.dumps(values, default=str))
+
+
+# ---- the run ----------------------------------------------------------------------------------------------------
+
+
+def _watch(trainer: LlavaTrainer, arguments: Arguments, output_dir: Path) -> Interruption:
+    training = arguments.training
+    metrics = Metrics(output_dir, bool(getattr(training, "own_tensorboard", False)), lines=bool(training.disable_tqdm))
+    metrics.trainer = trainer
+    watchdog = NoStep(training.watchdog_minutes, output_dir)
+    trainer.watchdog = watchdog
+    interruption = Interruption()
+    for callback in (metrics, StuckAtZero(training.watchdog_zero_steps, trainer.last_samples), watchdog, interruption):
+        trainer.add_callback(callback)
+    return interruption
+
+
+def _check_fits(trainer: LlavaTrainer, checkpoint: Path) -> None:
+    """Says what continuing changes, and refuses what this engine can't do."""
+    facts = resume.Checkpoint(checkpoint, 0).facts
+    then, now = facts.get("world_size"), trainer.args.world_size
+    if facts.get("engine") != trainer.engine:
+        raise TrainingError(
+            f"{checkpoint}: was saved with {facts.get('engine')}, this run uses {trainer.engine}; "
+            "continue with the same --deepspeed or --fsdp setting, or start in a new --output_dir"
+        )
+    if then != now and trainer.engine.startswith("deepspeed"):
+        raise TrainingError(
+            f"{checkpoint}: DeepSpeed's optimizer state is split over {then} processes and there are {now} now; continue with {then}, "
+            "or use plain DDP, whose checkpoints continue on any number of processes"
+        )
+    say(f"continuing from {checkpoint}" + (f", saved by {then} processes, now {now}" if then != now else ""))
+
+
+def _conclude(
+    trainer: LlavaTrainer, interruption: Interruption, arguments: Arguments, folders: dict[str, Path], output_dir: Path
+) -> None:
+    """Writes the final weights and the result; after a signal only the result."""
+    step = trainer.state.global_step
+    if interruption.stopped:
+        if trainer.is_world_process_zero():
+            resume.write_result(output_dir, "interrupted", step)
+        say(f"interrupted after step {step} of {trainer.state.max_steps}, saved; the same command continues")
+        return
+    state = trainer.gathered_state()
+    if trainer.is_world_process_zero():
+        from .setup_run import write_final
+
+        folder = output_dir / f"{resume.STAGING}final"
+        shutil.rmtree(folder, ignore_errors=True)
+        write_final(trainer, state, arguments, folders, folder)
+        trainer.state.save_to_json(str(folder / "trainer_state.json"))
+        digests, sizes = resume.publish(folder, output_dir)
+        resume.write_result(output_dir, "finished", step, files=digests, bytes=sizes, metrics=_summary(trainer))
+        say(f"finished after step {step}: {output_dir}")
+    trainer._barrier()
+
+
+def _summary(trainer: LlavaTrainer) -> dict[str, Any]:
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    tail = losses[-max(1, len(losses) // 20) :]
+    return {
+        "final_loss": losses[-1] if losses else None,
+        "mean_loss_of_last_twentieth": sum(tail) / len(tail) if tail else None,
+        "batches_without_labels": trainer.unsupervised_batches,
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,250 @@
+"""transformers' Trainer with LLaVA's loss, order of samples and parameter groups, and checkpoints that survive kills."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import Trainer
+from transformers.trainer_callback import PrinterCallback
+
+from . import resume
+from .arguments import LlavaTrainingArguments, sampling_strategy
+from .callbacks import any_rank, finite, world_size
+from .optimizer import parameter_groups, trainable_names
+from .resume import TrainingError, say
+from .sampler import EpochSampler
+
+if TYPE_CHECKING:
+    from .callbacks import NoStep
+
+TRAINED = "trained.safetensors"
+
+
+class LlavaTrainer(Trainer):
+    """Trains the parameters that ``requires_grad`` leaves on.
+
+    Args:
+        lengths: LLaVA's ``modality_lengths`` of the samples, ``(samples,)``.
+        describe: text that names a sample, for messages; called with its index.
+        kwargs: as for :class:`transformers.Trainer`.
+    """
+
+    args: LlavaTrainingArguments
+
+    def __init__(self, *, lengths: np.ndarray, describe: Any, mm_projector_lr: float | None = None, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.lengths = lengths
+        self.describe = describe
+        self.mm_projector_lr = mm_projector_lr
+        self.watchdog: NoStep | None = None
+        self.remove_callback(PrinterCallback)
+        if self.args.loss_normalization == "micro_batch":
+            # transformers would weight every token of the step alike; LLaVA averages the micro-batches' means.
+            self.model_accepts_loss_kwargs = False
+        self.sampler: EpochSampler | None = None
+        self.last_indices: list[int] = []
+        self.counts: dict[str, Any] = {"tokens": 0, "supervised": 0, "samples": 0}
+        self.unsupervised_batches = 0
+        self._save_root: Path | None = None
+        self._saved_step = -1
+
+    # -- data ---------------------------------------------------------------------------------------------------
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
+        args = self.args
+        self.sampler = EpochSampler(
+            self.lengths,
+            sampling_strategy(args),
+            args.train_batch_size,
+            args.world_size * args.gradient_accumulation_steps,
+            args.seed if args.data_seed is None else args.data_seed,
+        )
+        return self.sampler
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        # accelerate does not reach the sampler through its own wrappers in every case.
+        if self.sampler is not None:
+            self.sampler.set_epoch(kwargs["epoch"])
+        return super()._run_epoch(*args, **kwargs)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Not counted: it walks over all parameters at every step."""
+        return 0
+
+    # -- loss ---------------------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The model's loss; a micro-batch without any label counts as zero instead of poisoning the weights with NaN."""
+        self.last_indices = inputs.pop("indices", [])
+        supervised = (inputs["labels"][..., 1:] != -100).sum()
+        self._count(inputs, supervised)
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if int(supervised) == 0:
+            self.unsupervised_batches += 1
+            loss = outputs["logits"].sum() * 0.0
+        self._check_finite(loss)
+        return (loss, outputs) if return_outputs else loss
+
+    def _count(self, inputs: dict[str, Any], supervised: torch.Tensor) -> None:
+        mask = inputs.get("attention_mask")
+        self.counts["tokens"] += inputs["input_ids"].numel() if mask is None else int(mask.sum())
+        self.counts["supervised"] += int(supervised)
+        self.counts["samples"] += len(self.last_indices)
+
+    def take_counts(self) -> dict[str, float]:
+        """Tokens, supervised tokens and samples of all ranks since the last call. Every rank must call."""
+        counts = torch.tensor([float(value) for value in self.counts.values()], dtype=torch.float64)
+        if world_size() > 1:
+            counts = counts.to(self.args.device)
+            dist.all_reduce(counts)
+        taken = dict(zip(self.counts, counts.tolist(), strict=True))
+        self.counts = dict.fromkeys(self.counts, 0)
+        return taken
+
+    def _check_finite(self, loss: torch.Tensor) -> None:
+        mine = not finite(loss)
+        if not any_rank(mine, self.args.device):
+            return
+        where = f"at step {self.state.global_step + 1}"
+        if not mine:
+            raise TrainingError(f"the loss is not finite on another rank {where}; stopped before the weights changed")
+        raise TrainingError(
+            f"the loss is {float(loss)} {where}; stopped before the weights changed. The samples of this micro-batch:\n"
+            + "\n".join(self.last_samples())
+            + "\nLook at these samples, the learning rate and the precision; the last checkpoint is kept."
+        )
+
+    def last_samples(self) -> list[str]:
+        """The samples of the last micro-batch, one a line."""
+        return [f"  {self.describe(index)}" for index in self.last_indices]
+
+    # -- optimizer ----------------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """As transformers', with LLaVA's groups."""
+        if self.optimizer is None:
+            target = self.model if model is None else model
+            groups = parameter_groups(target, self.args.weight_decay, self.mm_projector_lr)
+            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, target)
+            self.optimizer = kind([{k: v for k, v in group.items() if k != "names"} for group in groups], **settings)
+        return self.optimizer
+
+    # -- saving -------------------------------------------------------------------------------------------------
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._save_root or self.args.output_dir)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Writes the full state beside, and gives it its name when it is complete."""
+        step = self.state.global_step
+        if step == self._saved_step:
+            return
+        output_dir = Path(self.args.output_dir)
+        root = resume.staging(output_dir, step)
+        if self.args.should_save:
+            shutil.rmtree(root, ignore_errors=True)
+            root.mkdir(parents=True)
+        self._barrier()
+        self._save_root = root
+        try:
+            super()._save_checkpoint(model, trial)
+            self._barrier()
+            if self.args.should_save:
+                self._seal(root, output_dir, step)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise self._save_failure(root, error) from error
+        finally:
+            self._save_root = None
+        self._barrier()
+        self._saved_step = step
+        if self.watchdog is not None:
+            self.watchdog.beat()
+
+    def _seal(self, root: Path, output_dir: Path, step: int) -> None:
+        args = self.args
+        facts = {
+            "world_size": args.world_size,
+            "gradient_accumulation_steps": args.gradient_accumulation_steps,
+            "engine": self.engine,
+        }
+        name = f"checkpoint-{step}"
+        resume.seal(root / name, output_dir / name, step, **facts)
+        shutil.rmtree(root, ignore_errors=True)
+        resume.prune(output_dir, args.save_total_limit)
+
+    def _save_failure(self, root: Path, error: Exception) -> TrainingError:
+        shutil.rmtree(root, ignore_errors=True)
+        good = next((item for item in resume.checkpoints(root.parent) if not item.problem(contents=False)), None)
+        kept = f"the last good one is {good.path}" if good else "there is no earlier one"
+        free = shutil.disk_usage(root.parent).free / 2**30
+        return TrainingError(
+            f"{root.name.removeprefix(resume.STAGING)}: could not be saved: {error}\n"
+            f"{kept}; {free:.1f} GiB are free in {root.parent}. Make room and start the same command again."
+        )
+
+    @property
+    def engine(self) -> str:
+        """What owns the optimizer's state, because checkpoints of different engines can't be mixed."""
+        if self.is_deepspeed_enabled:
+            stage = self.accelerator.deepspeed_config["zero_optimization"]["stage"]
+            return f"deepspeed-zero{stage}"
+        return "fsdp" if self.is_fsdp_enabled else "ddp"
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Writes the weights that train, under their names in memory, and the config."""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        names = set(trainable_names(model))
+        state = model.state_dict() if state_dict is None else state_dict
+        tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in state.items() if name in names}
+        save_file(tensors, folder / TRAINED, metadata={"format": "pt"})
+        model.config.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Restores the weights that train; all others come from the folders that the command line names."""
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        target = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        state = load_file(Path(resume_from_checkpoint) / TRAINED)
+        missing = set(trainable_names(target)) - state.keys()
+        result = target.load_state_dict(state, strict=False)
+        if missing or result.unexpected_keys:
+            raise TrainingError(
+                f"{resume_from_checkpoint}: does not fit this model: missing {sorted(missing)[:5]}, "
+                f"unexpected {result.unexpected_keys[:5]}; the training code has changed, start in a new --output_dir"
+            )
+
+    def _barrier(self) -> None:
+        if world_size() > 1:
+            dist.barrier()
+
+    def gathered_state(self) -> dict[str, torch.Tensor]:
+        """All weights under their names in memory, whole, on rank 0 (elsewhere maybe empty). Every rank must call."""
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            return self.accelerator.get_state_dict(self.model_wrapped) or {}
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False).state_dict()
+
+
+def read_trainer_state(folder: Path) -> dict[str, Any]:
+    """The ``trainer_state.json`` of a checkpoint."""
+    return json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+
+
+def rank() -> int:
+    """This process's number."""
+    return int(os.environ.get("RANK", "0"))
