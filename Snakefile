@@ -1,0 +1,46 @@
+# From public data to trained LLaVA checkpoints. Each rule runs one step of workflow_scripts/; the graph is drawn in
+# docs/architecture.md. `snakemake` alone runs the demo of config/config.yaml.
+from pathlib import Path
+
+from snakemake.utils import min_version
+
+min_version("9.0")
+
+HERE = Path(workflow.current_basedir.get_path_or_uri(secret_free=True)).resolve()
+
+# A configuration file on the command line replaces the demo's instead of being mixed into it.
+if not workflow.overwrite_configfiles:
+
+    configfile:
+        "config/config.yaml"
+        if Path("config/config.yaml").is_file()
+        else str(HERE / "config/config.yaml")
+
+
+include: "rules/common.smk"
+include: "rules/data.smk"
+include: "rules/models.smk"
+include: "rules/train.smk"
+include: "rules/results.smk"
+
+
+localrules:
+    all,
+    data,
+    acquire,
+    prepare_model,
+    checkpoint,
+    report,
+    list_unused,
+    clean_unused,
+
+
+rule all:
+    default_target: True
+    input:
+        expand("experiments/{experiment}/checkpoint.json", experiment=plan.experiments),
+        "report/index.html",
+
+
+onsuccess:
+    announce(plan)

@@ -1,0 +1,136 @@
+# What all rules share: the checked configuration, the plan of runs, the command that starts a step.
+import os
+import shlex
+import sys
+
+from snakemake.exceptions import WorkflowError
+from snakemake_interface_executor_plugins.settings import DeploymentMethod
+
+from workflow_scripts.config.load import load_config
+from workflow_scripts.io import UserError
+from workflow_scripts.runs import (
+    STAGES,
+    Plan,
+    announce,
+    compact,
+    plain,
+    recipe,
+    resources_of,
+)
+
+try:
+    plan = Plan(load_config(config, workflow.configfiles))
+except UserError as error:
+    raise WorkflowError(str(error)) from None
+
+
+def interpreter():
+    """The configured Python; inside conda and containers theirs, otherwise the one that runs Snakemake."""
+    elsewhere = {
+        DeploymentMethod.CONDA,
+        DeploymentMethod.APPTAINER,
+        DeploymentMethod.ENV_MODULES,
+    }
+    inside = elsewhere & set(workflow.deployment_settings.deployment_method)
+    return config.get("python") or ("python" if inside else sys.executable)
+
+
+# `exec`, so that Slurm's signals reach the step itself.
+STEP = (
+    f'export PYTHONPATH={shlex.quote(str(HERE))}"${{PYTHONPATH:+:$PYTHONPATH}}"; '
+    f"exec {shlex.quote(interpreter())} -m workflow_scripts.step"
+)
+
+
+def step(wildcards, output):
+    """The command that starts a step. It takes `output`, so Snakemake does not track it: another interpreter or a
+    moved clone is no reason to rerun."""
+    return STEP
+
+
+# A job that runs inside a cluster job must not multiply the outer retries.
+RETRIES = 0 if workflow.remote_exec else plan.retries
+DOWNLOAD_RETRIES = 0 if workflow.remote_exec else 2
+
+
+wildcard_constraints:
+    source="[^/]+",
+    mixture="[^/]+",
+    model="[^/]+",
+    run="[^/]+",
+    experiment="[^/]+",
+
+
+def lookup(section, name):
+    """The section's entry, or a message that says which there are."""
+    entries = getattr(plan.config, section)
+    if name not in entries:
+        raise WorkflowError(
+            f"{section} has no entry {name!r}; entries: {', '.join(sorted(entries))}"
+        )
+    return entries[name]
+
+
+def source_manifest(name):
+    return f"data/sources/{name}/manifest.json"
+
+
+def scan_manifest(name):
+    return f"data/scans/{name}/manifest.json"
+
+
+def mixture_inputs(wildcards):
+    """The manifests of the sources and of the scans that a mixture is made of."""
+    annotations, images = lookup("mixtures", wildcards.mixture).source_names()
+    return {
+        "sources": [
+            source_manifest(name) for name in dict.fromkeys([*annotations, *images])
+        ],
+        "scans": [scan_manifest(name) for name in images],
+    }
+
+
+def training(stage, run):
+    """The experiment that stands for a run of this configuration."""
+    try:
+        return plan.experiment_of(stage, run)
+    except KeyError:
+        known = ", ".join(plan.names(stage))
+        raise WorkflowError(
+            f"runs/{stage}/{run} belongs to no experiment of this configuration; runs of {stage}: {known}"
+        )
+
+
+def run_of(stage, experiment):
+    """The manifest of the run that is an experiment's part in a stage."""
+    lookup("experiments", experiment)
+    return plan.run(stage, experiment).manifest
+
+
+def training_inputs(stage):
+    """A function of the wildcards: the mixture, the models, and for stage 2 the parent of a training."""
+
+    def inputs(wildcards):
+        experiment = training(stage, wildcards.run)
+        found = {
+            "mixture": f"data/mixtures/{experiment.stage(stage).mixture}/manifest.json",
+            "models": [
+                f"models/{name}/manifest.json"
+                for name in (experiment.model.llm, experiment.model.vision_tower)
+            ],
+        }
+        if stage == "finetune":
+            found["parent"] = plan.run("pretrain", experiment.name).manifest
+        return found
+
+    return inputs
+
+
+def training_resource(stage, name):
+    """A function of the wildcards and the attempt: one resource of a training, or None where it has none."""
+
+    def value(wildcards, attempt):
+        training(stage, wildcards.run)
+        return resources_of(plan.compute(stage, wildcards.run), attempt)[name]
+
+    return value

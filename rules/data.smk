@@ -1,0 +1,67 @@
+# Data: fetch or draw, look at every image, merge.
+
+
+rule data:
+    input:
+        expand("data/mixtures/{mixture}/manifest.json", mixture=plan.config.mixtures),
+
+
+rule acquire:
+    input:
+        lambda wildcards: lookup("sources", wildcards.source)
+        and plan.source_files(wildcards.source),
+    output:
+        manifest="data/sources/{source}/manifest.json",
+    log:
+        "logs/acquire/{source}.log",
+    retries: DOWNLOAD_RETRIES
+    conda:
+        "../envs/environment.yaml"
+    params:
+        step=step,
+        recipe=lambda wildcards: compact(recipe(plan.config.sources[wildcards.source])),
+        # not tracked (it takes `output`): another mirror is no reason to fetch again
+        spec=lambda wildcards, output: compact(
+            plain(plan.config.sources[wildcards.source])
+        ),
+    shell:
+        "{params.step} --log {log} acquire --name {wildcards.source} --spec {params.spec:q} --manifest {output.manifest}"
+
+
+rule scan:
+    input:
+        source="data/sources/{source}/manifest.json",
+    output:
+        manifest="data/scans/{source}/manifest.json",
+    log:
+        "logs/scan/{source}.log",
+    conda:
+        "../envs/environment.yaml"
+    threads: 16
+    resources:
+        mem_mb=8000,
+        runtime=360,
+    params:
+        step=step,
+    shell:
+        "{params.step} --log {log} scan --source {input.source} --manifest {output.manifest} --threads {threads}"
+
+
+rule mixture:
+    input:
+        unpack(mixture_inputs),
+    output:
+        manifest="data/mixtures/{mixture}/manifest.json",
+    log:
+        "logs/mixture/{mixture}.log",
+    conda:
+        "../envs/environment.yaml"
+    resources:
+        mem_mb=8000,
+        runtime=120,
+    params:
+        step=step,
+        spec=lambda wildcards: compact(plain(plan.config.mixtures[wildcards.mixture])),
+    shell:
+        "{params.step} --log {log} merge --name {wildcards.mixture} --spec {params.spec:q}"
+        " --sources {input.sources} --scans {input.scans} --manifest {output.manifest}"

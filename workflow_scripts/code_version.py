@@ -1,0 +1,83 @@
+"""The version of the training code, a part of every run's name.
+
+Raise ``CODE_VERSION`` when a change gives other numbers for the same configuration: every run then gets a new
+name and is trained again, beside the old one. Comments, docs, messages and speed are no reason. A test compares the
+digest of the code that makes the numbers with ``CODE_DIGEST`` and reminds whoever changes it to decide;
+``python -m workflow_scripts.code_version --update`` records the decision.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import hashlib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+CODE_VERSION = 1
+CODE_DIGEST = ""
+
+# The modules whose code decides what a training computes.
+NUMERIC = (
+    "llava_ext/interventions.py",
+    "llava_ext/configuration_spatial_llava.py",
+    "llava_ext/modeling_spatial_llava.py",
+    "llava_ext/processing_spatial_llava.py",
+    "llava_ext/conversation.py",
+    "llava_ext/images.py",
+    "llava_ext/assembly.py",
+    "llava_ext/build.py",
+    "llava_ext/dataset.py",
+    "llava_ext/sampler.py",
+    "llava_ext/optimizer.py",
+    "llava_ext/trainer.py",
+    "workflow_scripts/launch.py",
+)
+
+
+def _without_docs(tree: ast.AST) -> ast.AST:
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            node.body = [  # type: ignore[attr-defined]
+                item
+                for item in body
+                if not (
+                    isinstance(item, ast.Expr)
+                    and isinstance(item.value, ast.Constant)
+                    and isinstance(item.value.value, str)
+                )
+            ]
+    return tree
+
+
+def code_digest(root: Path) -> str:
+    """The digest of the numeric modules' code, whatever their comments, docstrings and line breaks."""
+    sha = hashlib.sha256()
+    for name in NUMERIC:
+        path = root / name
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        sha.update(f"{name}\n{ast.unparse(_without_docs(ast.parse(text)))}\n".encode())
+    return sha.hexdigest()[:16]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prints whether the recorded digest still holds, or records the present one."""
+    parser = argparse.ArgumentParser(prog="python -m workflow_scripts.code_version", description=__doc__)
+    parser.add_argument(
+        "--update", action="store_true", help="record the present code as belonging to CODE_VERSION"
+    )
+    arguments = parser.parse_args(argv)
+    here = Path(__file__)
+    found = code_digest(here.parent.parent)
+    print(f"version {CODE_VERSION}, recorded {CODE_DIGEST or 'nothing'}, present {found}")
+    if arguments.update:
+        text = re.sub(
+            r'^CODE_DIGEST = ".*"$', f'CODE_DIGEST = "{found}"', here.read_text(encoding="utf-8"), flags=re.M
+        )
+        here.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

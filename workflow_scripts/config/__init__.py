@@ -1,0 +1,1 @@
+"""The typed configuration: everything that can be said in a config file, checked before anything runs."""

@@ -1,0 +1,109 @@
+"""How a training is computed: machines, parallelism, precision. Only `precision` changes results on purpose."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from .base import StrictModel
+from .types import Count, NonNegative, Positive
+
+
+class ComputeSpec(StrictModel):
+    """A kind of job: what it asks for and how it spreads. Site values (partition, account) belong in `slurm/`."""
+
+    nodes: Positive = 1
+    """Machines in one job."""
+    gpus_per_node: Count = 0
+    """GPUs on each machine; 0 trains on the CPU."""
+    processes_per_node: Positive | None = None
+    """Processes on each machine; one per GPU when left out, and 1 without GPUs."""
+    per_device_batch_size: Positive = 16
+    """Samples that one process computes at a time. Gradient accumulation follows from the stage's global batch."""
+    cpus: Positive = 1
+    """CPUs on each machine."""
+    mem_mb: Positive = 4000
+    """Memory on each machine in MB."""
+    runtime_min: Positive = 60
+    """Time limit of one attempt in minutes; a training that needs longer saves ahead of it and continues."""
+    expected_hours: NonNegative | None = None
+    """How long a training takes, for the printed plan."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Number format of the training."""
+    parallel: Literal["none", "ddp", "zero2", "zero3", "fsdp"] = "none"
+    """How the model is spread: not at all, DistributedDataParallel, DeepSpeed ZeRO-2 or ZeRO-3, or FSDP2."""
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+    """What DeepSpeed moves to the CPU's memory: nothing, the optimizer, or (ZeRO-3) the parameters too."""
+    deepspeed_config: str | None = None
+    """A DeepSpeed JSON file of your own instead of the one that `parallel` and `offload` give."""
+    attention: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
+    """The LLM's attention implementation."""
+    packing: bool = False
+    """Collate without padding: one packed row with block-diagonal attention."""
+    gradient_checkpointing: bool = False
+    """Recompute activations instead of keeping them."""
+    tf32: bool = False
+    """Allow TensorFloat-32 on GPUs that have it."""
+    dataloader_workers: Count = 0
+    """Processes that decode images, for each training process."""
+    gres: Annotated[str, Field(pattern=r"^\w+(:[\w.]+)?(:\d+)?$")] | None = None
+    """The Slurm request for the GPUs of one machine, as in `gpu:a100:8`; `gpu:N` when left out."""
+    cache_pixels_mb: Count = 0
+    """Memory in which each process keeps preprocessed images; useful for small data."""
+    distributed_timeout_s: Positive = 1800
+    """After how many seconds without an answer of the other processes a training stops."""
+    stall_min: Positive = 30
+    """After how many minutes without a finished step a training stops with a message."""
+    save_before_end_s: Annotated[int, Field(ge=30)] = 120
+    """How many seconds before its time limit a Slurm job is told to save; large states need more."""
+    attempts: Positive = 4
+    """How often a training may be started before the workflow gives up. Each attempt continues the one before, so a
+    training that needs 40 hours under a limit of 8 needs at least 5 (and some to spare for preemptions)."""
+    max_stuck_attempts: Positive = 3
+    """After how many failed attempts in a row without any progress no further one is started."""
+
+    @property
+    def processes(self) -> int:
+        """Training processes on all machines together."""
+        return self.nodes * self.local_processes
+
+    @property
+    def local_processes(self) -> int:
+        """Training processes on one machine."""
+        return self.processes_per_node or max(1, self.gpus_per_node)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> ComputeSpec:
+        if self.gpus_per_node and self.processes_per_node not in (None, self.gpus_per_node):
+            raise ValueError(
+                f"processes_per_node is {self.processes_per_node} but gpus_per_node is {self.gpus_per_node}: "
+                "one process drives one GPU; leave processes_per_node out"
+            )
+        if self.parallel == "none" and self.processes > 1:
+            raise ValueError(
+                f"parallel is none, but there are {self.processes} processes; set parallel to ddp, zero2, zero3 or fsdp"
+            )
+        if self.offload != "none" and self.parallel not in ("zero2", "zero3"):
+            raise ValueError(f"offload: {self.offload} needs parallel: zero2 or zero3, found {self.parallel}")
+        if self.offload == "parameters" and self.parallel != "zero3":
+            raise ValueError("offload: parameters needs parallel: zero3; with zero2 use offload: optimizer")
+        return self
+
+    @model_validator(mode="after")
+    def _needs_gpus(self) -> ComputeSpec:
+        if self.gpus_per_node == 0:
+            for key, value in (("precision", "fp16"), ("attention", "flash_attention_2"), ("tf32", True)):
+                if getattr(self, key) == value:
+                    raise ValueError(
+                        f"{key}: {value} needs a GPU, but gpus_per_node is 0; choose another {key}"
+                    )
+        if self.packing and self.attention == "eager" and self.gpus_per_node:
+            raise ValueError(
+                "packing: true with attention: eager wastes the memory it saves; set sdpa or flash_attention_2"
+            )
+        if self.attention == "flash_attention_2" and self.precision == "fp32":
+            raise ValueError("attention: flash_attention_2 needs precision: bf16 or fp16, found fp32")
+        if self.deepspeed_config and self.parallel not in ("zero2", "zero3"):
+            raise ValueError(f"deepspeed_config needs parallel: zero2 or zero3, found {self.parallel}")
+        return self

@@ -1,0 +1,92 @@
+"""Experiments: a name, intervention flags, and what differs from the common model and stages."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from typing import Any
+
+from pydantic import ConfigDict, Field, create_model
+
+from llava_ext.interventions import Interventions
+
+from .base import StrictModel
+from .models import ModelSection
+from .stages import StageOverrides, StageSpec, partial_model
+
+
+def _from_dataclass(cls: type, doc: str) -> type[StrictModel]:
+    """The strict model with the fields, defaults and docs of a plain dataclass: the flags are stated once."""
+    hints = typing.get_type_hints(cls)
+    fields: dict[str, Any] = {}
+    for field in dataclasses.fields(cls):
+        text = field.metadata.get("description")
+        factory = field.default_factory
+        default = factory() if factory is not dataclasses.MISSING else field.default
+        fields[field.name] = (hints[field.name], Field(default, description=text))
+    return create_model("InterventionsSpec", __base__=StrictModel, __doc__=doc, **fields)
+
+
+InterventionsSpec = _from_dataclass(
+    Interventions, "The intervention flags; all are off by default, which is vanilla LLaVA."
+)
+ModelOverrides = partial_model(
+    ModelSection, "ModelOverrides", "What an experiment changes about the model; all fields are optional."
+)
+
+
+class ExperimentSpec(StrictModel):
+    """One experiment: everything that is left out is as in the common sections."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    description: str | None = None
+    """One line for the report."""
+    interventions: InterventionsSpec = Field(default_factory=InterventionsSpec)  # type: ignore[valid-type]
+    """The flags, in both stages."""
+    model: ModelOverrides = Field(default_factory=ModelOverrides)  # type: ignore[valid-type]
+    """Other models or another projector."""
+    pretrain: StageOverrides = Field(default_factory=StageOverrides)  # type: ignore[valid-type]
+    """Changes of stage 1."""
+    finetune: StageOverrides = Field(default_factory=StageOverrides)  # type: ignore[valid-type]
+    """Changes of stage 2."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """An experiment with everything filled in."""
+
+    name: str
+    description: str
+    interventions: Interventions
+    model: ModelSection
+    pretrain: StageSpec
+    finetune: StageSpec
+
+    def stage(self, name: str) -> StageSpec:
+        """The stage called ``name`` (`pretrain` or `finetune`)."""
+        return self.pretrain if name == "pretrain" else self.finetune
+
+    @property
+    def flags(self) -> dict[str, Any]:
+        """The interventions that differ from vanilla, as JSON values."""
+        return changed_fields(self.interventions)
+
+
+def changed_fields(value: Any) -> dict[str, Any]:
+    """The fields of a dataclass that differ from their defaults, as JSON values."""
+    plain = type(value)()
+    names = [field.name for field in dataclasses.fields(value)]
+    found = {name: getattr(value, name) for name in names if getattr(value, name) != getattr(plain, name)}
+    return {name: list(item) if isinstance(item, tuple) else item for name, item in found.items()}
+
+
+def merged(base: StrictModel, overrides: StrictModel) -> dict[str, Any]:
+    """The fields that ``base`` states, replaced by those that ``overrides`` states."""
+    stated = {key: getattr(overrides, key) for key in overrides.model_fields_set}
+    kept = {key: getattr(base, key) for key in base.model_fields_set}
+    if stated.get("max_steps") is not None and "epochs" not in stated:
+        kept.pop("epochs", None)
+    if stated.get("epochs") is not None and "max_steps" not in stated:
+        kept.pop("max_steps", None)
+    return {**kept, **stated}

@@ -1,0 +1,84 @@
+"""Model folders: where a language model or a vision tower comes from. Each is prepared, never edited."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from .base import StrictModel
+from .shapes import ShapesLlm, ShapesTower
+from .types import Positive
+
+Role = Literal["llm", "vision_tower"]
+
+
+class PreparedModel(StrictModel):
+    """What a model from the hub and one from a path have in common."""
+
+    role: Role
+    """What the model is used as: `llm` or `vision_tower`."""
+    patch_do_sample: bool = True
+    """Set `do_sample: true` in the prepared copy's `generation_config.json` where it has a temperature or top_p
+    without it: otherwise saving fails after stage 2."""
+    image_size: Positive | None = None
+    """Side of the vision tower's input in pixels. Stated here, flags like `final_spatial_size` are checked against
+    the tower's grid before anything is downloaded."""
+    patch_size: Positive | None = None
+    """Side of the vision tower's patches in pixels."""
+    layers: Positive | None = None
+    """Number of the vision tower's layers; stated here, the layer picks are checked before anything is downloaded."""
+
+
+class HubModel(PreparedModel):
+    """A model repository of the Hugging Face hub at a pinned revision."""
+
+    NOT_IN_RECIPE: ClassVar[frozenset[str]] = frozenset({"bytes", "image_size", "patch_size", "layers"})
+
+    kind: Literal["hub"]
+    repo: Annotated[str, Field(pattern=r"^[\w.-]+(/[\w.-]+)?$")]
+    """Repository, `owner/name`."""
+    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{7,40}$")]
+    """The commit, in hex: a branch can change under a long training."""
+    bytes: Positive | None = None
+    """Size of the download, for the plan."""
+    ignore: tuple[str, ...] = (
+        "*.msgpack",
+        "*.h5",
+        "*.onnx",
+        "*.ot",
+        "*.md",
+        "*.gguf",
+        "flax_model*",
+        "tf_model*",
+    )
+    """File patterns that are not downloaded."""
+
+
+class PathModel(PreparedModel):
+    """A model folder that you already have (a snapshot folder of a hub cache works too)."""
+
+    NOT_IN_RECIPE: ClassVar[frozenset[str]] = frozenset({"image_size", "patch_size", "layers"})
+
+    kind: Literal["path"]
+    path: str
+    """The folder, with a `config.json` and the weights in it. It is not changed."""
+
+
+ModelSpec = Annotated[HubModel | PathModel | ShapesLlm | ShapesTower, Field(discriminator="kind")]
+
+
+class ModelSection(StrictModel):
+    """Which models an experiment is built from."""
+
+    llm: str
+    """Name of a model with `role: llm`."""
+    vision_tower: str
+    """Name of a model with `role: vision_tower`."""
+    projector_type: Annotated[str, Field(pattern=r"^(linear|identity|mlp[1-9]\d?x_gelu)$")] = "mlp2x_gelu"
+    """The projector: `linear`, `identity` or `mlpNx_gelu`, as LLaVA names them."""
+    vision_feature_layer: Annotated[int, Field(strict=True)] = -2
+    """The tower's layer whose features are used; negative counts from the end. Ignored with
+    `use_multilayer_features`, which has its own picks."""
+    vision_feature_select: Literal["patch", "cls_patch"] = "patch"
+    """`patch` leaves out the class token, `cls_patch` keeps it."""

@@ -1,0 +1,125 @@
+"""Writes what is generated from the typed configuration: the JSON schema and the reference page.
+
+`python -m workflow_scripts.config.reference` writes both; `--check` only says whether they are up to date. Editors
+that read a `# yaml-language-server: $schema=` line complete and check configuration files with the schema.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from workflow_scripts.io import UserError, user_errors, write_text
+
+from .schema import Config
+
+ROOT = Path(__file__).parent.parent.parent
+SCHEMA, PAGE = "config/schema.json", "docs/config.md"
+INTRODUCTION = """# Configuration reference
+
+This page is generated from the typed configuration (`workflow_scripts/config/`); `make docs` writes it again. A key
+that is not listed here is an error. `config/config.yaml` is the demo, `config/llava-v1.5-7b.yaml` the full scale;
+`snakemake -n --configfile FILE` checks a file and shows what it would do.
+
+Relative paths are relative to the working folder.
+"""
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of a configuration file."""
+    schema = Config.model_json_schema()
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "llava-spatial-workflow configuration",
+        **schema,
+    }
+
+
+def type_name(field: dict[str, Any]) -> str:
+    """A field's type in plain English, with its limits; sections are links."""
+    if "$ref" in field:
+        name = field["$ref"].rsplit("/", 1)[-1]
+        return f"[{name}](#{name.lower()})"
+    options = field.get("anyOf") or field.get("oneOf")
+    if options:
+        return " or ".join(
+            dict.fromkeys(type_name(option) for option in options if option.get("type") != "null")
+        )
+    if "const" in field:
+        return f"`{field['const']}`"
+    if "enum" in field:
+        return " \\| ".join(f"`{value}`" for value in field["enum"])
+    kind = field.get("type")
+    if kind == "array":
+        items = field.get("items") or {}
+        return f"list of {type_name(items)}" if items else "list"
+    if kind == "object":
+        values = field.get("additionalProperties") or next(
+            iter(field.get("patternProperties", {}).values()), None
+        )
+        return f"name: {type_name(values)}" if isinstance(values, dict) else "section"
+    names = {"integer": "whole number", "number": "number", "boolean": "true or false", "string": "text"}
+    return f"{names.get(str(kind), 'any')}{_limits(field)}"
+
+
+def _limits(field: dict[str, Any]) -> str:
+    signs = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}
+    found = [f"{sign} {field[key]:g}" for key, sign in signs.items() if key in field]
+    return f" {' and '.join(found)}" if found else ""
+
+
+def _default(name: str, field: dict[str, Any], required: Sequence[str]) -> str:
+    if name in required:
+        return "**required**"
+    value = field.get("default")
+    if "default" not in field or value in ({}, []):
+        return ""
+    return f"`{json.dumps(value)}`"
+
+
+def _section(name: str, schema: dict[str, Any]) -> Iterator[str]:
+    yield f"\n## {name}\n"
+    if schema.get("description"):
+        yield " ".join(schema["description"].split()) + "\n"
+    yield "| key | type | default | meaning |\n| --- | --- | --- | --- |"
+    for key, field in schema.get("properties", {}).items():
+        meaning = " ".join(field.get("description", "").split()).replace("|", "\\|")
+        yield f"| `{key}` | {type_name(field)} | {_default(key, field, schema.get('required', []))} | {meaning} |"
+
+
+def reference_page() -> str:
+    """The reference page as Markdown."""
+    schema = json_schema()
+    lines = [INTRODUCTION, *_section("Config", schema)]
+    for name, section in schema["$defs"].items():
+        if section.get("type") == "object":
+            lines += _section(name, section)
+    return "\n".join(lines) + "\n"
+
+
+def generated() -> dict[str, str]:
+    """The generated files' texts by path."""
+    return {SCHEMA: json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n", PAGE: reference_page()}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Writes or checks the generated files."""
+    parser = argparse.ArgumentParser(prog="python -m workflow_scripts.config.reference", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail when a file is out of date")
+    arguments = parser.parse_args(argv)
+    with user_errors():
+        for name, text in generated().items():
+            path = ROOT / name
+            if path.is_file() and path.read_text(encoding="utf-8") == text:
+                continue
+            if arguments.check:
+                raise UserError(f"{name} is out of date; run `make docs`")
+            write_text(path, text)
+            print(f"wrote {name}")
+
+
+if __name__ == "__main__":
+    main()

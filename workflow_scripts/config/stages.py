@@ -1,0 +1,143 @@
+"""The two training stages and what an experiment may change about them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, create_model, model_validator
+
+from .base import StrictModel
+from .types import Integer, NonNegative, Positive, Rate, Share
+
+
+class LoraSpec(StrictModel):
+    """Low-rank adaptation of the LLM in stage 2; merged on export."""
+
+    r: Positive = 128
+    """Rank."""
+    alpha: Positive = 256
+    """Scale of the update: alpha / r."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Dropout before the low-rank update."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Which biases are trained."""
+
+
+class StageSpec(StrictModel):
+    """One training stage: its data, its recipe, and the kind of job that computes it."""
+
+    # How it is computed, shown or kept, not what it computes: these never make another run.
+    NOT_IN_RECIPE: ClassVar[frozenset[str]] = frozenset(
+        {
+            "compute",
+            "save_steps",
+            "save_total_limit",
+            "logging_steps",
+            "max_mismatch_share",
+            "min_supervised_share",
+            "report_to",
+        }
+    )
+
+    mixture: str
+    """Name of the mixture to train on."""
+    compute: str
+    """Name of the kind of job (section `compute`)."""
+    prompt_version: Literal["plain", "v1"]
+    """Conversation template: `plain` for captions (stage 1), `v1` for Vicuna's chat (stage 2)."""
+    image_aspect_ratio: Literal["square", "pad"] = "pad"
+    """`square`: resize and crop as CLIP does (LLaVA's stage 1). `pad`: pad to a square with the mean colour (stage 2)."""
+    learning_rate: Rate
+    """Peak learning rate."""
+    mm_projector_lr: Rate | None = None
+    """Another learning rate for the projector."""
+    epochs: Rate | None = None
+    """Passes over the mixture. Give either this or `max_steps`."""
+    max_steps: Positive | None = None
+    """Optimizer steps. Give either this or `epochs`."""
+    global_batch_size: Positive
+    """Samples in one optimizer step, over all GPUs. It is what counts for the result, so it stays when the number of
+    GPUs changes; accumulation follows from it."""
+    warmup_ratio: Share = 0.03
+    """Share of the steps in which the learning rate rises."""
+    scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup", "cosine_with_min_lr"] = (
+        "cosine"
+    )
+    """Learning-rate schedule after the warm-up."""
+    min_lr_rate: Share | None = None
+    """With `scheduler: cosine_with_min_lr`: where the rate ends, as a share of its peak."""
+    weight_decay: NonNegative = 0.0
+    """AdamW's weight decay."""
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """AdamW's first decay rate."""
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """AdamW's second decay rate."""
+    max_grad_norm: NonNegative = 1.0
+    """Gradient clipping; 0 turns it off."""
+    model_max_length: Positive = 2048
+    """Longest sequence in tokens, image tokens included; longer ones are cut."""
+    group_by_modality_length: bool = False
+    """Batches of samples of similar length, with and without pictures apart (LLaVA's stage 2)."""
+    seed: Integer = 42
+    """Seed of the initialisation and of the order of the data."""
+    train_projector: bool = True
+    """Train the projector. `false` freezes it (LLaVA's `freeze_mm_mlp_adapter`)."""
+    train_llm: bool | None = None
+    """Train the LLM. Left out: no in `pretrain`, yes in `finetune`."""
+    lora: LoraSpec | None = None
+    """Train low-rank updates of the LLM instead of all its weights; only in `finetune`."""
+    save_steps: Positive = 500
+    """Full training state is saved every so many steps."""
+    save_total_limit: Positive = 2
+    """Saved states that are kept; the last complete one is never deleted."""
+    logging_steps: Positive = 1
+    """Metrics are written every so many steps."""
+    loss_normalization: Literal["micro_batch", "token"] = "micro_batch"
+    """`micro_batch`: the mean of the micro-batches' means, as LLaVA; `token`: the mean over all supervised tokens of the
+    step, which does not depend on the number of GPUs."""
+    min_supervised_share: Share = 0.01
+    """Training stops before it starts when fewer than this share of the tokens carry a label."""
+    max_mismatch_share: Share = 0.05
+    """Training stops before it starts when more than this share of the samples has no supervised token because
+    the template and the tokenizer disagree ("tokenization mismatch")."""
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
+    """Where metrics go besides `metrics.jsonl`."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> StageSpec:
+        if (self.epochs is None) == (self.max_steps is None):
+            found = "both" if self.epochs is not None else "neither"
+            raise ValueError(f"give either epochs or max_steps, found {found}")
+        if (self.scheduler == "cosine_with_min_lr") != (self.min_lr_rate is not None):
+            raise ValueError(
+                "scheduler: cosine_with_min_lr and min_lr_rate belong together; give both or neither"
+            )
+        if not self.train_projector and self.train_llm is False:
+            raise ValueError("train_projector and train_llm are both false: nothing would be trained")
+        return self
+
+
+def partial_model(model: type[StrictModel], name: str, doc: str) -> type[StrictModel]:
+    """A model with the same fields, all of them optional: what an experiment may override."""
+    fields: dict[str, Any] = {
+        key: (
+            Annotated[field.rebuild_annotation() | None, Field(description=field.description)],
+            None,
+        )
+        for key, field in model.model_fields.items()
+    }
+    return create_model(name, __base__=StrictModel, __doc__=doc, **fields)
+
+
+StageOverrides = partial_model(
+    StageSpec, "StageOverrides", "What an experiment changes about a stage; all fields are optional."
+)
+
+
+class Stages(StrictModel):
+    """The two stages of LLaVA's recipe."""
+
+    pretrain: StageSpec
+    """Stage 1: aligns the projector with the LLM on captions."""
+    finetune: StageSpec
+    """Stage 2: instruction tuning."""
