@@ -89,7 +89,8 @@ class Collator:
         image_token_id: the placeholder's id in the batch.
         block: the ids that stand for one image (see :func:`image_block`).
         pad_token_id: fills up rows; where it occurs inside a text it is dropped, as in LLaVA.
-        model_max_length: rows are cut to this many ids, before and after images are expanded. None: never.
+        model_max_length: rows are cut to this many ids after images are expanded. None: never.
+        text_max_length: and to this many before, each image counting one; None: as model_max_length.
         padding_side: `right` or `left`.
         packed: one row of all samples without padding, each attending to itself only.
     """
@@ -98,6 +99,7 @@ class Collator:
     block: Sequence[int]
     pad_token_id: int
     model_max_length: int | None = None
+    text_max_length: int | None = None
     padding_side: str = "right"
     packed: bool = False
 
@@ -124,7 +126,7 @@ class Collator:
 
     def assemble(self, sample: Mapping[str, Any]) -> Sequenced:
         """One sample, expanded and cut."""
-        limit = self.model_max_length
+        limit = self.text_max_length or self.model_max_length
         ids, labels = (_ints(sample[key])[:limit] for key in ("input_ids", "labels"))
         images = list(sample.get("images") or [])
         placeholders = ids.count(IMAGE_TOKEN_INDEX)

@@ -120,7 +120,7 @@ class ImagePreprocessor:
     def from_processor(cls, processor: Any, aspect_ratio: str | None = None) -> ImagePreprocessor:
         """From a CLIP or LLaVA image processor of transformers; without ``aspect_ratio`` its ``do_pad`` decides."""
         crop, size = processor.crop_size, processor.size
-        side, edge = crop["height"], size["shortest_edge"] if "shortest_edge" in size else None
+        side, edge = crop["height"], dict(size).get("shortest_edge")
         if side != crop["width"] or edge != side:
             raise ImageError(
                 f"the image processor resizes to {dict(size)} and crops to {dict(crop)}; equal square sizes are expected"
