@@ -1,0 +1,111 @@
+"""Checkpoints are complete or absent; a damaged one is seen and the one before it used."""
+
+import pytest
+
+from llava_ext import resume
+from llava_ext.resume import TrainingError
+
+
+def save(output_dir, step, content=b"weights"):
+    folder = resume.staging(output_dir, step)
+    (folder / "deep").mkdir(parents=True)
+    (folder / "weights.bin").write_bytes(content * 1000)
+    (folder / "deep" / "state.bin").write_bytes(content)
+    resume.seal(folder, output_dir / f"checkpoint-{step}", step, world_size=1)
+    return output_dir / f"checkpoint-{step}"
+
+
+def test_sealed_checkpoint_is_good(tmp_path):
+    path = save(tmp_path, 10)
+    assert resume.last_good(tmp_path) == resume.Checkpoint(path, 10)
+    assert resume.Checkpoint(path, 10).facts["world_size"] == 1
+    assert not list(tmp_path.glob(".saving*"))
+
+
+def flip_a_byte(path):
+    data = bytearray((path / "weights.bin").read_bytes())
+    data[500] ^= 1
+    (path / "weights.bin").write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: (path / "weights.bin").write_bytes(b"short"),
+        lambda path: (path / "deep" / "state.bin").unlink(),
+        lambda path: (path / resume.MARKER).unlink(),
+        lambda path: (path / resume.MARKER).write_text('{"step": 20, "fi'),
+        flip_a_byte,
+    ],
+)
+def test_damaged_newest_is_set_aside_and_the_one_before_used(tmp_path, damage, capsys):
+    save(tmp_path, 10)
+    damage(save(tmp_path, 20))
+    assert resume.last_good(tmp_path).step == 10
+    assert (tmp_path / "damaged-checkpoint-20").is_dir()
+    assert "checkpoint-20: not usable" in capsys.readouterr().err
+
+
+def test_order_is_by_step_not_by_name_or_time(tmp_path):
+    save(tmp_path, 100)
+    save(tmp_path, 9)
+    assert resume.last_good(tmp_path).step == 100
+
+
+def test_unfinished_save_is_invisible_and_cleared(tmp_path):
+    save(tmp_path, 10)
+    stale = resume.staging(tmp_path, 20)
+    stale.mkdir()
+    (stale / "weights.bin").write_bytes(b"half")
+    assert resume.last_good(tmp_path).step == 10
+    resume.clear_staging(tmp_path)
+    assert not stale.exists()
+
+
+def test_pruning_never_counts_a_damaged_one(tmp_path):
+    for step in (10, 20, 30):
+        save(tmp_path, step)
+    (tmp_path / "checkpoint-30" / "weights.bin").unlink()
+    resume.prune(tmp_path, 1)
+    assert resume.last_good(tmp_path).step == 20
+    assert not (tmp_path / "checkpoint-10").exists()
+
+
+def test_pruning_keeps_all_without_a_limit(tmp_path):
+    for step in (10, 20):
+        save(tmp_path, step)
+    resume.prune(tmp_path, None)
+    assert [item.step for item in resume.checkpoints(tmp_path)] == [20, 10]
+
+
+def test_another_configuration_is_refused_by_key(tmp_path):
+    resume.check_identity(tmp_path, {"learning_rate": 1e-3, "seed": 1})
+    resume.check_identity(tmp_path, {"learning_rate": 2e-3, "seed": 1})  # nothing was trained yet
+    save(tmp_path, 10)
+    with pytest.raises(TrainingError, match=r"learning_rate: 0.002 when it was started, now 0.005"):
+        resume.check_identity(tmp_path, {"learning_rate": 5e-3, "seed": 1})
+    resume.check_identity(tmp_path, {"learning_rate": 2e-3, "seed": 1})
+
+
+def test_finished_means_that_the_files_are_there(tmp_path):
+    assert resume.finished(tmp_path) is None
+    final = tmp_path / ".saving-final"
+    final.mkdir()
+    (final / "model.safetensors").write_bytes(b"x" * 10)
+    digests, sizes = resume.publish(final, tmp_path)
+    resume.write_result(tmp_path, "finished", 5, files=digests, bytes=sizes)
+    assert resume.finished(tmp_path)["step"] == 5
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    assert resume.finished(tmp_path) is None
+    resume.write_result(tmp_path, "interrupted", 5)
+    assert resume.finished(tmp_path) is None
+
+
+def test_folder_digest_sees_content_and_not_the_place(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / "README.md").write_text(name)
+    assert resume.folder_digest(tmp_path / "a") == resume.folder_digest(tmp_path / "b")
+    (tmp_path / "b" / "config.json").write_text("[]")
+    assert resume.folder_digest(tmp_path / "a") != resume.folder_digest(tmp_path / "b")
