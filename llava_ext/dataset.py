@@ -92,3 +92,15 @@ class EncodedSamples(Dataset[dict[str, Any]]):
         record = self.store.record(index)
         image = record.get("image") or "no image"
         return f"record {index} (id {record.get('id')!r}, source {self.store.source(index)}, {image})"
+
+
+class IndexedCollator:
+    """A collator whose batches also say which samples they hold (``indices``), for messages."""
+
+    def __init__(self, collate: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
+        self.collate = collate
+
+    def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = self.collate(items)
+        batch["indices"] = [item["index"] for item in items]
+        return batch

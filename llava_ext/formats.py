@@ -351,3 +351,14 @@ def is_original(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     return "mm_vision_tower" in config
+
+
+def check_interventions(mine: Interventions, theirs: Interventions, what: str) -> None:
+    """Refuses weights that were trained with other interventions, naming each key that differs."""
+    differing = mine.differences(theirs)
+    if differing:
+        raise TrainingError(
+            f"{what}: was trained with other interventions (this model against that one):\n  "
+            + "\n  ".join(differing)
+            + "\nGive the same flags, or train stage 1 with these."
+        )
