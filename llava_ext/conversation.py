@@ -153,15 +153,15 @@ def chat_template(version: str) -> str | None:
     return (
         f"{{{{ {style.system + style.separators[0]!r} }}}}"
         "{% for message in messages %}"
-        f"{{% if message['role'] == 'user' %}}{{{{ '{human}: ' }}}}{{% else %}}{{{{ '{gpt}: ' }}}}{{% endif %}}"
-        "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-        "{% set text = message['content'] | selectattr('type', 'equalto', 'text') | map(attribute='text') | join('') %}"
-        "{% set images = message['content'] | selectattr('type', 'equalto', 'image') | list %}"
-        "{% for image in images %}{{ '<image> ' }}{% if text and loop.last %}{{ '\\n' }}{% endif %}{% endfor %}"
-        "{{ text }}{% endif %}"
-        f"{{% if message['role'] == 'user' %}}{{{{ {style.separators[0]!r} }}}}{{% else %}}{{{{ {style.separators[1]!r} }}}}{{% endif %}}"
-        "{% endfor %}"
-        f"{{% if add_generation_prompt %}}{{{{ '{gpt}:' }}}}{{% endif %}}"
+        f"{{% set human = message['role'] == 'user' %}}{{{{ {human!r} if human else {gpt!r} }}}}{{{{ ':' }}}}"
+        "{% set parts = [{'type': 'text', 'text': message['content']}] if message['content'] is string else message['content'] %}"
+        "{% set text = parts | selectattr('type', 'equalto', 'text') | map(attribute='text') | join('') %}"
+        "{% set images = parts | selectattr('type', 'equalto', 'image') | list %}"
+        "{% if text or images %}"
+        "{{ ' ' }}{% for image in images %}{{ '<image> ' }}{% if text and loop.last %}{{ '\\n' }}{% endif %}{% endfor %}"
+        f"{{{{ text }}}}{{{{ {style.separators[0]!r} if human else {style.separators[1]!r} }}}}"
+        "{% endif %}{% endfor %}"
+        f"{{% if add_generation_prompt %}}{{{{ {gpt + ':'!r} }}}}{{% endif %}}"
     )
 
 
