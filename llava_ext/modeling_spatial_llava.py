@@ -318,7 +318,7 @@ class SpatialLlavaModel(LlavaModel):
             position_ids = args[1] if len(args) > 1 else kwargs["position_ids"]
             return table(module, hidden_states, position_ids, is_image, counts, side, output)
 
-        handle = self.language_model.rotary_emb.register_forward_hook(replace, with_kwargs=True)
+        handle = self.language_model.rotary_emb.register_forward_hook(replace, with_kwargs=True, prepend=True)
         try:
             yield
         finally:
