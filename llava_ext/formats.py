@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from .interventions import (
     DEFAULT_LAYERS,
@@ -33,7 +33,7 @@ from .interventions import (
     VICUNA_7B_SCALE,
     Interventions,
 )
-from .resume import TrainingError
+from .resume import TrainingError, write_json
 
 State = dict[str, torch.Tensor]
 
@@ -362,3 +362,198 @@ def check_interventions(mine: Interventions, theirs: Interventions, what: str) -
             + "\n  ".join(differing)
             + "\nGive the same flags, or train stage 1 with these."
         )
+
+
+# ---- loading ----------------------------------------------------------------------------------------------------
+
+
+def load_original(
+    folder: str | Path,
+    dtype: torch.dtype | None = torch.float32,
+    attn_implementation: str | None = None,
+    model_max_length: int = 2048,
+    llm: str | Path | None = None,
+    tower: str | Path | None = None,
+) -> tuple[Any, Any, Any]:
+    """Model, tokenizer and image processor of an original LLaVA folder: a whole checkpoint, or a projector for a base LLM.
+
+    Args:
+        folder: with ``config.json`` and either all weights or ``mm_projector.bin``.
+        llm: the base LLM of a projector; default: what the config names, if it is a folder.
+        tower: the vision tower; default: what the config names.
+
+    Raises:
+        TrainingError: something is missing; the message says which argument gives it.
+    """
+    from . import build
+
+    path = Path(folder)
+    described = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    vision_folder = find_model(described.get("mm_vision_tower"), tower, path, "vision tower", "--tower")
+    vision = build.load_tower(vision_folder, dtype, attn_implementation)
+    interventions = interventions_from_original(described, vision.config.image_size // vision.config.patch_size)
+    fields = {
+        "projector_type": described.get("mm_projector_type", "linear"),
+        "vision_feature_layer": int(described.get("mm_vision_select_layer", -2)),
+        "vision_feature_select_strategy": "full" if described.get("mm_vision_select_feature") == "cls_patch" else "default",
+        "image_aspect_ratio": described.get("image_aspect_ratio"),
+        "prompt_version": "v1",
+    }
+    whole = any((path / name).is_file() for name in WEIGHT_FILES)
+    projector = read_projector(path)
+    if whole:
+        language = _load_language_model(path, described, dtype, attn_implementation)
+        text_folder: Path = path
+    else:
+        text_folder = find_model(described.get("_name_or_path"), llm, path, "base LLM", "--llm")
+        language = build.load_llm(text_folder, dtype, attn_implementation)
+    model = _join(language, vision, interventions, fields, build.load_tokenizer(text_folder, model_max_length), vision_folder)
+    module = model.model.multi_modal_projector
+    check_projector(projector, {name: list(value.shape) for name, value in module.named_parameters()}, str(path))
+    module.load_state_dict(projector)
+    module.to(language.dtype)
+    return model, build.load_tokenizer(text_folder, model_max_length), build.load_image_processor(vision_folder)
+
+
+def _join(
+    language: Any, vision: Any, interventions: Interventions, fields: Mapping[str, Any], tokenizer: Any, vision_folder: Path
+) -> Any:
+    """The model around a loaded LLM and tower, with a projector that is still to be filled."""
+    from . import build
+    from .configuration_spatial_llava import SpatialLlavaConfig
+
+    chosen = build.resolve_statistics(interventions, language.get_input_embeddings(), len(tokenizer))
+    processor = build.load_image_processor(vision_folder)
+    config = SpatialLlavaConfig(
+        vision_config=vision.config,
+        text_config=language.config,
+        image_token_index=build.image_token_id(tokenizer),
+        tie_word_embeddings=language.config.tie_word_embeddings,
+        image_mean=list(processor.image_mean),
+        image_std=list(processor.image_std),
+        **chosen.to_dict(),
+        **fields,
+    )
+    return build._assembled(config, language, vision)
+
+
+def _load_language_model(
+    folder: Path, described: Mapping[str, Any], dtype: torch.dtype | None, attn_implementation: str | None
+) -> Any:
+    """The LLM inside a whole original checkpoint."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from . import build
+
+    kind = str(described.get("model_type", "")).removeprefix("llava_").removesuffix("2d")
+    kind = "llama" if kind == "llava" else kind
+    if kind not in ("llama", "mistral"):
+        raise TrainingError(f"{folder}: model_type {described.get('model_type')!r}: allowed are llava_llama and llava_mistral")
+    kept = {
+        key: value
+        for key, value in described.items()
+        if not key.startswith("mm_") and key not in ("model_type", "architectures", OWN_KEY, "torch_dtype", *FIELD_NAMES)
+    }
+    config = AutoConfig.for_model(kind, **kept)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        str(folder),
+        config=config,
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+        trust_remote_code=False,
+        output_loading_info=True,
+    )
+    build._require_complete(folder, info, unexpected=False)
+    return model
+
+
+def find_model(named: Any, given: str | Path | None, beside: Path, what: str, flag: str) -> Path:
+    """A model folder: the one given, the one named (also relative to a parent of ``beside``), or the hub's snapshot."""
+    if given is not None:
+        if not Path(given).is_dir() and str(given).count("/") != 1:
+            raise TrainingError(f"{flag} {given}: no such folder")
+        named = str(given)
+    if not named:
+        raise TrainingError(f"{beside}: its config.json does not name its {what}; give {flag}")
+    for root in (Path(), *beside.resolve().parents):
+        if (root / str(named) / "config.json").is_file():
+            return root / str(named)
+    from .arguments import resolve_model
+
+    try:
+        return resolve_model(str(named), flag.lstrip("-"), None)
+    except TrainingError as error:
+        raise TrainingError(f"{beside}: its {what} is {named!r}, which is not here; give {flag} ({error})") from error
+
+
+# ---- exporting --------------------------------------------------------------------------------------------------
+
+
+def export_original(
+    model: Any,
+    tokenizer: Any,
+    folder: str | Path,
+    settings: Mapping[str, Any],
+    projector_only: bool = False,
+) -> None:
+    """Writes a model in the original layout.
+
+    Args:
+        model: one of ours, whole, as :func:`llava_ext.build.load_model` gives it.
+        settings: LLaVA's config fields that a model does not know, at least ``mm_vision_tower``.
+        projector_only: ``mm_projector.bin`` and ``config.json``, for LLaVA's ``model_base`` loading.
+    """
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    config = model.config
+    known = {
+        "mm_projector_type": config.projector_type,
+        "mm_vision_select_layer": config.vision_feature_layer,
+        "mm_vision_select_feature": "cls_patch" if config.keeps_cls else "patch",
+        "image_aspect_ratio": config.image_aspect_ratio,
+        "mm_projector_lr": None,
+        "tune_mm_mlp_adapter": projector_only,
+        "freeze_mm_mlp_adapter": False,
+        "tokenizer_model_max_length": tokenizer.model_max_length,
+        "torch_dtype": str(model.dtype).removeprefix("torch."),
+    }
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    tensors = state_to_original(state, config.interventions)
+    if projector_only:
+        tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(ORIGINAL_PROJECTOR)}
+        torch.save(tensors, target / "mm_projector.bin")
+        save_file(tensors, target / "mm_projector.safetensors", metadata={"format": "pt"})
+    else:
+        _save_sharded(tensors, target)
+        tokenizer.save_pretrained(str(target))
+        model.generation_config.save_pretrained(str(target))
+    described = config_to_original(
+        json.loads(config.text_config.to_json_string(use_diff=False)),
+        json.loads(config.vision_config.to_json_string(use_diff=False)),
+        config.interventions,
+        known | dict(settings),
+    )
+    write_json(target / "config.json", described)
+
+
+def _save_sharded(tensors: State, folder: Path, shard_bytes: int = 5 * 10**9) -> None:
+    """``model.safetensors``, or numbered shards with their index when it would be too large."""
+    shards: list[State] = [{}]
+    room = shard_bytes
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        if size > room and shards[-1]:
+            shards.append({})
+            room = shard_bytes
+        shards[-1][name] = tensor
+        room -= size
+    if len(shards) == 1:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    places: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        places |= dict.fromkeys(shard, file)
+    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places})
