@@ -31,7 +31,9 @@ def acquire(name: str, spec: Spec, manifest: Path) -> dict[str, Any]:
 
         found = describe_local(spec, folder)
     else:
-        raise UserError(f"kind {spec.kind} can't be fetched yet")
+        from workflow_scripts.remote_files import fetch_source
+
+        found = fetch_source(spec, folder)
     found.setdefault("images", None)
     found.setdefault("annotations", [])
     result = {"name": name, "kind": spec.kind, **found, "digest": content_digest(found)}
