@@ -137,7 +137,7 @@ class Server:
         serve(request, resource, head)
 
 
-def serve(request, resource, head=False):
+def serve(request, resource, head=False, **extra):
     """Answers one request for a resource, with ranges, or with the next fault."""
     fault = None if head or not resource.faults else resource.faults.pop(0)
     if fault and fault.kind == "status":
@@ -152,7 +152,7 @@ def serve(request, resource, head=False):
     asked = request.headers.get("Range")
     condition = request.headers.get("If-Range")
     same = condition is None or not resource.honours_if_range or condition in (resource.etag, resource.last_modified)
-    headers = {"ETag": resource.etag, "Last_Modified": resource.last_modified}
+    headers = {"ETag": resource.etag, "Last_Modified": resource.last_modified, **extra}
     if asked and resource.ranges and same:
         begin = int(asked.removeprefix("bytes=").split("-")[0])
         if begin >= len(data):
@@ -282,11 +282,4 @@ class HubServer(Server):
             resource = self.files[name]
             entry = self.entry(name)
             resource.etag = f'"{entry["lfs"]["oid"] if self.lfs[name] else entry["oid"]}"'
-            original = request.send_response
-
-            def with_commit(status, message=None):
-                original(status, message)
-                request.send_header("X-Repo-Commit", self.commit)
-
-            request.send_response = with_commit
-            serve(request, resource, head)
+            serve(request, resource, head, X_Repo_Commit=self.commit)
