@@ -75,7 +75,7 @@ def list_tar(path: Path) -> Listing:
         with tarfile.open(path, "r:", errorlevel=2) as archive:
             while (info := archive.next()) is not None:
                 walk.add(info)
-                archive.members.clear()  # half a million TarInfo objects would be kept for nothing
+                archive.members.clear()  # type: ignore[attr-defined]  # half a million TarInfo objects would be kept for nothing
             _check_end(path, archive.offset, walk)
     except tarfile.TarError as error:
         raise _cut(path, f"it can't be read as a tar ({error})", walk.members) from None

@@ -60,11 +60,10 @@ def find_directory(path: Path, data: mmap.mmap | bytes) -> Directory:
         raise _broken(path, "it has no end-of-central-directory record")
     end = tail_start + at
     _, disk, first_disk, _, entries, size, offset, _ = EOCD.unpack_from(data, end)
-    if disk or first_disk:
-        if disk != 0xFFFF:
-            raise UserError(
-                f"{path}: one piece of a split zip; join the pieces with `zip -s 0 in.zip --out whole.zip`"
-            )
+    if (disk or first_disk) and disk != 0xFFFF:
+        raise UserError(
+            f"{path}: one piece of a split zip; join the pieces with `zip -s 0 in.zip --out whole.zip`"
+        )
     located = end - EOCD64_LOCATOR.size
     if located >= 0 and data[located : located + 4] == b"PK\6\7":
         end, entries, size, offset = _zip64(path, data, located)

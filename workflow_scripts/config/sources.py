@@ -65,6 +65,8 @@ class RemoteFile(StrictModel):
     """`images` (an archive, at most one a source), `annotations` (LLaVA JSON or JSON lines) or `other`."""
     bytes: Positive | None = None
     """Size; a download of another size is refused before it begins."""
+    about_gb: Annotated[float, Field(gt=0)] | None = None
+    """Size for the plan where the exact one is not known."""
     sha256: Sha256 = None
     """Hash; verified while the file streams in."""
     trust: Literal["publisher", "first_use"] = "publisher"
@@ -169,7 +171,7 @@ class PathSource(StrictModel):
     """A zip, a tar or a folder."""
     annotations: Paths = ()
     """LLaVA JSON or JSON-lines files."""
-    sha256: dict[str, Sha256] = {}
+    sha256: dict[str, Sha256] = Field(default_factory=dict)
     """Hashes to verify, by file name; without one a big archive is identified by its size and its table of
     contents, which takes no time."""
     expected_images: Positive | None = None
