@@ -449,12 +449,7 @@ def _load_language_model(
     kind = "llama" if kind == "llava" else kind
     if kind not in ("llama", "mistral"):
         raise TrainingError(f"{folder}: model_type {described.get('model_type')!r}: allowed are llava_llama and llava_mistral")
-    kept = {
-        key: value
-        for key, value in described.items()
-        if not key.startswith("mm_") and key not in ("model_type", "architectures", OWN_KEY, "torch_dtype", *FIELD_NAMES)
-    }
-    config = AutoConfig.for_model(kind, **kept)
+    config = AutoConfig.for_model(kind, **_text_fields(described, AutoConfig.for_model(kind).to_dict()))
     model, info = AutoModelForCausalLM.from_pretrained(
         str(folder),
         config=config,
@@ -465,6 +460,16 @@ def _load_language_model(
     )
     build._require_complete(folder, info, unexpected=False)
     return model
+
+
+def _text_fields(described: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    """The LLM's own fields of an original ``config.json``, with rotary settings as they are written today."""
+    fields = {key: value for key, value in described.items() if key in known and key not in ("model_type", "architectures")}
+    if "rope_parameters" not in fields:
+        scaling = dict(described.get("rope_scaling") or {})
+        kind = scaling.pop("type", None) or scaling.pop("rope_type", None) or "default"
+        fields["rope_parameters"] = {"rope_type": kind, "rope_theta": described.get("rope_theta", 10000.0), **scaling}
+    return fields
 
 
 def find_model(named: Any, given: str | Path | None, beside: Path, what: str, flag: str) -> Path:

@@ -115,7 +115,7 @@ def _make_model(arguments: Arguments, folders: dict[str, Path]) -> tuple[Any, An
     )
     if model_args.pretrain_mm_mlp_adapter:
         load_projector(model, Path(model_args.pretrain_mm_mlp_adapter))
-    model.config.use_cache = False
+    model.config.text_config.use_cache = False
     if training.lora_enable:
         model = add_adapters(
             model,
@@ -253,6 +253,9 @@ def write_final(
     if half is not None:
         state = {name: tensor.to(half) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     state = {name: tensor.detach().cpu() for name, tensor in state.items()}
+    # Off while training; a finished model generates with it.
+    model.config.text_config.use_cache = True
+    vars(model.config).pop("use_cache", None)
     if arguments.model.tune_mm_mlp_adapter:
         _write_projector(model, state, arguments, folders, folder)
     else:

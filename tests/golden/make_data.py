@@ -101,8 +101,7 @@ def _training(source: Path) -> None:
         shutil.copy(path, DATA / "generation")
     (DATA / "artefacts").mkdir()
     for path in (source / "artefacts").glob("*"):
-        if path.suffix == ".json" or path.name == "projector_keys_all_configs.txt":
-            shutil.copy(path, DATA / "artefacts")
+        shutil.copy(path, DATA / "artefacts")
 
 
 def _write(path: Path, value: object) -> None:
