@@ -129,7 +129,7 @@ def inflate(packed: bytes, size: int) -> bytes:
     decoder = isal_zlib.decompressobj(-15)
     try:
         data: bytes = decoder.decompress(packed, size + 1)
-    except zlib.error as error:
+    except (isal_zlib.error, zlib.error) as error:  # type: ignore[misc]
         raise DamagedMember(f"its deflate data are damaged ({error})") from None
     if len(data) != size:
         raise DamagedMember(
