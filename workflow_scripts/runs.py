@@ -228,7 +228,9 @@ class Plan:
     def export_spec(self, name: str) -> dict[str, Any]:
         """What the export has to know."""
         experiment = self.experiment_of("export", name)
-        return {"interventions": experiment.flags, "prompt_version": experiment.finetune.prompt_version}
+        tower = experiment.model.vision_tower
+        named = getattr(self.config.models[tower], "repo", f"models/{tower}/model")
+        return {"interventions": experiment.flags, "vision_tower": named}
 
     def checkpoint_spec(self, name: str) -> dict[str, Any]:
         """What stands in `experiments/<name>/checkpoint.json` besides what the manifests say."""

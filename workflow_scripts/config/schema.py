@@ -178,8 +178,6 @@ def _check_stage(config: Config, experiment: Experiment, name: str, where: str) 
     yield from _reference(f"{where}.compute", stage.compute, "compute", config.compute)
     if name == "pretrain" and stage.lora is not None:
         yield Problem(f"{where}.lora", "a LoRA", "nothing in stage 1", "move it to finetune")
-    if name == "pretrain" and stage.train_llm:
-        yield Problem(f"{where}.train_llm", True, "false: stage 1 trains only the projector", "leave it out")
     if name == "pretrain" and not stage.train_projector:
         yield Problem(
             f"{where}.train_projector", False, "true: stage 1 trains only the projector", "leave it out"

@@ -81,9 +81,7 @@ class StageSpec(StrictModel):
     seed: Integer = 42
     """Seed of the initialisation and of the order of the data."""
     train_projector: bool = True
-    """Train the projector. `false` freezes it (LLaVA's `freeze_mm_mlp_adapter`)."""
-    train_llm: bool | None = None
-    """Train the LLM. Left out: no in `pretrain`, yes in `finetune`."""
+    """Train the projector. `false` freezes it in stage 2 (LLaVA's `freeze_mm_mlp_adapter`)."""
     lora: LoraSpec | None = None
     """Train low-rank updates of the LLM instead of all its weights; only in `finetune`."""
     save_steps: Positive = 500
@@ -112,8 +110,6 @@ class StageSpec(StrictModel):
             raise ValueError(
                 "scheduler: cosine_with_min_lr and min_lr_rate belong together; give both or neither"
             )
-        if not self.train_projector and self.train_llm is False:
-            raise ValueError("train_projector and train_llm are both false: nothing would be trained")
         return self
 
 

@@ -1,0 +1,92 @@
+"""The history of a training's attempts, one JSON object a line, and the end of those that lead nowhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from workflow_scripts.io import UserError
+
+from . import slurm
+
+ATTEMPTS = "attempts.jsonl"
+
+
+def read_attempts(state: Path) -> list[dict[str, Any]]:
+    """All attempts, each with what is known about its end; half-written lines are left out."""
+    found: dict[int, dict[str, Any]] = {}
+    try:
+        lines = (state / ATTEMPTS).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return []
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        found.setdefault(row["attempt"], {}).update(row)
+    return list(found.values())
+
+
+def append(state: Path, row: Mapping[str, Any]) -> None:
+    """Adds one line, in one write."""
+    line = json.dumps(row, sort_keys=True) + "\n"
+    with (state / ATTEMPTS).open("ab", buffering=0) as stream:
+        stream.write(line.encode())
+        os.fsync(stream.fileno())
+
+
+def saved_step(state: Path) -> int:
+    """The step of the newest complete checkpoint, 0 when there is none."""
+    steps = [0]
+    for folder in state.glob("checkpoint-*"):
+        number = folder.name.removeprefix("checkpoint-")
+        if number.isdigit() and (folder / "complete.json").is_file():
+            steps.append(int(number))
+    return max(steps)
+
+
+def refuse_if_stuck(state: Path, attempts: list[dict[str, Any]], allowed: int) -> None:
+    """Raises UserError when the last ``allowed`` attempts failed without saving anything new."""
+    step = saved_step(state)
+    last = attempts[-allowed:]
+    stuck = [
+        row for row in last if row.get("outcome", "killed") != "finished" and row.get("from_step") == step
+    ]
+    if len(last) < allowed or len(stuck) < allowed:
+        return
+    logs = last[-1].get("log", "")
+    causes = ", ".join(str(row.get("outcome", "killed")) for row in last)
+    raise UserError(
+        f"{state}: the last {allowed} attempts ({causes}) saved nothing beyond step {step}, so no further one is started. "
+        f"The last one's log: {state / logs}. Mend the cause (memory? time limit shorter than save_steps?), "
+        f"then delete {state / ATTEMPTS} and start again"
+    )
+
+
+def begin(state: Path, attempts: list[dict[str, Any]], host: str | None = None) -> dict[str, Any]:
+    """Records the start of an attempt and returns its row."""
+    number = max((row["attempt"] for row in attempts), default=0) + 1
+    row = {
+        "attempt": number,
+        "started": time.time(),
+        "host": host or socket.gethostname(),
+        "job": slurm.job_id(),
+        "from_step": saved_step(state),
+        "log": f"logs/attempt-{number:03d}.log",
+    }
+    append(state, row)
+    return row
+
+
+def end(state: Path, row: Mapping[str, Any], outcome: str) -> None:
+    """Records how an attempt ended: `finished`, `interrupted` (saved, to be continued) or `failed (STATUS)`."""
+    append(
+        state,
+        {"attempt": row["attempt"], "ended": time.time(), "outcome": outcome, "to_step": saved_step(state)},
+    )

@@ -1,0 +1,149 @@
+"""One training, one owner: who computes a run, whether it is still alive, and how it is taken over.
+
+After a crash of Snakemake its jobs go on; the same training is then started again while the old one runs. The new
+one asks the old one to save, waits until it is gone, and continues from what it saved.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from workflow_scripts.io import UserError, read_json, write_json
+
+from . import slurm
+
+OWNER = "owner.json"
+PATIENCE_S = 300.0
+
+
+def process_start(pid: int) -> str | None:
+    """When a process started (clock ticks since boot), so that a reused pid is not taken for it; None when it is dead."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in ("Z", "X") else fields[19]
+
+
+def descendants(pid: int) -> list[int]:
+    """All living processes below ``pid``, whatever their session."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if fields[0] not in ("Z", "X"):
+                children.setdefault(int(fields[1]), []).append(int(entry.name))
+    found: list[int] = []
+    waiting = [pid]
+    while waiting:
+        below = children.get(waiting.pop(), [])
+        found += below
+        waiting += below
+    return found
+
+
+def signal_tree(pid: int, number: int) -> None:
+    """Sends a signal to everything below ``pid`` and to ``pid`` itself."""
+    for target in [*descendants(pid), pid]:
+        try:
+            os.kill(target, number)
+        except ProcessLookupError:
+            continue
+
+
+class Ownership:
+    """The claim of this process on a state folder."""
+
+    def __init__(self, state: Path) -> None:
+        self.path = state / OWNER
+        self.mine = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "start": process_start(os.getpid()),
+            "job": slurm.job_id(),
+            "trainer": None,
+            "trainer_start": None,
+        }
+
+    def claim(self) -> None:
+        """Becomes the owner, after the former one has saved and ended. Raises UserError when it can't be reached."""
+        if self.path.is_file():
+            other = read_json(self.path)
+            if not self._is_me(other):
+                self._take_over(other)
+        write_json(self.path, self.mine)
+        time.sleep(0.05)
+        if not self._is_me(read_json(self.path)):
+            raise UserError(
+                f"{self.path}: two jobs started this training at the same time; the other one has it"
+            )
+
+    def record_trainer(self, pid: int) -> None:
+        """Notes the training process, which may outlive the launcher."""
+        self.mine.update(trainer=pid, trainer_start=process_start(pid))
+        write_json(self.path, self.mine)
+
+    def release(self) -> None:
+        """Gives the claim up, if it is still this process's."""
+        if self.path.is_file() and self._is_me(read_json(self.path)):
+            self.path.unlink(missing_ok=True)
+
+    def _is_me(self, other: dict[str, Any]) -> bool:
+        return all(other.get(key) == self.mine[key] for key in ("host", "pid", "start", "job"))
+
+    def _take_over(self, other: dict[str, Any]) -> None:
+        job = str(other.get("job") or "")
+        if job and job != self.mine["job"]:
+            self._take_over_job(job)
+        elif other.get("host") == self.mine["host"]:
+            for key in ("pid", "trainer"):
+                self._end_local(other.get(key), other.get(f"{key}_start" if key == "trainer" else "start"))
+        elif not job:
+            raise UserError(
+                f"{self.path}: {other.get('host')} (process {other.get('pid')}) may still be computing this training; "
+                f"end it there, or delete the file when that machine is gone"
+            )
+
+    def _take_over_job(self, job: str) -> None:
+        alive = slurm.job_is_alive(job)
+        if alive is None:
+            raise UserError(
+                f"{self.path}: Slurm job {job} owns this training and Slurm does not answer; try again later"
+            )
+        if alive:
+            print(f"Slurm job {job} is still computing this training: asking it to save and end", flush=True)
+            if not slurm.cancel(job, PATIENCE_S):
+                raise UserError(
+                    f"{self.path}: Slurm job {job} does not end; cancel it (scancel {job}) and start again"
+                )
+
+    def _end_local(self, pid: Any, start: Any) -> None:
+        """Lets a process of this machine save and end."""
+        if not isinstance(pid, int) or process_start(pid) is None or process_start(pid) != start:
+            return
+        print(f"process {pid} is still computing this training: asking it to save and end", flush=True)
+        signal_tree(pid, signal.SIGTERM)
+        deadline = time.monotonic() + PATIENCE_S
+        while process_start(pid) == start:
+            if time.monotonic() > deadline:
+                signal_tree(pid, signal.SIGKILL)
+                deadline += 30
+            time.sleep(0.2)
+
+
+def alive(owner: dict[str, Any]) -> bool:
+    """Whether an owner is known to be computing: on this machine by its process, elsewhere by its Slurm job."""
+    if owner.get("host") == socket.gethostname():
+        pairs = ((owner.get("pid"), owner.get("start")), (owner.get("trainer"), owner.get("trainer_start")))
+        return any(
+            isinstance(pid, int) and process_start(pid) == start and start is not None for pid, start in pairs
+        )
+    return bool(owner.get("job")) and slurm.job_is_alive(str(owner["job"])) is True

@@ -1,0 +1,167 @@
+"""Checks on every machine of a job before a model is loaded: GPUs, versions, shared paths, the way to the first machine.
+
+`python -m workflow_scripts.launching.preflight --expect JSON` runs on each machine and writes what it found beside the
+training's state; the launcher reads the answers and names the machine that fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from workflow_scripts.config.compute import ComputeSpec
+from workflow_scripts.io import UserError, write_json
+
+from .command import Nodes, srun
+
+PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "safetensors", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and of the packages that training depends on; absent ones are left out."""
+    found = {"python": sys.version.split()[0]}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def gpu_names() -> list[str]:
+    """The GPUs that this process may use, by name, without loading torch."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    done = subprocess.run(
+        ["nvidia-smi", "--query-gpu=index,uuid,name", "--format=csv,noheader"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    rows = [
+        [cell.strip() for cell in line.split(",")]
+        for line in done.stdout.splitlines()
+        if line.count(",") >= 2
+    ]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return [row[2] for row in rows]
+    allowed = [item.strip() for item in visible.split(",")]
+    return [row[2] for row in rows if row[0] in allowed or row[1] in allowed]
+
+
+def expectations(
+    compute: ComputeSpec, paths: Sequence[Path], address: str, token: Path | None
+) -> dict[str, Any]:
+    """What each machine must have."""
+    return {
+        "gpus": compute.gpus_per_node,
+        "versions": versions(),
+        "paths": [str(path.absolute()) for path in paths],
+        "address": address,
+        "token": str(token.absolute()) if token else None,
+        "value": token.read_text() if token else None,
+    }
+
+
+def problems_here(expected: Mapping[str, Any]) -> list[str]:
+    """What this machine lacks, in words."""
+    found = []
+    gpus = gpu_names() if expected["gpus"] else []
+    if len(gpus) < expected["gpus"]:
+        found.append(
+            f"{len(gpus)} GPUs are visible, {expected['gpus']} are needed (nvidia-smi, CUDA_VISIBLE_DEVICES)"
+        )
+    here = versions()
+    for name, wanted in expected["versions"].items():
+        if here.get(name) != wanted:
+            found.append(
+                f"{name} is {here.get(name, 'missing')}, the first machine has {wanted}: use one environment for all"
+            )
+    missing = [path for path in expected["paths"] if not Path(path).exists()]
+    if missing:
+        found.append(
+            f"{', '.join(missing)} can't be seen here: it must lie on a file system that all machines share"
+        )
+    token = expected["token"]
+    if token and (not Path(token).is_file() or Path(token).read_text() != expected["value"]):
+        found.append(
+            f"{token} is not the file that the first machine wrote: the working folder is not shared"
+        )
+    try:
+        socket.getaddrinfo(expected["address"], None)
+    except OSError:
+        found.append(f"the name of the first machine, {expected['address']}, can't be resolved here")
+    return found
+
+
+def check_all(compute: ComputeSpec, nodes: Nodes, paths: Sequence[Path], state: Path) -> None:
+    """Checks every machine. Raises UserError that names those which fail, and why."""
+    if compute.nodes == 1:
+        found = problems_here(expectations(compute, paths, "localhost", None))
+        if found:
+            raise UserError(f"{socket.gethostname()} can't compute this training:\n  " + "\n  ".join(found))
+        return
+    folder = state / "preflight"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    token = folder / "token"
+    token.write_text(f"{time.time_ns()}")
+    expected = json.dumps(expectations(compute, paths, nodes.address, token))
+    command = [*srun(compute.nodes, 1), "bash", "-c"]
+    command.append(f'exec "$0" -m {__name__} --node "$SLURMD_NODENAME" --expect "$1"')
+    done = subprocess.run(
+        [*command, sys.executable, expected], capture_output=True, text=True, timeout=300, check=False
+    )
+    _judge(nodes, folder, done)
+
+
+def _judge(nodes: Nodes, folder: Path, done: subprocess.CompletedProcess[str]) -> None:
+    lines = []
+    for name in nodes.names:
+        answer = folder / f"{name}.json"
+        if not answer.is_file():
+            lines.append(f"{name}: no answer")
+        else:
+            lines += [f"{name}: {problem}" for problem in json.loads(answer.read_text())["problems"]]
+    if lines or done.returncode:
+        said = (
+            f"\nsrun said: {done.stderr.strip()[-1000:]}" if done.returncode and done.stderr.strip() else ""
+        )
+        raise UserError(
+            "not all machines of the job can compute this training:\n  "
+            + "\n  ".join(lines or ["srun failed"])
+            + said
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Checks this machine and writes the answer beside the token."""
+    parser = argparse.ArgumentParser(prog=f"python -m {__name__}", description=__doc__)
+    parser.add_argument("--expect", required=True, help="what the machine must have, as JSON")
+    parser.add_argument("--node", default=socket.gethostname(), help="the machine's name in Slurm")
+    arguments = parser.parse_args(argv)
+    expected = json.loads(arguments.expect)
+    found = problems_here(expected)
+    folder = Path(expected["token"]).parent
+    if not folder.is_dir():  # not a shared file system: stderr is the only way to say so
+        print(
+            f"{arguments.node}: {folder} does not exist here; the working folder is not shared",
+            file=sys.stderr,
+        )
+        raise SystemExit(1)
+    write_json(folder / f"{arguments.node}.json", {"problems": found})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""What the launcher asks Slurm, and nothing when there is no Slurm."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Sequence
+
+from workflow_scripts.io import UserError
+
+from .command import Nodes
+
+GONE = {
+    "COMPLETED",
+    "CANCELLED",
+    "FAILED",
+    "TIMEOUT",
+    "PREEMPTED",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "BOOT_FAIL",
+    "DEADLINE",
+}
+
+
+def job_id() -> str:
+    """The Slurm job that this process runs in, or an empty text."""
+    return os.environ.get("SLURM_JOB_ID", "")
+
+
+def _output(command: Sequence[str], timeout: float = 30) -> str | None:
+    """The command's output, or None when it failed or does not exist."""
+    if shutil.which(command[0]) is None:
+        return None
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+    except subprocess.TimeoutExpired:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def job_is_alive(job: str) -> bool | None:
+    """Whether the job still runs or waits; None when Slurm does not answer."""
+    for _ in range(3):
+        # A job that squeue no longer knows makes it fail with "Invalid job id": ask for all and look.
+        states = _output(["squeue", "--noheader", "--states=all", "--format=%A %T"])
+        if states is not None:
+            found = [line.split()[1] for line in states.splitlines() if line.split()[0] == job]
+            return any(state not in GONE for state in found)
+        time.sleep(2)
+    return None
+
+
+def cancel(job: str, patience_s: float) -> bool:
+    """Asks the job to save and end, then insists. True when it is gone."""
+    _output(["scancel", "--signal=TERM", job])
+    deadline = time.monotonic() + patience_s
+    while time.monotonic() < deadline:
+        if job_is_alive(job) is False:
+            return True
+        time.sleep(2)
+    _output(["scancel", job])
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if job_is_alive(job) is False:
+            return True
+        time.sleep(2)
+    return False
+
+
+def seconds_left(job: str) -> int | None:
+    """Seconds until the job's time limit; None when there is none or Slurm does not say."""
+    text = _output(["squeue", "--noheader", f"--jobs={job}", "--format=%L"])
+    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(?:(\d+):)?(\d+)", text or "")
+    if not match:
+        return None
+    days, first, second, last = match.groups()
+    hours, minutes = (first, second) if second is not None else (None, first)
+    return ((int(days or 0) * 24 + int(hours or 0)) * 60 + int(minutes or 0)) * 60 + int(last)
+
+
+def job_nodes(job: str, wanted: int) -> Nodes:
+    """The machines of a job with several of them, from Slurm's own words: variables are stripped from job steps."""
+    shown = _output(["scontrol", "show", "job", "-o", job]) or ""
+    match = re.search(r"\bNodeList=(\S+)", shown)
+    names = (_output(["scontrol", "show", "hostnames", match.group(1)]) or "").split() if match else []
+    if len(names) != wanted:
+        raise UserError(
+            f"the job {job} has {len(names)} machines ({', '.join(names) or 'none found'}), the training needs {wanted}; "
+            "run it with `snakemake --profile slurm`, which asks for them"
+        )
+    return Nodes(tuple(names), _address(names[0]), 20000 + int(re.sub(r"\D", "", job)) % 20000, job)
+
+
+def _address(name: str) -> str:
+    """Where the first machine answers: its name where that resolves, else the address that Slurm uses."""
+    try:
+        socket.getaddrinfo(name, None)
+    except OSError:
+        shown = _output(["scontrol", "show", "node", "-o", name]) or ""
+        match = re.search(r"\bNodeAddr=(\S+)", shown)
+        return match.group(1) if match else name
+    return name

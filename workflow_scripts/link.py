@@ -1,0 +1,81 @@
+"""Gives a finished checkpoint its experiment's name: `experiments/<name>/checkpoint.json`, with links beside it.
+
+`checkpoint.json` is what a downstream workflow depends on; its paths are relative to its own folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from workflow_scripts.io import read_json, user_errors, write_json
+
+
+def relative_link(link: Path, target: Path) -> None:
+    """A relative symbolic link that replaces an older one in one step, so that the whole folder can be moved."""
+    temporary = link.with_name(f".{link.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(os.path.relpath(target.resolve(), link.parent.resolve()))
+    if link.is_dir() and not link.is_symlink():
+        raise IsADirectoryError(f"{link} is a folder, not a link: move it away")
+    temporary.replace(link)
+
+
+def link_experiment(
+    spec: Mapping[str, Any], pretrain: Path, finetune: Path, export: Path, manifest: Path
+) -> dict[str, Any]:
+    """Makes the links and writes `checkpoint.json`."""
+    folder = manifest.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    stages = {
+        name: (path.parent, read_json(path))
+        for name, path in (("pretrain", pretrain), ("finetune", finetune))
+    }
+    exported = read_json(export)
+    targets = {name: home / content["folder"] for name, (home, content) in stages.items()}
+    targets |= {name: export.parent / place for name, place in exported["folders"].items()}
+    for name, target in targets.items():
+        relative_link(folder / name, target)
+    content = {
+        **spec,
+        "paths": {
+            name: os.path.relpath(target.resolve(), folder.resolve()) for name, target in targets.items()
+        },
+        "loads_with": exported["loads_with"],
+        "digest": exported["digest"],
+        "training": {
+            name: {
+                "digest": found["digest"],
+                "step": found["step"],
+                "metrics": found["metrics"],
+                "inputs": found["inputs"],
+            }
+            for name, (_, found) in stages.items()
+        },
+    }
+    write_json(manifest, content)
+    return content
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Links one experiment."""
+    parser = argparse.ArgumentParser(prog="python -m workflow_scripts.link", description=__doc__)
+    parser.add_argument("--spec", required=True, help="what `Plan.checkpoint_spec` gives, as JSON")
+    for name in ("pretrain", "finetune", "export"):
+        parser.add_argument(f"--{name}", required=True, type=Path, help=f"the manifest of the {name} run")
+    parser.add_argument(
+        "--manifest", required=True, type=Path, help="the experiment's checkpoint.json, to be written"
+    )
+    options = parser.parse_args(argv)
+    with user_errors():
+        link_experiment(
+            json.loads(options.spec), options.pretrain, options.finetune, options.export, options.manifest
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Starts one step of the workflow with a log: `python -m workflow_scripts.step --log FILE STEP ARGUMENTS...`.
+
+What the step prints goes to the terminal and to the log. It stays one process, so that a signal to the job reaches the
+step itself. After a failure the last line names the log.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def _tee(log: Path) -> tuple[threading.Thread, int]:
+    """Sends file descriptors 1 and 2 through a thread that copies them to the old stderr and to ``log``."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    stream = log.open("ab", buffering=0)
+    terminal = os.dup(2)
+    reading, writing = os.pipe()
+    os.dup2(writing, 1)
+    os.dup2(writing, 2)
+    os.close(writing)
+
+    def copy() -> None:
+        with stream:
+            while piece := os.read(reading, 1 << 16):
+                stream.write(piece)
+                try:
+                    os.write(terminal, piece)
+                except OSError:  # the terminal is gone; the log goes on
+                    continue
+
+    thread = threading.Thread(target=copy, daemon=True)
+    thread.start()
+    return thread, terminal
+
+
+def run_step(name: str, arguments: Sequence[str], log: Path) -> int:
+    """Runs ``workflow_scripts.<name>.main(arguments)`` and returns its exit status."""
+    thread, terminal = _tee(log)
+    status: int | str | None = 1
+    try:
+        importlib.import_module(f"workflow_scripts.{name}").main(list(arguments))
+        status = 0
+    except SystemExit as stop:
+        status = stop.code
+    except BaseException:  # noqa: BLE001 - whatever it was, it belongs into the log
+        import traceback
+
+        traceback.print_exc()
+    code = status if isinstance(status, int) else 0 if status is None else 1
+    if isinstance(status, str):
+        print(status, file=sys.stderr)
+    if code:
+        print(f"the step {name} failed with status {code}; its log: {log}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(terminal, 1)
+    os.dup2(terminal, 2)
+    thread.join(timeout=5)
+    return code
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line: ``--log FILE STEP ARGUMENTS...``."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if len(arguments) < 3 or arguments[0] != "--log":
+        raise SystemExit("usage: python -m workflow_scripts.step --log FILE STEP [ARGUMENTS...]")
+    raise SystemExit(run_step(arguments[2], arguments[3:], Path(arguments[1])))
+
+
+if __name__ == "__main__":
+    main()
