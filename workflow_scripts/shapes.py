@@ -46,6 +46,7 @@ PHRASES = {
     "colour": ("Which colour is it?", "What is the colour of the shape?"),
     "count": ("How many shapes are there?",),
 }
+QUESTION_CYCLE = ("where", "shape", "colour", "count", "where")
 CAPTIONS = (
     "a {colour} {shape} at the {quadrant}",
     "at the {quadrant} there is a {colour} {shape}",
@@ -120,7 +121,7 @@ def _corners(
 def _draw_thing(draw: ImageDraw.ImageDraw, thing: Thing, rng: random.Random, side: int) -> None:
     """Draws into a canvas of ``side`` pixels, with random size, place and shade, inside the thing's quadrant."""
     half = side / 2
-    radius = half * rng.uniform(0.28, 0.42)
+    radius = half * rng.uniform(0.34, 0.46)
     row, column = thing.quadrant.split()
     x = rng.uniform(radius, half - radius) + (half if column == "right" else 0)
     y = rng.uniform(radius, half - radius) + (half if row == "bottom" else 0)
@@ -227,14 +228,24 @@ def _caption_records(name: str, image: str, scene: Scene, rng: random.Random) ->
     return [{"id": name, "image": image, "conversations": _turns([("Describe the picture.", caption)], True)}]
 
 
+def _question_kinds(rng: random.Random, turns: int) -> list[str]:
+    """Question types of a one-shape picture's turns.
+
+    The place takes longest to learn, so it is asked about twice in five turns, and first in half of the
+    pictures and more.
+    """
+    kinds = [QUESTION_CYCLE[i % len(QUESTION_CYCLE)] for i in range(turns)]
+    rng.shuffle(kinds)
+    if rng.random() < 0.5 and "where" in kinds:
+        kinds.remove("where")
+        kinds.insert(0, "where")
+    return kinds
+
+
 def _question_records(
     name: str, image: str, scene: Scene, rng: random.Random, turns: int
 ) -> list[dict[str, Any]]:
-    kinds = ["count"]
-    if len(scene.things) == 1:
-        # Every type before any type twice, in a random order.
-        rounds = [rng.sample(list(PHRASES), len(PHRASES)) for _ in range(math.ceil(turns / len(PHRASES)))]
-        kinds = [kind for once in rounds for kind in once][:turns]
+    kinds = _question_kinds(rng, turns) if len(scene.things) == 1 else ["count"]
     pairs = [(rng.choice(PHRASES[kind]), scene.answer(kind)) for kind in kinds]
     return [{"id": name, "image": image, "conversations": _turns(pairs, True)}]
 

@@ -143,7 +143,9 @@ def scene_pixels(scenes: Sequence[shapes.Scene], rng: random.Random, size: int) 
     import torch
 
     pixels = np.stack([np.asarray(shapes.draw_scene(scene, rng, size)) for scene in scenes])
-    values = (pixels.astype(np.float32) / 255 - np.float32(CLIP_MEAN)) / np.float32(CLIP_STD)
+    values = (pixels.astype(np.float32) / 255 - np.array(CLIP_MEAN, np.float32)) / np.array(
+        CLIP_STD, np.float32
+    )
     return torch.from_numpy(values.transpose(0, 3, 1, 2).copy())
 
 
@@ -190,7 +192,7 @@ def pretrain_tower(tower: CLIPVisionModel, spec: ShapesTower) -> list[float]:
     mixer = nn.Sequential(nn.Linear(192, 128), nn.GELU(), nn.Linear(128, 64))
     scale = nn.Parameter(torch.tensor(math.log(10.0)))
     parameters = [*tower.parameters(), *head.parameters(), *tables.parameters(), *mixer.parameters(), scale]
-    optimizer = torch.optim.AdamW(parameters, lr=spec.learning_rate, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(parameters, lr=spec.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     warmup = max(1, spec.steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
