@@ -397,6 +397,7 @@ def save_checkpoint(
     config = copy.deepcopy(model.config)
     config.prompt_version = prompt_version or config.prompt_version
     config.image_aspect_ratio = image_aspect_ratio or config.image_aspect_ratio
+    config.text_config.use_cache = True  # training turns it off
     weights = dict(model.state_dict() if state_dict is None else state_dict)
     extend_vocabulary(config, weights)
     clone = _empty_clone(config)
@@ -404,7 +405,6 @@ def save_checkpoint(
     clone.generation_config = copy.deepcopy(model.generation_config)
     processor = make_processor(config, tokenizer, image_processor)
     with _staged(Path(folder)) as staging, _auto_classes(config):
-        # DeepSpeed's configuration would make transformers gather parameters that are whole here.
         clone.save_pretrained(str(staging), save_original_format=True)
         processor.save_pretrained(str(staging))
 

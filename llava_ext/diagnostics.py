@@ -25,11 +25,15 @@ def permuted_vision_tokens(
         order: an explicit order instead: token i of the permuted image is token ``order[i]``. With neither, nothing changes.
 
     Raises:
-        ValueError: both are given, or ``order`` is no permutation of the image's tokens.
+        ValueError: both are given, ``order`` is no permutation of the image's tokens, or the model is none of ours.
     """
     if seed is not None and order is not None:
         raise ValueError("permuted_vision_tokens: give a seed or an order, not both")
-    core = getattr(model, "model", model)
+    core = next((module for module in model.modules() if hasattr(module, "vision_token_hook")), None)
+    if core is None:
+        raise ValueError(
+            f"permuted_vision_tokens: {type(model).__name__} has no vision tokens; load it with llava_ext.build.load_model"
+        )
     before = core.vision_token_hook
 
     def permute(tokens: Tensor) -> Tensor:

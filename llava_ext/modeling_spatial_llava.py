@@ -152,7 +152,8 @@ class SpatialLlavaModel(LlavaModel):
         kwargs.pop("return_dict", None)
         outputs = self._tower_outputs(self._normalised_pixels(pixel_values), vision_feature_layer, **kwargs)
         features = self._selected_features(outputs, vision_feature_layer, vision_feature_select_strategy)
-        tokens = self.multi_modal_projector(features)
+        # A frozen tower may be kept in half precision while the projector trains in float32.
+        tokens = self.multi_modal_projector(features.to(next(self.multi_modal_projector.parameters()).dtype))
         interventions = self.config.interventions
         if interventions.compression_after_projection:
             tokens = pool_tokens(tokens, interventions.final_side(self.config.grid_side))
@@ -256,7 +257,7 @@ class SpatialLlavaModel(LlavaModel):
     def _kept_tokens(self, images: Any, counts: Tensor | None) -> tuple[Tensor, list[int]]:
         """The vision tokens that have a placeholder, (tokens, hidden), and how many of each image."""
         whole = [len(image) for image in images]
-        kept = whole if counts is None else [int(count) for count in counts]
+        kept = whole if counts is None else counts.tolist()
         if len(kept) != len(whole) or any(count > length for count, length in zip(kept, whole, strict=False)):
             raise ValueError(
                 f"image_token_counts: found {kept} for images with {whole} tokens; one number up to that is expected each"
