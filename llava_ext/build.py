@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -88,8 +89,6 @@ def load_tokenizer(folder: str | Path, model_max_length: int = 2048, padding_sid
 
 def _remove_image_token(tokenizer: Any) -> None:
     """Takes a special `<image>` token out of the tokenizer, in place."""
-    import json
-
     description = json.loads(tokenizer.backend_tokenizer.to_str())
     kept = [token for token in description["added_tokens"] if token["content"] != IMAGE_TOKEN]
     if len(kept) == len(description["added_tokens"]) or IMAGE_TOKEN in description["model"].get("vocab", {}):
@@ -200,16 +199,18 @@ def build_model(
     chosen.validate(grid, vision.config.num_hidden_layers, vision_feature_select_strategy == "full")
     language = load_llm(llm, dtype, attn_implementation)
     chosen = resolve_statistics(chosen, language.get_input_embeddings(), len(tokenizer))
+    config_fields |= {
+        "projector_type": projector_type,
+        "vision_feature_layer": vision_feature_layer,
+        "vision_feature_select_strategy": vision_feature_select_strategy,
+        "image_token_index": image_token_id(tokenizer),
+        "image_mean": list(image_processor.image_mean),
+        "image_std": list(image_processor.image_std),
+    }
     config = SpatialLlavaConfig(
         vision_config=vision.config,
         text_config=language.config,
-        image_token_index=image_token_id(tokenizer),
-        projector_type=projector_type,
-        vision_feature_layer=vision_feature_layer,
-        vision_feature_select_strategy=vision_feature_select_strategy,
         tie_word_embeddings=language.config.tie_word_embeddings,
-        image_mean=list(image_processor.image_mean),
-        image_std=list(image_processor.image_std),
         **chosen.to_dict(),
         **config_fields,
     )
@@ -307,32 +308,20 @@ def load_model(
     path = Path(folder)
     if not (path / "config.json").is_file():
         raise BuildError(f"{folder}: no config.json; a checkpoint folder is expected")
-    stored = _model_type(path)
-    if stored in ("llava_llama", "llava"):
-        original = stored == "llava_llama" or not _is_hf_llava(path)
-        if original:
-            from . import formats
+    if _is_original(path):
+        from . import formats
 
-            return formats.load_original(
-                path,
-                dtype=dtype,
-                attn_implementation=attn_implementation,
-                model_max_length=model_max_length,
-                llm=llm,
-                tower=tower,
-            )
-    config: Any
-    if stored == "spatial_llava":
-        config = SpatialLlavaConfig.from_pretrained(str(path))
-    elif stored == "llava":
-        config = SpatialLlavaConfig.from_stock(LlavaConfig.from_pretrained(str(path)))
-    else:
-        raise BuildError(
-            f"{folder}: model_type is {stored!r}; allowed are spatial_llava, llava and llava_llama"
+        return formats.load_original(
+            path,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            model_max_length=model_max_length,
+            llm=llm,
+            tower=tower,
         )
     model, info = SpatialLlavaForConditionalGeneration.from_pretrained(
         str(path),
-        config=config,
+        config=_stored_config(path),
         dtype=dtype,
         attn_implementation=attn_implementation,
         output_loading_info=True,
@@ -342,17 +331,25 @@ def load_model(
     return model, load_tokenizer(path, model_max_length), _stored_image_processor(path)
 
 
-def _model_type(path: Path) -> str:
-    import json
+def _read_config(path: Path) -> dict[str, Any]:
+    content = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    return content if isinstance(content, dict) else {}
 
-    return str(json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type"))
+
+def _is_original(path: Path) -> bool:
+    """Original LLaVA configs have no nested configs as transformers' have; their model type was once also `llava`."""
+    content = _read_config(path)
+    return content.get("model_type") in ("llava_llama", "llava") and "text_config" not in content
 
 
-def _is_hf_llava(path: Path) -> bool:
-    """transformers' LLaVA configs have nested configs; the original layout's (once also called `llava`) have not."""
-    import json
-
-    return "text_config" in json.loads((path / "config.json").read_text(encoding="utf-8"))
+def _stored_config(path: Path) -> SpatialLlavaConfig:
+    """Our configuration for a checkpoint in transformers' format. Raises :class:`BuildError` for another kind of model."""
+    kind = _read_config(path).get("model_type")
+    if kind == "spatial_llava":
+        return SpatialLlavaConfig.from_pretrained(str(path))
+    if kind == "llava":
+        return SpatialLlavaConfig.from_stock(LlavaConfig.from_pretrained(str(path)))
+    raise BuildError(f"{path}: model_type is {kind!r}; allowed are spatial_llava, llava and llava_llama")
 
 
 def _stored_image_processor(path: Path) -> Any:

@@ -11,7 +11,7 @@ With all flags off the outputs equal ``LlavaForConditionalGeneration``'s bit for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -223,27 +223,23 @@ class SpatialLlavaModel(LlavaModel):
             ValueError: placeholders without pixel values, or numbers of placeholders and vision tokens that differ.
         """
         is_image: Any = None
-        image_tokens, images = None, None
+        image_tokens: Tensor | None = None
+        counts: list[int] = []
         if input_ids is not None and inputs_embeds is None:
             is_image = input_ids == self.config.image_token_id
             # The placeholder's own row is never used; any valid id keeps an id beyond the vocabulary from indexing it.
             inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
-        if mm_encoder_outputs and mm_encoder_outputs.get("image") is not None:
-            images = mm_encoder_outputs["image"].pooler_output
-        elif pixel_values is not None:
-            images = self.get_image_features(
-                pixel_values, vision_feature_layer, vision_feature_select_strategy, image_sizes
-            ).pooler_output
+        vision = (vision_feature_layer, vision_feature_select_strategy, image_sizes)
+        images = self._images(pixel_values, mm_encoder_outputs, *vision)
         if images is not None:
             image_tokens, counts = self._kept_tokens(images, image_token_counts)
             inputs_embeds = self._merged(inputs_embeds, is_image, image_tokens)
         elif is_image is not None:
             inputs_embeds = self._without_images(inputs_embeds, is_image, past_key_values)
-        if attention_mask is None and position_ids is not None and past_key_values is None:
-            kwargs.setdefault(
-                "use_cache", False
-            )  # with a cache transformers would ignore the packing, silently
-        with self._grid_positions(is_image, counts) if images is not None else nullcontext():
+        packed = attention_mask is None and position_ids is not None and past_key_values is None
+        if packed and kwargs.get("use_cache") is None:
+            kwargs["use_cache"] = False  # with a cache transformers would ignore the packing, silently
+        with self._grid_positions(is_image, counts):
             outputs = super().forward(
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
@@ -253,6 +249,12 @@ class SpatialLlavaModel(LlavaModel):
             )
         outputs.image_hidden_states = image_tokens
         return outputs
+
+    def _images(self, pixel_values: Tensor | None, encoded: Mapping[str, Any] | None, *vision: Any) -> Any:
+        """Vision tokens of each image, already encoded (by ``generate``) or to be encoded; None without images."""
+        if encoded and encoded.get("image") is not None:
+            return encoded["image"].pooler_output
+        return None if pixel_values is None else self.get_image_features(pixel_values, *vision).pooler_output
 
     def _kept_tokens(self, images: Any, counts: Tensor | None) -> tuple[Tensor, list[int]]:
         """The vision tokens that have a placeholder, (tokens, hidden), and how many of each image."""
@@ -306,7 +308,7 @@ class SpatialLlavaModel(LlavaModel):
     @contextmanager
     def _grid_positions(self, is_image: Tensor, counts: list[int]) -> Iterator[None]:
         """While it lasts, the LLM's rotary tables give vision tokens positions in two dimensions."""
-        if not self.config.twoD_vision_embedding:
+        if not (self.config.twoD_vision_embedding and counts):
             yield
             return
         table = _published_table if self.config.published_behaviour else _grid_table
