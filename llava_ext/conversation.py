@@ -92,8 +92,11 @@ def text_ids(tokenizer: Any, text: str) -> list[int]:
         text = text.replace(MARK, " ")
         if text.startswith(" "):
             text = " " + text
-    ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
-    return ids
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None and backend.truncation is None and backend.padding is None:
+        ids: list[int] = backend.encode(text).ids  # the same ids, several times sooner
+        return ids
+    return list(tokenizer(text, verbose=False)["input_ids"])
 
 
 def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
