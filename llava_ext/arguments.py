@@ -84,18 +84,33 @@ REFUSED = {
 class ModelArguments:
     """Which models, and how they are joined. Defaults are LLaVA's."""
 
-    model_name_or_path: str = field(default="", metadata={"help": "LLM: a folder or a hub id (Vicuna, Llama)."})
-    vision_tower: str | None = field(default=None, metadata={"help": "CLIP vision tower: a folder or a hub id."})
-    version: str = field(default="v1", metadata={"help": "Conversation template: plain (stage 1), v1 (stage 2)."})
-    freeze_backbone: bool = field(default=False, metadata={"help": "Freeze the LLM except its lm_head, as LLaVA does."})
-    tune_mm_mlp_adapter: bool = field(default=False, metadata={"help": "Stage 1: only the projector trains."})
-    mm_vision_select_layer: int = field(default=-1, metadata={"help": "Vision layer (LLaVA-1.5's scripts: -2)."})
-    pretrain_mm_mlp_adapter: str | None = field(
-        default=None, metadata={"help": "Projector to start from: mm_projector.bin, a .safetensors file, or a folder."}
+    model_name_or_path: str = field(
+        default="", metadata={"help": "LLM: a folder or a hub id (Vicuna, Llama)."}
     )
-    mm_projector_type: str = field(default="linear", metadata={"help": "linear or mlpNx_gelu (LLaVA-1.5: mlp2x_gelu)."})
+    vision_tower: str | None = field(
+        default=None, metadata={"help": "CLIP vision tower: a folder or a hub id."}
+    )
+    version: str = field(
+        default="v1", metadata={"help": "Conversation template: plain (stage 1), v1 (stage 2)."}
+    )
+    freeze_backbone: bool = field(
+        default=False, metadata={"help": "Freeze the LLM except its lm_head, as LLaVA does."}
+    )
+    tune_mm_mlp_adapter: bool = field(default=False, metadata={"help": "Stage 1: only the projector trains."})
+    mm_vision_select_layer: int = field(
+        default=-1, metadata={"help": "Vision layer (LLaVA-1.5's scripts: -2)."}
+    )
+    pretrain_mm_mlp_adapter: str | None = field(
+        default=None,
+        metadata={"help": "Projector to start from: mm_projector.bin, a .safetensors file, or a folder."},
+    )
+    mm_projector_type: str = field(
+        default="linear", metadata={"help": "linear or mlpNx_gelu (LLaVA-1.5: mlp2x_gelu)."}
+    )
     mm_patch_merge_type: str = field(default="flat", metadata={"help": "flat."})
-    mm_vision_select_feature: str = field(default="patch", metadata={"help": "patch, or cls_patch to keep the CLS token."})
+    mm_vision_select_feature: str = field(
+        default="patch", metadata={"help": "patch, or cls_patch to keep the CLS token."}
+    )
     attn_implementation: str | None = field(
         default=None, metadata={"help": "eager, sdpa or flash_attention_2 (default: transformers' choice)."}
     )
@@ -106,20 +121,32 @@ class DataArguments:
     """Which samples, and how they become batches."""
 
     data_path: str = field(default="", metadata={"help": "LLaVA-format JSON, or a mixture's samples.json."})
-    image_folder: str | None = field(default=None, metadata={"help": "Folder of the JSON's `image` paths (not for mixtures)."})
-    image_aspect_ratio: str = field(default="square", metadata={"help": "square (centre crop) or pad (to a square first)."})
-    pack: bool = field(default=False, metadata={"help": "Collate each micro-batch into one row without padding."})
-    cache_samples: int = field(
-        default=0, metadata={"help": "Keep up to this many MiB of encoded samples in memory, per process (0: none)."}
+    image_folder: str | None = field(
+        default=None, metadata={"help": "Folder of the JSON's `image` paths (not for mixtures)."}
+    )
+    image_aspect_ratio: str = field(
+        default="square", metadata={"help": "square (centre crop) or pad (to a square first)."}
+    )
+    pack: bool = field(
+        default=False, metadata={"help": "Collate each micro-batch into one row without padding."}
+    )
+    cache_pixels: int = field(
+        default=0,
+        metadata={"help": "Keep up to this many MiB of pixels (and ids) in memory, per process (0: none)."},
     )
     supervised_share_bound: float = field(
-        default=0.01, metadata={"help": "Stop when fewer than this share of the tokens carry a label (0: never)."}
+        default=0.01,
+        metadata={"help": "Stop when fewer than this share of the tokens carry a label (0: never)."},
     )
     mismatch_bound: float = field(
-        default=0.1, metadata={"help": "Stop when more than this share of the samples is masked by a tokenization mismatch (1: never)."}
+        default=0.1,
+        metadata={
+            "help": "Stop when more than this share of the samples is masked by a tokenization mismatch (1: never)."
+        },
     )
     preflight_samples: int = field(
-        default=256, metadata={"help": "Samples that are encoded before training to check both bounds (0: none)."}
+        default=256,
+        metadata={"help": "Samples that are encoded before training to check both bounds (0: none)."},
     )
 
 
@@ -130,28 +157,36 @@ class LlavaTrainingArguments(TrainingArguments):
     cache_dir: str | None = field(default=None, metadata={"help": "Hub cache for models given by id."})
     optim: str = field(default="adamw_torch", metadata={"help": "Optimizer."})
     remove_unused_columns: bool = field(default=False)
-    report_to: None | str | list[str] = field(
-        default="tensorboard", metadata={"help": "tensorboard, wandb, trackio, ... or none; metrics.jsonl is always written."}
+    report_to: str | list[str] | None = field(
+        default="tensorboard",
+        metadata={"help": "tensorboard, wandb, trackio, ... or none; metrics.jsonl is always written."},
     )
     freeze_mm_mlp_adapter: bool = field(default=False, metadata={"help": "Freeze the projector."})
     model_max_length: int = field(default=512, metadata={"help": "Tokens after which a sequence is cut."})
     bits: int = field(default=16, metadata={"help": "16; quantised training is not supported."})
-    lora_enable: bool = field(default=False, metadata={"help": "Train low-rank adapters of the LLM's linear layers."})
+    lora_enable: bool = field(
+        default=False, metadata={"help": "Train low-rank adapters of the LLM's linear layers."}
+    )
     lora_r: int = field(default=64)
     lora_alpha: int = field(default=16)
     lora_dropout: float = field(default=0.05)
     lora_weight_path: str = field(default="", metadata={"help": "Adapter folder to start from."})
     lora_bias: str = field(default="none")
     lora_merge: bool = field(default=True, metadata={"help": "Merge the adapters into the final checkpoint."})
-    mm_projector_lr: float | None = field(default=None, metadata={"help": "The projector's own learning rate."})
+    mm_projector_lr: float | None = field(
+        default=None, metadata={"help": "The projector's own learning rate."}
+    )
     group_by_modality_length: bool = field(default=False, metadata={"help": "LLaVA's grouping of samples."})
     group_by_length: bool = field(default=False, metadata={"help": "Grouping by length alone."})
     sampling: Literal["random", "sequential"] = field(
-        default="random", metadata={"help": "Order without grouping: random, or sequential (as the file has it)."}
+        default="random",
+        metadata={"help": "Order without grouping: random, or sequential (as the file has it)."},
     )
     loss_normalization: Literal["micro_batch", "token"] = field(
         default="micro_batch",
-        metadata={"help": "micro_batch: mean of the micro-batches' means, as LLaVA; token: mean over all tokens of the step."},
+        metadata={
+            "help": "micro_batch: mean of the micro-batches' means, as LLaVA; token: mean over all tokens of the step."
+        },
     )
     watchdog_minutes: float = field(
         default=60.0, metadata={"help": "Stop when no step has ended for so many minutes (0: never)."}
@@ -186,7 +221,9 @@ def split_flags(argv: Sequence[str]) -> list[tuple[str, list[str]]]:
             name, equals, value = token[2:].partition("=")
             pairs.append((name.replace("-", "_"), [value] if equals else []))
         elif not pairs:
-            raise TrainingError(f"command line: {token!r} stands before any flag; flags look like --name value")
+            raise TrainingError(
+                f"command line: {token!r} stands before any flag; flags look like --name value"
+            )
         else:
             pairs[-1][1].append(token)
     return pairs
@@ -219,7 +256,9 @@ def translate(argv: Sequence[str], known: Sequence[str], tf32_works: bool) -> tu
             notices.append(f"--{name} has no effect: {WITHOUT_EFFECT[name]}")
         elif name in REFUSED:
             if is_on(values):
-                raise TrainingError(f"--{name} {' '.join(values)}: not supported: {REFUSED[name]}; leave it out or give False")
+                raise TrainingError(
+                    f"--{name} {' '.join(values)}: not supported: {REFUSED[name]}; leave it out or give False"
+                )
         elif name == "tf32" and is_on(values) and not tf32_works:
             notices.append("--tf32 True is ignored: no GPU with TF32 here")
         elif name == "warmup_ratio" and "warmup_steps" in given:
@@ -228,7 +267,9 @@ def translate(argv: Sequence[str], known: Sequence[str], tf32_works: bool) -> tu
             out += ["--deepspeed", deepspeed_config(values[0], notices)]
         elif (new := RENAMED.get(name, name)) in known:
             if new == "warmup_steps" and name == "warmup_ratio" and float(values[0]) >= 1:
-                raise TrainingError(f"--warmup_ratio {values[0]}: allowed is a share from 0 to below 1; use --warmup_steps for steps")
+                raise TrainingError(
+                    f"--warmup_ratio {values[0]}: allowed is a share from 0 to below 1; use --warmup_steps for steps"
+                )
             out += [f"--{new}", *values]
         else:
             raise TrainingError(unknown_flag(name, known))
@@ -331,7 +372,12 @@ def parse(argv: Sequence[str] | None = None) -> Arguments:
     if "--help" in argv or "-h" in argv:
         parser.print_help()
         raise SystemExit(0)
-    known = [option[2:] for action in parser._actions for option in action.option_strings if option.startswith("--")]
+    known = [
+        option[2:]
+        for action in parser._actions
+        for option in action.option_strings
+        if option.startswith("--")
+    ]
     translated, notices = translate(argv, known, tf32_works())
     translated = _fit_machine(translated, notices)
     namespace, extra = parser.parse_known_args(translated)
@@ -355,7 +401,11 @@ def _build(kind: type[Any], namespace: argparse.Namespace) -> Any:
 
 
 def _take_interventions(namespace: argparse.Namespace) -> Interventions:
-    values = {item.name: getattr(namespace, item.name) for item in dataclasses.fields(Interventions) if hasattr(namespace, item.name)}
+    values = {
+        item.name: getattr(namespace, item.name)
+        for item in dataclasses.fields(Interventions)
+        if hasattr(namespace, item.name)
+    }
     layers = values.get("multilayer_layers")
     if layers is not None:
         values["multilayer_layers"] = tuple(number for part in layers for number in part)
@@ -366,7 +416,11 @@ def _take_interventions(namespace: argparse.Namespace) -> Interventions:
 
 def _check_before(model: ModelArguments, data: DataArguments, namespace: argparse.Namespace) -> None:
     """Everything that can be refused before a device is touched."""
-    for name, value in (("model_name_or_path", model.model_name_or_path), ("data_path", data.data_path), ("output_dir", namespace.output_dir)):
+    for name, value in (
+        ("model_name_or_path", model.model_name_or_path),
+        ("data_path", data.data_path),
+        ("output_dir", namespace.output_dir),
+    ):
         if not value:
             raise TrainingError(f"--{name}: missing; it is needed")
     allowed = {
@@ -380,14 +434,22 @@ def _check_before(model: ModelArguments, data: DataArguments, namespace: argpars
     for name, (value, values) in allowed.items():
         if value not in values:
             raise TrainingError(f"--{name}: found {value!r}; allowed: {', '.join(map(str, values))}")
-    for name, path in (("data_path", data.data_path), ("image_folder", data.image_folder), ("pretrain_mm_mlp_adapter", model.pretrain_mm_mlp_adapter)):
+    for name, path in (
+        ("data_path", data.data_path),
+        ("image_folder", data.image_folder),
+        ("pretrain_mm_mlp_adapter", model.pretrain_mm_mlp_adapter),
+    ):
         if path and not Path(path).exists():
             raise TrainingError(f"--{name} {path}: does not exist")
     grouped = [name for name in ("group_by_length", "group_by_modality_length") if getattr(namespace, name)]
     if len(grouped) == 2 or (grouped and namespace.sampling == "sequential"):
-        raise TrainingError(f"--{grouped[0]}: contradicts --{grouped[-1] if len(grouped) == 2 else 'sampling sequential'}; give one of them")
+        raise TrainingError(
+            f"--{grouped[0]}: contradicts --{grouped[-1] if len(grouped) == 2 else 'sampling sequential'}; give one of them"
+        )
     if namespace.lora_enable and model.tune_mm_mlp_adapter:
-        raise TrainingError("--lora_enable: contradicts --tune_mm_mlp_adapter, which trains only the projector; give one of them")
+        raise TrainingError(
+            "--lora_enable: contradicts --tune_mm_mlp_adapter, which trains only the projector; give one of them"
+        )
 
 
 def _adjust(training: LlavaTrainingArguments) -> None:
@@ -432,4 +494,6 @@ def resolve_model(name: str, flag: str, cache_dir: str | None) -> Path:
         return Path(snapshot_download(name, cache_dir=cache_dir, allow_patterns=patterns))
     except (OSError, HfHubHTTPError) as error:
         offline = " (offline mode is on)" if os.environ.get("HF_HUB_OFFLINE") else ""
-        raise TrainingError(f"--{flag} {name}: no such folder, not in the cache, and the hub did not answer{offline}: {error}") from error
+        raise TrainingError(
+            f"--{flag} {name}: no such folder, not in the cache, and the hub did not answer{offline}: {error}"
+        ) from error

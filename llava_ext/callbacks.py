@@ -56,7 +56,9 @@ def listen() -> None:
 
 def _note(number: int, frame: Any) -> None:
     if not _received:
-        os.write(2, f"llava_ext: got {signal.Signals(number).name}; saving at the end of this step\n".encode())
+        os.write(
+            2, f"llava_ext: got {signal.Signals(number).name}; saving at the end of this step\n".encode()
+        )
     _received.append(number)
 
 

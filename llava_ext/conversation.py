@@ -246,7 +246,7 @@ def _encode_dialogue(
     if not has_image:
         ids = ids[:max_length]
     labels, checked = _answer_labels(text, ids, tokenizer, style, tokenise)
-    real = sum(token != tokenizer.pad_token_id for token in ids)
+    real = len(ids) - ids.count(tokenizer.pad_token_id)
     if checked < max_length and checked != real:
         return Encoded(ids, [IGNORE_INDEX] * len(ids), mismatch=True)
     return Encoded(ids, labels)

@@ -64,7 +64,9 @@ def convert(
     try:
         if to == "hf":
             version, aspect = model.config.prompt_version, model.config.image_aspect_ratio
-            save_checkpoint(model, tokenizer, processor, staging, prompt_version=version, image_aspect_ratio=aspect)
+            save_checkpoint(
+                model, tokenizer, processor, staging, prompt_version=version, image_aspect_ratio=aspect
+            )
         else:
             settings = {"mm_vision_tower": vision_tower or tower or _named_tower(source)}
             if llm:
@@ -101,17 +103,27 @@ def _expected(options: argparse.Namespace) -> Interventions | None:
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m llava_ext.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m llava_ext.convert",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("source", type=Path, help="checkpoint folder")
     parser.add_argument("target", type=Path, help="folder to be made")
     parser.add_argument("--to", choices=("hf", "llava"), required=True, help="layout of the target")
     parser.add_argument("--llm", help="base LLM of a stage-1 folder")
-    parser.add_argument("--tower", help="vision tower of an original checkpoint, if the path in its config is not here")
-    parser.add_argument("--vision_tower", help="name of the vision tower in an original config.json (a path or hub id)")
+    parser.add_argument(
+        "--tower", help="vision tower of an original checkpoint, if the path in its config is not here"
+    )
+    parser.add_argument(
+        "--vision_tower", help="name of the vision tower in an original config.json (a path or hub id)"
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="of the written weights (default: as in the source)")
-    parser.add_argument("--projector_only", action="store_true", help="with --to llava: mm_projector.bin and config.json only")
-    group = parser.add_argument_group("interventions that the source must have (any other is refused; none given: any)")
+    parser.add_argument(
+        "--projector_only", action="store_true", help="with --to llava: mm_projector.bin and config.json only"
+    )
+    group = parser.add_argument_group(
+        "interventions that the source must have (any other is refused; none given: any)"
+    )
     for item in dataclasses.fields(Interventions):
         if isinstance(item.default, bool):
             group.add_argument(f"--{item.name}", action="store_true", default=argparse.SUPPRESS)

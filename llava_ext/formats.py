@@ -45,7 +45,12 @@ ORIGINAL_TOWER = "model.vision_tower.vision_tower.vision_model."
 OWN_KEY = "spatial_llava"
 WRAPPERS = ("proj", "projector")
 PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
-WEIGHT_FILES = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
+WEIGHT_FILES = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+)
 
 
 # ---- files ------------------------------------------------------------------------------------------------------
@@ -165,7 +170,9 @@ def projector_to_original(projector: Mapping[str, torch.Tensor], interventions: 
 
 def projector_of(state: Mapping[str, torch.Tensor]) -> State:
     """The projector in a state with names as in memory, without the prefix."""
-    return {name.removeprefix(PROJECTOR): tensor for name, tensor in state.items() if name.startswith(PROJECTOR)}
+    return {
+        name.removeprefix(PROJECTOR): tensor for name, tensor in state.items() if name.startswith(PROJECTOR)
+    }
 
 
 def projector_type(projector: Mapping[str, torch.Tensor]) -> str:
@@ -174,7 +181,9 @@ def projector_type(projector: Mapping[str, torch.Tensor]) -> str:
     return "linear" if depth == 1 else f"mlp{depth}x_gelu"
 
 
-def check_projector(projector: Mapping[str, torch.Tensor], expected: Mapping[str, Iterable[int]], what: str) -> None:
+def check_projector(
+    projector: Mapping[str, torch.Tensor], expected: Mapping[str, Iterable[int]], what: str
+) -> None:
     """Refuses a projector that does not fit the model, naming each key that differs.
 
     Args:
@@ -243,7 +252,10 @@ def loads_with(interventions: Interventions) -> list[str]:
 def published_problems(interventions: Interventions) -> list[str]:
     """Why the published intervention code could not compute this model; empty when it can."""
     found = []
-    if interventions.normalize_projector and interventions.fixed_statistics() != (VICUNA_7B_MAX_NORM, VICUNA_7B_SCALE):
+    if interventions.normalize_projector and interventions.fixed_statistics() != (
+        VICUNA_7B_MAX_NORM,
+        VICUNA_7B_SCALE,
+    ):
         found.append("normalisation constants other than 1.22 and 0.83")
     if interventions.use_multilayer_features and interventions.multilayer_layers != DEFAULT_LAYERS:
         found.append(f"vision layers other than {DEFAULT_LAYERS}")
@@ -260,7 +272,10 @@ def published_problems(interventions: Interventions) -> list[str]:
 
 
 def config_to_original(
-    text_config: Mapping[str, Any], vision_config: Mapping[str, Any], interventions: Interventions, settings: Mapping[str, Any]
+    text_config: Mapping[str, Any],
+    vision_config: Mapping[str, Any],
+    interventions: Interventions,
+    settings: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The ``config.json`` of the original layout.
 
@@ -270,7 +285,11 @@ def config_to_original(
         interventions: the flags, under the published names; what those can't say is in ``spatial_llava``.
         settings: LLaVA's fields that the model does not know (``mm_vision_tower``, ``image_aspect_ratio``, ...).
     """
-    fields = {key: value for key, value in text_config.items() if key not in ("model_type", "architectures", "dtype")}
+    fields = {
+        key: value
+        for key, value in text_config.items()
+        if key not in ("model_type", "architectures", "dtype")
+    }
     fields |= {
         "model_type": "llava_llama2d" if interventions.twoD_vision_embedding else "llava_llama",
         "architectures": ["LlavaLlamaForCausalLM"],
@@ -306,7 +325,9 @@ def _published_fields(interventions: Interventions, vision_config: Mapping[str, 
         "add_spatial_coordinates": interventions.add_spatial_coordinates,
         "compression_after_projection": interventions.compression_after_projection,
         # The published code takes the side; 16 is its default.
-        "final_spatial_size": interventions.final_side(grid) if interventions.compression_after_projection else 16,
+        "final_spatial_size": interventions.final_side(grid)
+        if interventions.compression_after_projection
+        else 16,
     }
     if interventions.twoD_vision_embedding:
         fields["twoD_vision_embedding"] = True
@@ -324,11 +345,7 @@ def interventions_from_original(config: Mapping[str, Any], grid_side: int) -> In
     own = config.get(OWN_KEY)
     if isinstance(own, dict) and isinstance(own.get("interventions"), dict):
         return Interventions.from_mapping(own["interventions"], ignore_unknown=True)
-    flags = {
-        name: True
-        for name in FIELD_NAMES
-        if config.get(name) is True and name != "published_behaviour"
-    }
+    flags = {name: True for name in FIELD_NAMES if config.get(name) is True and name != "published_behaviour"}
     published = bool(flags.get("twoD_vision_embedding")) or (
         bool(flags.get("interleave")) and grid_side != PUBLISHED_GRID_SIDE
     )
@@ -391,11 +408,15 @@ def load_original(
     described = json.loads((path / "config.json").read_text(encoding="utf-8"))
     vision_folder = find_model(described.get("mm_vision_tower"), tower, path, "vision tower", "--tower")
     vision = build.load_tower(vision_folder, dtype, attn_implementation)
-    interventions = interventions_from_original(described, vision.config.image_size // vision.config.patch_size)
+    interventions = interventions_from_original(
+        described, vision.config.image_size // vision.config.patch_size
+    )
     fields = {
         "projector_type": described.get("mm_projector_type", "linear"),
         "vision_feature_layer": int(described.get("mm_vision_select_layer", -2)),
-        "vision_feature_select_strategy": "full" if described.get("mm_vision_select_feature") == "cls_patch" else "default",
+        "vision_feature_select_strategy": "full"
+        if described.get("mm_vision_select_feature") == "cls_patch"
+        else "default",
         "image_aspect_ratio": described.get("image_aspect_ratio"),
         "prompt_version": "v1",
     }
@@ -407,16 +428,34 @@ def load_original(
     else:
         text_folder = find_model(described.get("_name_or_path"), llm, path, "base LLM", "--llm")
         language = build.load_llm(text_folder, dtype, attn_implementation)
-    model = _join(language, vision, interventions, fields, build.load_tokenizer(text_folder, model_max_length), vision_folder)
+    model = _join(
+        language,
+        vision,
+        interventions,
+        fields,
+        build.load_tokenizer(text_folder, model_max_length),
+        vision_folder,
+    )
     module = model.model.multi_modal_projector
-    check_projector(projector, {name: list(value.shape) for name, value in module.named_parameters()}, str(path))
+    check_projector(
+        projector, {name: list(value.shape) for name, value in module.named_parameters()}, str(path)
+    )
     module.load_state_dict(projector)
     module.to(language.dtype)
-    return model, build.load_tokenizer(text_folder, model_max_length), build.load_image_processor(vision_folder)
+    return (
+        model,
+        build.load_tokenizer(text_folder, model_max_length),
+        build.load_image_processor(vision_folder),
+    )
 
 
 def _join(
-    language: Any, vision: Any, interventions: Interventions, fields: Mapping[str, Any], tokenizer: Any, vision_folder: Path
+    language: Any,
+    vision: Any,
+    interventions: Interventions,
+    fields: Mapping[str, Any],
+    tokenizer: Any,
+    vision_folder: Path,
 ) -> Any:
     """The model around a loaded LLM and tower, with a projector that is still to be filled."""
     from . import build
@@ -448,7 +487,9 @@ def _load_language_model(
     kind = str(described.get("model_type", "")).removeprefix("llava_").removesuffix("2d")
     kind = "llama" if kind == "llava" else kind
     if kind not in ("llama", "mistral"):
-        raise TrainingError(f"{folder}: model_type {described.get('model_type')!r}: allowed are llava_llama and llava_mistral")
+        raise TrainingError(
+            f"{folder}: model_type {described.get('model_type')!r}: allowed are llava_llama and llava_mistral"
+        )
     config = AutoConfig.for_model(kind, **_text_fields(described, AutoConfig.for_model(kind).to_dict()))
     model, info = AutoModelForCausalLM.from_pretrained(
         str(folder),
@@ -464,11 +505,19 @@ def _load_language_model(
 
 def _text_fields(described: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
     """The LLM's own fields of an original ``config.json``, with rotary settings as they are written today."""
-    fields = {key: value for key, value in described.items() if key in known and key not in ("model_type", "architectures")}
+    fields = {
+        key: value
+        for key, value in described.items()
+        if key in known and key not in ("model_type", "architectures")
+    }
     if "rope_parameters" not in fields:
         scaling = dict(described.get("rope_scaling") or {})
         kind = scaling.pop("type", None) or scaling.pop("rope_type", None) or "default"
-        fields["rope_parameters"] = {"rope_type": kind, "rope_theta": described.get("rope_theta", 10000.0), **scaling}
+        fields["rope_parameters"] = {
+            "rope_type": kind,
+            "rope_theta": described.get("rope_theta", 10000.0),
+            **scaling,
+        }
     return fields
 
 
@@ -488,7 +537,9 @@ def find_model(named: Any, given: str | Path | None, beside: Path, what: str, fl
     try:
         return resolve_model(str(named), flag.lstrip("-"), None)
     except TrainingError as error:
-        raise TrainingError(f"{beside}: its {what} is {named!r}, which is not here; give {flag} ({error})") from error
+        raise TrainingError(
+            f"{beside}: its {what} is {named!r}, which is not here; give {flag} ({error})"
+        ) from error
 
 
 # ---- exporting --------------------------------------------------------------------------------------------------
@@ -561,4 +612,6 @@ def _save_sharded(tensors: State, folder: Path, shard_bytes: int = 5 * 10**9) ->
         save_file(shard, folder / file, metadata={"format": "pt"})
         places |= dict.fromkeys(shard, file)
     total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places})
+    write_json(
+        folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places}
+    )

@@ -21,7 +21,14 @@ def linear_modules(model: nn.Module) -> list[str]:
 
 
 def add_adapters(
-    model: Any, *, rank: int, alpha: int, dropout: float, bias: str, weights: str = "", train_projector: bool = True
+    model: Any,
+    *,
+    rank: int,
+    alpha: int,
+    dropout: float,
+    bias: str,
+    weights: str = "",
+    train_projector: bool = True,
 ) -> Any:
     """The model with adapters. Everything is frozen but these and, unless told otherwise, the projector.
 

@@ -231,7 +231,9 @@ def finished(output_dir: Path) -> dict[str, Any] | None:
     for name, facts in result.get("bytes", {}).items():
         path = output_dir / name
         if not path.is_file() or path.stat().st_size != facts:
-            say(f"{path}: missing or changed since the training finished; it is made again from the last checkpoint")
+            say(
+                f"{path}: missing or changed since the training finished; it is made again from the last checkpoint"
+            )
             return None
     return result
 

@@ -104,7 +104,9 @@ class EpochSampler(Sampler[int]):
     :meth:`set_epoch` before iterating.
     """
 
-    def __init__(self, lengths: np.ndarray, strategy: str, batch_size: int, world_size: int, seed: int) -> None:
+    def __init__(
+        self, lengths: np.ndarray, strategy: str, batch_size: int, world_size: int, seed: int
+    ) -> None:
         if strategy not in STRATEGIES:
             raise ValueError(f"sampling: {strategy!r} is not one of {', '.join(STRATEGIES)}")
         self.lengths = np.asarray(lengths, dtype=np.int64)

@@ -70,7 +70,7 @@ def make_samples(
         arguments.model.version,
         arguments.training.model_max_length,
         read_image,
-        arguments.data.cache_samples,
+        arguments.data.cache_pixels,
     )
 
 
@@ -106,7 +106,9 @@ def _make_model(arguments: Arguments, folders: dict[str, Path]) -> tuple[Any, An
         arguments.interventions,
         projector_type=model_args.mm_projector_type,
         vision_feature_layer=model_args.mm_vision_select_layer,
-        vision_feature_select_strategy="full" if model_args.mm_vision_select_feature == "cls_patch" else "default",
+        vision_feature_select_strategy="full"
+        if model_args.mm_vision_select_feature == "cls_patch"
+        else "default",
         attn_implementation=model_args.attn_implementation,
         dtype=_load_dtype(training),
         model_max_length=training.model_max_length,
@@ -187,7 +189,9 @@ def _fill(module: torch.nn.Module, projector: Mapping[str, torch.Tensor], path: 
 def _check_interventions(config: Any, stored: Path, what: Path) -> None:
     """Compares with the config beside a projector, if there is one that says anything."""
     described = resume.read_json(stored)
-    if not isinstance(described, dict) or not ("mm_vision_tower" in described or formats.OWN_KEY in described):
+    if not isinstance(described, dict) or not (
+        "mm_vision_tower" in described or formats.OWN_KEY in described
+    ):
         return
     theirs = formats.interventions_from_original(described, config.grid_side)
     formats.check_interventions(config.interventions, theirs, str(what))
@@ -201,7 +205,9 @@ def _preflight(model: Any, tokenizer: Any, image_processor: Any, arguments: Argu
     except ValueError:
         # LLaVA's remedy for Vicuna's temperature and top_p without do_sample.
         generation.do_sample = True
-        say("generation_config.json sets sampling values without do_sample; do_sample is set to true in the checkpoints")
+        say(
+            "generation_config.json sets sampling values without do_sample; do_sample is set to true in the checkpoints"
+        )
     output_dir = Path(arguments.training.output_dir)
     try:
         generation.validate(strict=True)
@@ -251,7 +257,9 @@ def write_final(
         model = model.get_base_model()
     half = _half(arguments.training)
     if half is not None:
-        state = {name: tensor.to(half) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+        state = {
+            name: tensor.to(half) if tensor.is_floating_point() else tensor for name, tensor in state.items()
+        }
     state = {name: tensor.detach().cpu() for name, tensor in state.items()}
     # Off while training; a finished model generates with it.
     model.config.text_config.use_cache = True

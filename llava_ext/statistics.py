@@ -139,13 +139,17 @@ def table(found: dict[str, Counts]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints the table, or JSON."""
-    parser = argparse.ArgumentParser(prog="python -m llava_ext.statistics", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m llava_ext.statistics", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--data_path", required=True, help="LLaVA-format JSON or a mixture's samples.json")
     parser.add_argument("--image_folder", help="folder of the JSON's images (they are not read)")
     parser.add_argument("--tokenizer", "--model_name_or_path", required=True, help="the LLM's folder")
     parser.add_argument("--version", default="v1", help="conversation template: plain or v1")
     parser.add_argument("--model_max_length", type=int, default=2048)
-    parser.add_argument("--samples", type=int, default=0, help="look at so many samples, evenly spread (0: all)")
+    parser.add_argument(
+        "--samples", type=int, default=0, help="look at so many samples, evenly spread (0: all)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args(argv)
     try:

@@ -24,16 +24,74 @@ if TYPE_CHECKING:
 
 # Not part of what determines the result: where things lie, what is logged, how work is spread over processes.
 WITHOUT_INFLUENCE = frozenset(
-    """output_dir cache_dir logging_strategy logging_first_step logging_steps log_level log_level_replica log_on_each_node
-    save_strategy save_steps save_total_limit save_on_each_node save_only_model report_to run_name project disable_tqdm
-    dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
-    dataloader_multiprocessing_context dataloader_in_order local_rank ddp_timeout ddp_backend ddp_bucket_cap_mb
-    ddp_find_unused_parameters ddp_broadcast_buffers ddp_static_graph skip_memory_metrics push_to_hub hub_model_id hub_strategy
-    hub_token hub_private_repo hub_always_push hub_revision watchdog_minutes watchdog_zero_steps resume debug
-    resume_from_checkpoint ignore_data_skip per_device_eval_batch_size per_device_train_batch_size gradient_accumulation_steps
-    deepspeed fsdp fsdp_config use_cpu model_name_or_path vision_tower pretrain_mm_mlp_adapter data_path image_folder
-    cache_samples supervised_share_bound mismatch_bound preflight_samples lora_merge trackio_space_id trackio_bucket_id
-    trackio_static_space_id accelerator_config parallelism_config""".split()
+    [
+        "output_dir",
+        "cache_dir",
+        "logging_strategy",
+        "logging_first_step",
+        "logging_steps",
+        "log_level",
+        "log_level_replica",
+        "log_on_each_node",
+        "save_strategy",
+        "save_steps",
+        "save_total_limit",
+        "save_on_each_node",
+        "save_only_model",
+        "report_to",
+        "run_name",
+        "project",
+        "disable_tqdm",
+        "dataloader_num_workers",
+        "dataloader_pin_memory",
+        "dataloader_persistent_workers",
+        "dataloader_prefetch_factor",
+        "dataloader_multiprocessing_context",
+        "dataloader_in_order",
+        "local_rank",
+        "ddp_timeout",
+        "ddp_backend",
+        "ddp_bucket_cap_mb",
+        "ddp_find_unused_parameters",
+        "ddp_broadcast_buffers",
+        "ddp_static_graph",
+        "skip_memory_metrics",
+        "push_to_hub",
+        "hub_model_id",
+        "hub_strategy",
+        "hub_token",
+        "hub_private_repo",
+        "hub_always_push",
+        "hub_revision",
+        "watchdog_minutes",
+        "watchdog_zero_steps",
+        "resume",
+        "debug",
+        "resume_from_checkpoint",
+        "ignore_data_skip",
+        "per_device_eval_batch_size",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "deepspeed",
+        "fsdp",
+        "fsdp_config",
+        "use_cpu",
+        "model_name_or_path",
+        "vision_tower",
+        "pretrain_mm_mlp_adapter",
+        "data_path",
+        "image_folder",
+        "cache_pixels",
+        "supervised_share_bound",
+        "mismatch_bound",
+        "preflight_samples",
+        "lora_merge",
+        "trackio_space_id",
+        "trackio_bucket_id",
+        "trackio_static_space_id",
+        "accelerator_config",
+        "parallelism_config",
+    ]
 )
 
 
@@ -102,6 +160,11 @@ def _start_distributed(arguments: Arguments) -> None:
         import deepspeed
 
         deepspeed.init_distributed()
+    else:
+        # accelerate imports DeepSpeed, for seconds, only to see that the model is none of its engines.
+        import accelerate.utils.other
+
+        accelerate.utils.other.is_deepspeed_available = lambda: False
 
 
 def _open_inputs(arguments: Arguments) -> tuple[SampleStore, dict[str, Path]]:
@@ -138,7 +201,9 @@ def _on_first_rank(work: Any) -> Any:
     return value
 
 
-def _look_around(arguments: Arguments, store: SampleStore, folders: dict[str, Path], output_dir: Path) -> dict[str, Any]:
+def _look_around(
+    arguments: Arguments, store: SampleStore, folders: dict[str, Path], output_dir: Path
+) -> dict[str, Any]:
     """What is in the output folder already: a finished training, a checkpoint to continue from, or nothing."""
     output_dir.mkdir(parents=True, exist_ok=True)
     if arguments.training.resume == "never" and any(output_dir.glob("checkpoint-*")):
@@ -181,12 +246,19 @@ def identity(arguments: Arguments, store: SampleStore, folders: dict[str, Path])
 
 def _watch(trainer: LlavaTrainer, arguments: Arguments, output_dir: Path) -> Interruption:
     training = arguments.training
-    metrics = Metrics(output_dir, bool(getattr(training, "own_tensorboard", False)), lines=bool(training.disable_tqdm))
+    metrics = Metrics(
+        output_dir, bool(getattr(training, "own_tensorboard", False)), lines=bool(training.disable_tqdm)
+    )
     metrics.trainer = trainer
     watchdog = NoStep(training.watchdog_minutes, output_dir)
     trainer.watchdog = watchdog
     interruption = Interruption()
-    for callback in (metrics, StuckAtZero(training.watchdog_zero_steps, trainer.last_samples), watchdog, interruption):
+    for callback in (
+        metrics,
+        StuckAtZero(training.watchdog_zero_steps, trainer.last_samples),
+        watchdog,
+        interruption,
+    ):
         trainer.add_callback(callback)
     return interruption
 
@@ -209,7 +281,11 @@ def _check_fits(trainer: LlavaTrainer, checkpoint: Path) -> None:
 
 
 def _conclude(
-    trainer: LlavaTrainer, interruption: Interruption, arguments: Arguments, folders: dict[str, Path], output_dir: Path
+    trainer: LlavaTrainer,
+    interruption: Interruption,
+    arguments: Arguments,
+    folders: dict[str, Path],
+    output_dir: Path,
 ) -> None:
     """Writes the final weights and the result; after a signal only the result."""
     step = trainer.state.global_step
@@ -227,7 +303,9 @@ def _conclude(
         write_final(trainer, state, arguments, folders, folder)
         trainer.state.save_to_json(str(folder / "trainer_state.json"))
         digests, sizes = resume.publish(folder, output_dir)
-        resume.write_result(output_dir, "finished", step, files=digests, bytes=sizes, metrics=_summary(trainer))
+        resume.write_result(
+            output_dir, "finished", step, files=digests, bytes=sizes, metrics=_summary(trainer)
+        )
         say(f"finished after step {step}: {output_dir}")
     trainer._barrier()
 

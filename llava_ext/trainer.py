@@ -19,8 +19,9 @@ from transformers.trainer_callback import PrinterCallback
 from . import resume
 from .arguments import LlavaTrainingArguments, sampling_strategy
 from .callbacks import any_rank, finite, world_size
+from .conversation import IGNORE_INDEX
 from .optimizer import parameter_groups, trainable_names
-from .resume import TrainingError, say
+from .resume import TrainingError
 from .sampler import EpochSampler
 
 if TYPE_CHECKING:
@@ -40,7 +41,9 @@ class LlavaTrainer(Trainer):
 
     args: LlavaTrainingArguments
 
-    def __init__(self, *, lengths: np.ndarray, describe: Any, mm_projector_lr: float | None = None, **kwargs: Any):
+    def __init__(
+        self, *, lengths: np.ndarray, describe: Any, mm_projector_lr: float | None = None, **kwargs: Any
+    ):
         super().__init__(**kwargs)
         self.lengths = lengths
         self.describe = describe
@@ -54,6 +57,8 @@ class LlavaTrainer(Trainer):
         self.last_indices: list[int] = []
         self.counts: dict[str, Any] = {"tokens": 0, "supervised": 0, "samples": 0}
         self.unsupervised_batches = 0
+        self._predicting: torch.Tensor | None = None
+        self.model.get_output_embeddings().register_forward_pre_hook(self._keep_predicting)
         self._save_root: Path | None = None
         self._saved_step = -1
 
@@ -85,21 +90,42 @@ class LlavaTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The model's loss; a micro-batch without any label counts as zero instead of poisoning the weights with NaN."""
+        """LLaVA's loss: cross entropy of the labels that count, from the logits of just these places.
+
+        A micro-batch without any label counts as zero instead of poisoning the weights with NaN.
+        """
         self.last_indices = inputs.pop("indices", [])
-        supervised = (inputs["labels"][..., 1:] != -100).sum()
-        self._count(inputs, supervised)
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if int(supervised) == 0:
+        labels = inputs.pop("labels")
+        # (batch, tokens): where the next token is a label
+        self._predicting = torch.nn.functional.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1))
+        targets = labels[:, 1:][self._predicting[:, :-1]]
+        self._count(inputs, len(targets))
+        outputs = model(**inputs)
+        logits = outputs["logits"][0]
+        if len(targets) == 0:
             self.unsupervised_batches += 1
-            loss = outputs["logits"].sum() * 0.0
+            loss = logits.sum() * 0.0
+        elif num_items_in_batch is None:
+            loss = torch.nn.functional.cross_entropy(logits.float(), targets)
+        else:
+            total = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+            # Gradients are averaged over the ranks, the number of tokens is that of all ranks.
+            loss = total / num_items_in_batch * world_size()
         self._check_finite(loss)
         return (loss, outputs) if return_outputs else loss
 
-    def _count(self, inputs: dict[str, Any], supervised: torch.Tensor) -> None:
+    def _keep_predicting(self, head: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """Hands the LLM's head only the places whose next token is a label: (batch, tokens, hidden) -> (1, labels, hidden)."""
+        if self._predicting is None:
+            return args
+        chosen = args[0][self._predicting.to(args[0].device)]
+        self._predicting = None
+        return (chosen[None], *args[1:])
+
+    def _count(self, inputs: dict[str, Any], supervised: int) -> None:
         mask = inputs.get("attention_mask")
         self.counts["tokens"] += inputs["input_ids"].numel() if mask is None else int(mask.sum())
-        self.counts["supervised"] += int(supervised)
+        self.counts["supervised"] += supervised
         self.counts["samples"] += len(self.last_indices)
 
     def take_counts(self) -> dict[str, float]:
@@ -118,7 +144,9 @@ class LlavaTrainer(Trainer):
             return
         where = f"at step {self.state.global_step + 1}"
         if not mine:
-            raise TrainingError(f"the loss is not finite on another rank {where}; stopped before the weights changed")
+            raise TrainingError(
+                f"the loss is not finite on another rank {where}; stopped before the weights changed"
+            )
         raise TrainingError(
             f"the loss is {float(loss)} {where}; stopped before the weights changed. The samples of this micro-batch:\n"
             + "\n".join(self.last_samples())
@@ -137,7 +165,9 @@ class LlavaTrainer(Trainer):
             target = self.model if model is None else model
             groups = parameter_groups(target, self.args.weight_decay, self.mm_projector_lr)
             kind, settings = self.get_optimizer_cls_and_kwargs(self.args, target)
-            self.optimizer = kind([{k: v for k, v in group.items() if k != "names"} for group in groups], **settings)
+            self.optimizer = kind(
+                [{k: v for k, v in group.items() if k != "names"} for group in groups], **settings
+            )
         return self.optimizer
 
     # -- saving -------------------------------------------------------------------------------------------------
@@ -185,7 +215,9 @@ class LlavaTrainer(Trainer):
 
     def _save_failure(self, root: Path, error: Exception) -> TrainingError:
         shutil.rmtree(root, ignore_errors=True)
-        good = next((item for item in resume.checkpoints(root.parent) if not item.problem(contents=False)), None)
+        good = next(
+            (item for item in resume.checkpoints(root.parent) if not item.problem(contents=False)), None
+        )
         kept = f"the last good one is {good.path}" if good else "there is no earlier one"
         free = shutil.disk_usage(root.parent).free / 2**30
         return TrainingError(
@@ -210,7 +242,9 @@ class LlavaTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         names = set(trainable_names(model))
         state = model.state_dict() if state_dict is None else state_dict
-        tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in state.items() if name in names}
+        tensors = {
+            name: tensor.detach().contiguous().cpu() for name, tensor in state.items() if name in names
+        }
         save_file(tensors, folder / TRAINED, metadata={"format": "pt"})
         model.config.save_pretrained(folder)
 

@@ -38,8 +38,12 @@ def model_of(root: Path, recording: str):
         return load_model(folder)
     flags = reference.read(root / "train" / f"{variant}_stage1.json")["argv"]
     words = set(variant.split("_"))
-    interventions = Interventions(normalize_projector="normalize" in words, use_multilayer_features="multilayer" in words)
-    parts = build_model(root / "llm", root / flags["vision_tower"], interventions, projector_type=flags["mm_projector_type"])
+    interventions = Interventions(
+        normalize_projector="normalize" in words, use_multilayer_features="multilayer" in words
+    )
+    parts = build_model(
+        root / "llm", root / flags["vision_tower"], interventions, projector_type=flags["mm_projector_type"]
+    )
     load_projector(parts[0], root / "train" / f"{variant}_stage1_mm_projector.bin")
     return parts
 
@@ -72,7 +76,14 @@ def test_greedy_answers(root, recording, report_difference):
         )  # fmt: skip
         new = output.sequences[0, batch["input_ids"].shape[1] :].tolist()
         theirs = result["output_ids"][1:]  # transformers 4.37 puts a BOS in front
-        sure = next((place for place, margin in enumerate(result["top1_minus_top2"]) if margin < LOGITS[recorded["dtype"]]), len(theirs))
+        sure = next(
+            (
+                place
+                for place, margin in enumerate(result["top1_minus_top2"])
+                if margin < LOGITS[recorded["dtype"]]
+            ),
+            len(theirs),
+        )
         assert new[:sure] == theirs[:sure], (recording, number, tokenizer.decode(new), result["text"])
         if sure == len(theirs):
             assert [token for token in new if token != 0] == theirs

@@ -17,7 +17,13 @@ def recorded(root):
 
 def cases(recorded):
     for run in recorded["runs"]:
-        yield run, np.array(recorded["lengths"][run["lengths"]]), run["batch_size"], run["world_size"], run["seed"]
+        yield (
+            run,
+            np.array(recorded["lengths"][run["lengths"]]),
+            run["batch_size"],
+            run["world_size"],
+            run["seed"],
+        )
 
 
 def seeded(seed):
@@ -38,7 +44,10 @@ def test_orders_from_a_given_generator(recorded):
         torch.manual_seed(seed + 1)
         assert modality_grouped_order(lengths, batch, world, seeded(seed + 2)) == run["generator_given"]
         torch.manual_seed(seed + 1)
-        assert length_grouped_order(abs(lengths), batch, world, seeded(seed + 2)) == run["no_modality_generator_given"]
+        assert (
+            length_grouped_order(abs(lengths), batch, world, seeded(seed + 2))
+            == run["no_modality_generator_given"]
+        )
 
 
 def test_training_uses_the_recorded_order_without_touching_the_global_generator(recorded):
@@ -46,7 +55,10 @@ def test_training_uses_the_recorded_order_without_touching_the_global_generator(
         before = torch.get_rng_state()
         sampler = EpochSampler(lengths, "group_by_modality_length", batch, world, seed)
         assert list(sampler) == run["generator_none"]
-        assert list(EpochSampler(lengths, "group_by_length", batch, world, seed)) == run["no_modality_generator_none"]
+        assert (
+            list(EpochSampler(lengths, "group_by_length", batch, world, seed))
+            == run["no_modality_generator_none"]
+        )
         assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -64,8 +76,12 @@ def test_batches_of_each_rank(recorded):
     _, rest = key.removeprefix("accelerate_shards_").rsplit("_world", 1)[0], key.rsplit("_world", 1)[1]
     name = key.removeprefix("accelerate_shards_").rsplit("_world", 1)[0]
     world, seed = (int(part) for part in rest.split("_seed"))
-    run = next(r for r in recorded["runs"] if (r["lengths"], r["world_size"], r["seed"]) == (name, world, seed))
-    sampler = EpochSampler(np.array(recorded["lengths"][name]), "group_by_modality_length", run["batch_size"], world, seed)
+    run = next(
+        r for r in recorded["runs"] if (r["lengths"], r["world_size"], r["seed"]) == (name, world, seed)
+    )
+    sampler = EpochSampler(
+        np.array(recorded["lengths"][name]), "group_by_modality_length", run["batch_size"], world, seed
+    )
     batches = BatchSampler(sampler, run["batch_size"], drop_last=False)
     for rank, expected in recorded[key].items():
         assert list(BatchSamplerShard(batches, world, int(rank))) == expected

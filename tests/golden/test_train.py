@@ -42,8 +42,13 @@ def command_line(root: Path, name: str, output_dir: Path) -> list[str]:
     if not (root / adapter).is_file():  # the output of a stage-1 run, which is kept under that run's name
         flags["pretrain_mm_mlp_adapter"] = f"train/{adapter.parent.name}_mm_projector.bin"
     variant_flags = {"normalize_projector": "normalize", "use_multilayer_features": "multilayer"}
-    flags |= {flag: True for flag, word in variant_flags.items() if flag not in flags and word in name.split("_")}
-    return [text for flag, value in flags.items() for text in (f"--{flag}", str(value))] + ["--sampling", "sequential"]
+    flags |= {
+        flag: True for flag, word in variant_flags.items() if flag not in flags and word in name.split("_")
+    }
+    return [text for flag, value in flags.items() for text in (f"--{flag}", str(value))] + [
+        "--sampling",
+        "sequential",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +84,12 @@ def final_state(root: Path, folder: Path) -> dict[str, torch.Tensor]:
 def test_trajectory(root, outputs, training, report_difference):
     recorded = reference.arrays(root / "train" / f"{training}.npz")
     rows = metrics(outputs / training)
-    report_difference(f"train/{training} loss", reference.largest([row["loss"] for row in rows], recorded["loss"]), LOSS)
-    report_difference(f"train/{training} lr", reference.largest([row["lr"] for row in rows], recorded["lr"]), 1e-12)
+    report_difference(
+        f"train/{training} loss", reference.largest([row["loss"] for row in rows], recorded["loss"]), LOSS
+    )
+    report_difference(
+        f"train/{training} lr", reference.largest([row["lr"] for row in rows], recorded["lr"]), 1e-12
+    )
     before = recorded["grad_norm_before_clip"]
     norms = before if len(before) else recorded["grad_norm_at_step"]
     difference = reference.largest([row["grad_norm"] for row in rows], norms)
@@ -94,14 +103,20 @@ def test_final_weights(root, outputs, training, report_difference):
         key = name.removeprefix("final/")
         if name.startswith("final/") and key in state:
             ours = state[key].numpy()
-            report_difference(f"train/{training} weights, largest", reference.largest(ours, theirs), SINGLE_WEIGHT)
+            report_difference(
+                f"train/{training} weights, largest", reference.largest(ours, theirs), SINGLE_WEIGHT
+            )
             report_difference(f"train/{training} weights, mean", float(abs(ours - theirs).mean()), WEIGHT)
-    norms = dict(zip(recorded["final_param_names"].tolist(), recorded["final_param_l2"].tolist(), strict=True))
+    norms = dict(
+        zip(recorded["final_param_names"].tolist(), recorded["final_param_l2"].tolist(), strict=True)
+    )
     trained = {key: value for key, value in state.items() if key in norms}
     assert any("mm_projector" in key for key in trained)
     for key, value in trained.items():
         ours = value.double().norm().item()
-        report_difference(f"train/{training} parameter norms", abs(ours - norms[key]), LOSS * max(1.0, norms[key]))
+        report_difference(
+            f"train/{training} parameter norms", abs(ours - norms[key]), LOSS * max(1.0, norms[key])
+        )
     # Nothing is lost on the way: stage 2 writes every recorded parameter, and the vocabulary has its own size again.
     if not (outputs / training / "mm_projector.bin").is_file():
         assert set(norms) <= set(state)
@@ -134,12 +149,23 @@ def test_optimizer_groups(root, tmp_path, training, monkeypatch):
 
 
 # Fields that say where and with what a checkpoint was made, and a constant of the published code that is counted here.
-FREE_FIELDS = {"_name_or_path", "transformers_version", "torch_dtype", "num_vision_tokens", "rope_theta", "architectures"}
+FREE_FIELDS = {
+    "_name_or_path",
+    "transformers_version",
+    "torch_dtype",
+    "num_vision_tokens",
+    "rope_theta",
+    "architectures",
+}
 
 
 def assert_config_as_recorded(folder: Path, recorded: Path) -> None:
     ours, theirs = reference.read(folder / "config.json"), reference.read(recorded)
-    wrong = {key: (ours.get(key, "absent"), value) for key, value in theirs.items() if key not in FREE_FIELDS and ours.get(key) != value}
+    wrong = {
+        key: (ours.get(key, "absent"), value)
+        for key, value in theirs.items()
+        if key not in FREE_FIELDS and ours.get(key) != value
+    }
     assert not wrong
 
 
@@ -178,7 +204,9 @@ def test_round_trip_through_the_original_layout(root, outputs, tmp_path):
         first, second = formats.read_folder(outputs / name), formats.read_folder(back)
         assert first.keys() == second.keys()
         assert all(torch.equal(tensor, second[key]) for key, tensor in first.items())
-        assert without_origin(reference.read(outputs / name / "config.json")) == without_origin(reference.read(back / "config.json"))
+        assert without_origin(reference.read(outputs / name / "config.json")) == without_origin(
+            reference.read(back / "config.json")
+        )
 
 
 def without_origin(config: dict) -> dict:

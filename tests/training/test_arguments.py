@@ -9,16 +9,77 @@ from llava_ext.interventions import InterventionError
 from llava_ext.resume import TrainingError
 
 # The flags of LLaVA-1.5's pretrain and finetune scripts, and of the published interventions' scripts.
-PRETRAIN = """--deepspeed ./scripts/zero2.json --version plain --mm_projector_type mlp2x_gelu --tune_mm_mlp_adapter True
---mm_vision_select_layer -2 --mm_use_im_start_end False --mm_use_im_patch_token False --bf16 True --num_train_epochs 1
---per_device_train_batch_size 32 --per_device_eval_batch_size 4 --gradient_accumulation_steps 1 --evaluation_strategy no
---save_strategy steps --save_steps 24000 --save_total_limit 1 --learning_rate 1e-3 --weight_decay 0. --warmup_ratio 0.03
---lr_scheduler_type cosine --logging_steps 1 --tf32 True --model_max_length 2048 --gradient_checkpointing True
---dataloader_num_workers 4 --lazy_preprocess True --report_to none""".split()
+PRETRAIN = [
+    "--deepspeed",
+    "./scripts/zero2.json",
+    "--version",
+    "plain",
+    "--mm_projector_type",
+    "mlp2x_gelu",
+    "--tune_mm_mlp_adapter",
+    "True",
+    "--mm_vision_select_layer",
+    "-2",
+    "--mm_use_im_start_end",
+    "False",
+    "--mm_use_im_patch_token",
+    "False",
+    "--bf16",
+    "True",
+    "--num_train_epochs",
+    "1",
+    "--per_device_train_batch_size",
+    "32",
+    "--per_device_eval_batch_size",
+    "4",
+    "--gradient_accumulation_steps",
+    "1",
+    "--evaluation_strategy",
+    "no",
+    "--save_strategy",
+    "steps",
+    "--save_steps",
+    "24000",
+    "--save_total_limit",
+    "1",
+    "--learning_rate",
+    "1e-3",
+    "--weight_decay",
+    "0.",
+    "--warmup_ratio",
+    "0.03",
+    "--lr_scheduler_type",
+    "cosine",
+    "--logging_steps",
+    "1",
+    "--tf32",
+    "True",
+    "--model_max_length",
+    "2048",
+    "--gradient_checkpointing",
+    "True",
+    "--dataloader_num_workers",
+    "4",
+    "--lazy_preprocess",
+    "True",
+    "--report_to",
+    "none",
+]
 FINETUNE = [
     *PRETRAIN[:2],
-    *"--version v1 --image_aspect_ratio pad --group_by_modality_length True --learning_rate 2e-5 --warmup_ratio 0.03".split(),
-    *"--normalize_projector True --use_multilayer_features True".split(),
+    *[
+        "--version",
+        "v1",
+        "--image_aspect_ratio",
+        "pad",
+        "--group_by_modality_length",
+        "True",
+        "--learning_rate",
+        "2e-5",
+        "--warmup_ratio",
+        "0.03",
+    ],
+    *["--normalize_projector", "True", "--use_multilayer_features", "True"],
 ]
 
 
@@ -57,8 +118,16 @@ def test_published_finetune_script(base):
 def test_defaults_are_llavas(base):
     arguments = parse(base)
     model, data, training = arguments.model, arguments.data, arguments.training
-    assert (model.mm_vision_select_layer, model.mm_projector_type, model.mm_vision_select_feature) == (-1, "linear", "patch")
-    assert (data.image_aspect_ratio, training.model_max_length, training.max_grad_norm) == ("square", 512, 1.0)
+    assert (model.mm_vision_select_layer, model.mm_projector_type, model.mm_vision_select_feature) == (
+        -1,
+        "linear",
+        "patch",
+    )
+    assert (data.image_aspect_ratio, training.model_max_length, training.max_grad_norm) == (
+        "square",
+        512,
+        1.0,
+    )
     assert (training.adam_beta1, training.adam_beta2, training.adam_epsilon) == (0.9, 0.999, 1e-8)
     assert training.loss_normalization == "micro_batch"
 
@@ -105,7 +174,11 @@ def test_mistakes_are_named(base, flags, words):
 
 @pytest.mark.parametrize(
     "flags",
-    ["--final_spatial_size 16", "--compression_after_projection True --final_spatial_size 5", "--interleave_sparsity 2"],
+    [
+        "--final_spatial_size 16",
+        "--compression_after_projection True --final_spatial_size 5",
+        "--interleave_sparsity 2",
+    ],
 )
 def test_interventions_are_checked_on_the_command_line(base, flags):
     with pytest.raises(InterventionError):
@@ -121,22 +194,77 @@ def test_what_is_needed_is_asked_for(base, name):
 
 def test_every_flag_of_transformers_4_37_is_known(base):
     """Scripts written for LLaVA's transformers may use any of its arguments; none may be unknown here."""
-    gone = """overwrite_output_dir evaluation_strategy per_gpu_train_batch_size per_gpu_eval_batch_size warmup_ratio logging_dir
-    save_safetensors no_cuda use_mps_device jit_mode_eval use_ipex fp16_opt_level half_precision_backend tpu_num_cores
-    tpu_metrics_debug past_index fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap adafactor group_by_length
-    use_legacy_prediction_loop include_inputs_for_metrics fp16_backend push_to_hub_model_id push_to_hub_organization
-    push_to_hub_token mp_parameters torchdynamo ray_scope dispatch_batches split_batches include_tokens_per_second
-    lazy_preprocess is_multimodal freeze_backbone mm_patch_merge_type mm_vision_select_feature cache_dir optim
-    freeze_mm_mlp_adapter mpt_attn_impl double_quant quant_type bits lora_enable lora_r lora_alpha lora_dropout lora_weight_path
-    lora_bias mm_projector_lr twoD_vision_embedding interleave interleave_sparsity add_spatial_coordinates""".split()
+    gone = [
+        "overwrite_output_dir",
+        "evaluation_strategy",
+        "per_gpu_train_batch_size",
+        "per_gpu_eval_batch_size",
+        "warmup_ratio",
+        "logging_dir",
+        "save_safetensors",
+        "no_cuda",
+        "use_mps_device",
+        "jit_mode_eval",
+        "use_ipex",
+        "fp16_opt_level",
+        "half_precision_backend",
+        "tpu_num_cores",
+        "tpu_metrics_debug",
+        "past_index",
+        "fsdp_min_num_params",
+        "fsdp_transformer_layer_cls_to_wrap",
+        "adafactor",
+        "group_by_length",
+        "use_legacy_prediction_loop",
+        "include_inputs_for_metrics",
+        "fp16_backend",
+        "push_to_hub_model_id",
+        "push_to_hub_organization",
+        "push_to_hub_token",
+        "mp_parameters",
+        "torchdynamo",
+        "ray_scope",
+        "dispatch_batches",
+        "split_batches",
+        "include_tokens_per_second",
+        "lazy_preprocess",
+        "is_multimodal",
+        "freeze_backbone",
+        "mm_patch_merge_type",
+        "mm_vision_select_feature",
+        "cache_dir",
+        "optim",
+        "freeze_mm_mlp_adapter",
+        "mpt_attn_impl",
+        "double_quant",
+        "quant_type",
+        "bits",
+        "lora_enable",
+        "lora_r",
+        "lora_alpha",
+        "lora_dropout",
+        "lora_weight_path",
+        "lora_bias",
+        "mm_projector_lr",
+        "twoD_vision_embedding",
+        "interleave",
+        "interleave_sparsity",
+        "add_spatial_coordinates",
+    ]
     known = [option[2:] for action in make_parser()._actions for option in action.option_strings]
     for name in gone:
         translate([f"--{name}", "0.5" if name == "warmup_ratio" else "False"], known, tf32_works=False)
 
 
 def test_own_defaults_are_fields():
-    assert {"resume", "watchdog_minutes", "loss_normalization"} <= set(LlavaTrainingArguments.__dataclass_fields__)
+    assert {"resume", "watchdog_minutes", "loss_normalization"} <= set(
+        LlavaTrainingArguments.__dataclass_fields__
+    )
 
 
 def test_split_flags_reads_both_spellings():
-    assert split_flags(["--a", "1", "-2", "--b-c=x", "--d"]) == [("a", ["1", "-2"]), ("b_c", ["x"]), ("d", [])]
+    assert split_flags(["--a", "1", "-2", "--b-c=x", "--d"]) == [
+        ("a", ["1", "-2"]),
+        ("b_c", ["x"]),
+        ("d", []),
+    ]
