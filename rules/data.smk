@@ -37,7 +37,7 @@ rule scan:
         "logs/scan/{source}.log",
     conda:
         "../envs/environment.yaml"
-    threads: 16
+    threads: 8
     resources:
         mem_mb=8000,
         runtime=360,
