@@ -17,10 +17,7 @@ from pathlib import Path
 
 from PIL import Image
 
-WORDS = (
-    "the a of image shows person standing next to red car with blue sky and some trees in background where small "
-    "dog is sitting on grass near table that has several cups plates what color how many answer using single word"
-).split()
+WORDS = ["the", "a", "of", "image", "shows", "person", "standing", "next", "to", "red", "car", "with", "blue", "sky", "and", "some", "trees", "in", "background", "where", "small", "dog", "is", "sitting", "on", "grass", "near", "table", "that", "has", "several", "cups", "plates", "what", "color", "how", "many", "answer", "using", "single", "word"]
 
 
 @dataclass(frozen=True)
@@ -165,7 +162,9 @@ def write_annotations(path: Path, archives: Iterable[Archive], text_only: int, t
             for member in shuffled_numbers(archive):
                 name = member_name(archive, member)
                 image = f"{archive.prefix}/{name}" if archive.prefix else name
-                line = templates[number % 64].replace("@image", image, 1).replace("0" * 12, f"{number:012d}", 1)
+                line = (
+                    templates[number % 64].replace("@image", image, 1).replace("0" * 12, f"{number:012d}", 1)
+                )
                 stream.write((", " if number else "") + line)
                 number += 1
         for _ in range(text_only):

@@ -17,6 +17,7 @@ import msgspec
 
 WINDOW = 32 << 20
 _SPACE = b" \t\r\n"
+_BETWEEN = frozenset(b" \t\r\n,")
 _raw_list = msgspec.json.Decoder(list[msgspec.Raw])
 
 
@@ -104,7 +105,8 @@ def _array(path: Path, fd: int, begin: int, window: int) -> Iterator[RawRecord]:
         at = 0
         for raw in records:
             data = memoryview(raw)
-            at = block.find(data, at)
+            while block[at] in _BETWEEN:
+                at += 1
             number += 1
             yield RawRecord(number, position + at, data)
             at += len(data)

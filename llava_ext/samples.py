@@ -75,10 +75,16 @@ def image_names(image: str | list[str] | None) -> list[str]:
 
 def count_words(record: RecordView) -> int:
     """Words of all turns, negative without an image: what LLaVA's ``modality_lengths`` gives."""
-    words = 0
-    for turn in record.conversations:
-        words += len(turn.value.split())
+    text = " " + " ".join([turn.value for turn in record.conversations])
+    if text.isascii():
+        # str.split() makes an object a word; on ASCII text, counting the words' beginnings is three times as fast.
+        words = text.encode().translate(_SPACE_OR_NOT).count(b" x")
+    else:
+        words = len(text.split())
     return words if record.image else -max(words, 1)
+
+
+_SPACE_OR_NOT = bytes(32 if code < 128 and chr(code).isspace() else 120 for code in range(256))
 
 
 class _Files:
@@ -203,6 +209,10 @@ class MixtureStore(SampleStore):
             raise SamplesError(f"{path}: is not of the size that its manifest says; merge again")
         self.lengths = self._records["words"]
         self._files = _Files()
+
+    def __reduce__(self) -> tuple[type[MixtureStore], tuple[Path]]:
+        """A spawned worker maps the files itself instead of getting a copy of the tables."""
+        return MixtureStore, (self.path,)
 
     @staticmethod
     def _load(path: Path, dtype: np.dtype[Any], rows: int) -> np.ndarray:

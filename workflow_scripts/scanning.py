@@ -21,11 +21,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from workflow_scripts.archives import DamagedMember, Listing, StoreReader, StoreType, list_members, store_size
+from workflow_scripts.archives import (
+    DamagedMember,
+    Listing,
+    StoreReader,
+    StoreType,
+    TooLargeMember,
+    list_members,
+    store_size,
+)
 from workflow_scripts.image_check import (
     MAX_BYTES,
     MAX_PIXELS,
     STATUSES,
+    Status,
     Verdict,
     check,
     prepare_process,
@@ -143,7 +152,7 @@ def _move_shifted(reader: StoreReader, listing: Listing, rows: list[Row | None])
         try:
             offset = reader.data_start(listing, index)
         except DamagedMember as error:
-            rows[index] = _damaged(listing, index, str(error))
+            rows[index] = _damaged(listing, index, error)
             continue
         rows[index] = (row[0], offset, *row[2:12], int(listing.header[index]), *row[13:])
 
@@ -211,7 +220,7 @@ def scan_member(reader: StoreReader, listing: Listing, row: int, max_pixels: int
     try:
         piece = reader.read(listing, row, MAX_BYTES)
     except DamagedMember as error:
-        return _damaged(listing, row, str(error))
+        return _damaged(listing, row, error)
     verdict = check(piece.data, max_pixels)
     stated = int(listing.crc[row])
     if stated not in (-1, piece.crc):
@@ -221,9 +230,9 @@ def scan_member(reader: StoreReader, listing: Listing, row: int, max_pixels: int
     return _row(listing, row, piece.offset, piece.crc, verdict, len(piece.data))
 
 
-def _damaged(listing: Listing, row: int, why: str) -> Row:
-    status = "too_large" if "more than the limit" in why else "corrupt"
-    return _row(listing, row, -1, 0, Verdict(status, detail=why), int(listing.size[row]))  # type: ignore[arg-type]
+def _damaged(listing: Listing, row: int, error: DamagedMember) -> Row:
+    status: Status = "too_large" if isinstance(error, TooLargeMember) else "corrupt"
+    return _row(listing, row, -1, 0, Verdict(status, detail=str(error)), int(listing.size[row]))
 
 
 def _row(listing: Listing, row: int, offset: int, crc: int, verdict: Verdict, size: int) -> Row:

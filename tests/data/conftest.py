@@ -48,7 +48,9 @@ def picture(seed: int = 0, size: tuple[int, int] = (64, 48), mode: str = "RGB") 
     return small.resize(size, Image.Resampling.BICUBIC).convert(mode)
 
 
-def encoded(format: str = "JPEG", seed: int = 0, size: tuple[int, int] = (64, 48), mode: str = "RGB", **options) -> bytes:
+def encoded(
+    format: str = "JPEG", seed: int = 0, size: tuple[int, int] = (64, 48), mode: str = "RGB", **options
+) -> bytes:
     """A picture's file."""
     stream = io.BytesIO()
     picture(seed, size, mode).save(stream, format, **options)

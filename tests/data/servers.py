@@ -117,7 +117,9 @@ class Server:
         return self.url + path
 
     def gets(self, path):
-        return [headers for method, at, headers in self.requests if method == "GET" and urlsplit(at).path == path]
+        return [
+            headers for method, at, headers in self.requests if method == "GET" and urlsplit(at).path == path
+        ]
 
     @contextmanager
     def running(self):
@@ -151,7 +153,11 @@ def serve(request, resource, head=False, **extra):
     data, begin, status = resource.data, 0, 200
     asked = request.headers.get("Range")
     condition = request.headers.get("If-Range")
-    same = condition is None or not resource.honours_if_range or condition in (resource.etag, resource.last_modified)
+    same = (
+        condition is None
+        or not resource.honours_if_range
+        or condition in (resource.etag, resource.last_modified)
+    )
     headers = {"ETag": resource.etag, "Last_Modified": resource.last_modified, **extra}
     if asked and resource.ranges and same:
         begin = int(asked.removeprefix("bytes=").split("-")[0])
@@ -201,7 +207,7 @@ class HubServer(Server):
     def __init__(self, repo="owner/data", repo_type="dataset", host="127.0.0.1"):
         super().__init__(host)
         self.repo, self.repo_type = repo, repo_type
-        self.commit = hashlib.sha1(b"first").hexdigest()
+        self.commit = hashlib.sha1(b"first", usedforsecurity=False).hexdigest()
         self.files, self.tags, self.token, self.api_faults = {}, {"main"}, None, []
         self.lfs = {}
         self.cdn = None
@@ -221,7 +227,7 @@ class HubServer(Server):
 
     def entry(self, path):
         data = self.files[path].data
-        git = hashlib.sha1(f"blob {len(data)}\0".encode() + data).hexdigest()
+        git = hashlib.sha1(f"blob {len(data)}\0".encode() + data, usedforsecurity=False).hexdigest()
         entry = {"type": "file", "path": path, "size": len(data), "oid": git}
         if self.lfs[path]:
             entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
@@ -259,7 +265,13 @@ class HubServer(Server):
             asked = form.get("paths") or json.loads(request.body)["paths"]
             request.send_json([self.entry(path) for path in asked if path in self.files])
         elif parts[0] == "commits":
-            item = {"id": self.commit, "authors": [], "date": "2024-01-01T00:00:00.000Z", "title": "x", "message": ""}
+            item = {
+                "id": self.commit,
+                "authors": [],
+                "date": "2024-01-01T00:00:00.000Z",
+                "title": "x",
+                "message": "",
+            }
             request.send_json([item])
 
     def resolve(self, request, revision, name, head):

@@ -18,7 +18,9 @@ from servers import Fault
 from workflow_scripts.io import read_json
 
 ROOT = Path(__file__).parents[2]
-JSON = json.dumps([{"id": "1", "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>"}]}]).encode()
+JSON = json.dumps(
+    [{"id": "1", "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>"}]}]
+).encode()
 README = b"small files are no LFS files\n"
 
 
@@ -51,10 +53,24 @@ class Workspace:
         return self.folder / "data" / "sources" / "N"
 
     def acquire(self, spec, **env):
-        command = [sys.executable, "-m", "workflow_scripts.acquire", "--name", "N", "--spec", json.dumps(spec)]
+        command = [
+            sys.executable,
+            "-m",
+            "workflow_scripts.acquire",
+            "--name",
+            "N",
+            "--spec",
+            json.dumps(spec),
+        ]
         command += ["--manifest", str(self.data / "manifest.json")]
         done = subprocess.run(
-            command, cwd=self.folder, env=self.env | env, capture_output=True, text=True, timeout=60, check=False
+            command,
+            cwd=self.folder,
+            env=self.env | env,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
         )
         assert "Traceback" not in done.stderr, done.stderr
         return done
@@ -164,7 +180,10 @@ def test_tokens_reach_the_hub_but_no_file_log_or_other_host(work, hub, other_ser
         ({"revision": "v9"}, "no such revision"),
         ({"revision": "abcdef1"}, "is no commit of owner/data"),
         ({"files": [{"path": "image.zip", "role": "images"}]}, "it has images.zip"),
-        ({"files": [{"path": "images.zip", "role": "images", "sha256": "0" * 64}]}, "another file than the config"),
+        (
+            {"files": [{"path": "images.zip", "role": "images", "sha256": "0" * 64}]},
+            "another file than the config",
+        ),
         ({"files": [{"path": "images.zip", "role": "images", "bytes": 5}]}, f"size {len(ZIP)} (config: 5)"),
     ],
     ids=lambda value: str(value)[:30] if isinstance(value, str) else "",
@@ -241,7 +260,11 @@ def test_several_url_files_and_the_manifest_of_a_second_run(tmp_path, server):
         "kind": "url",
         "files": [
             {"url": server.add("/zips/train.zip", ZIP), "role": "images", "sha256": sha(ZIP)},
-            {"url": [server.url + "/gone.json", server.add("/a.json", JSON)], "role": "annotations", "name": "a.json"},
+            {
+                "url": [server.url + "/gone.json", server.add("/a.json", JSON)],
+                "role": "annotations",
+                "name": "a.json",
+            },
         ],
     }
     assert work.acquire(spec).returncode == 0

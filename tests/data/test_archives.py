@@ -25,7 +25,7 @@ def make_zip(path, members, method=zipfile.ZIP_STORED):
         warnings.simplefilter("ignore")
         with zipfile.ZipFile(path, "w", method) as file:
             for name, data in members:
-                file.writestr(name if isinstance(name, zipfile.ZipInfo) else name, data)
+                file.writestr(name, data)
     return path
 
 
@@ -101,7 +101,7 @@ def test_zip64_and_bytes_in_front(tmp_path, prefix):
 def as_zip64(data):
     """Rewrites an archive's end so that every size and offset is in zip64 fields."""
     end = data.rfind(b"PK\5\6")
-    entries, size, start = struct.unpack_from("<HLL", data, end + 10)
+    entries, _, start = struct.unpack_from("<HLL", data, end + 10)
     directory, at = b"", start
     for _ in range(entries):
         fields = list(struct.unpack_from("<4s6H3L5H2L", data, at))
@@ -285,7 +285,8 @@ def test_a_tar_with_a_damaged_header_is_refused(tmp_path):
     step = 512 + -(-len(JPEG) // 512) * 512
     data[10 * step + 150] ^= 0xFF
     path.write_bytes(data)
-    assert len(tarfile.open(path).getnames()) == 10
+    with tarfile.open(path) as file:
+        assert len(file.getnames()) == 10
     with pytest.raises(UserError, match="header at byte"):
         list_members(path)
 
@@ -306,7 +307,8 @@ def test_long_and_foreign_names_in_tars(tmp_path, format):
 
 
 @pytest.mark.parametrize(
-    ("magic", "advice"), [(b"\x1f\x8b", "gunzip"), (b"BZh9", "bunzip2"), (b"7z\xbc\xaf", "7z x"), (b"Rar!", "unrar")]
+    ("magic", "advice"),
+    [(b"\x1f\x8b", "gunzip"), (b"BZh9", "bunzip2"), (b"7z\xbc\xaf", "7z x"), (b"Rar!", "unrar")],
 )
 def test_compressed_archives_are_refused_with_advice(tmp_path, magic, advice):
     (tmp_path / "a.tar.xx").write_bytes(magic + noise(600))

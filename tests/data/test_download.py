@@ -73,7 +73,9 @@ def test_progress_keeps_hope_alive(server, tmp_path, patience):
 
 def test_unpinned_files_are_resumed_only_if_unchanged(server, tmp_path, patience):
     new = noise(3_000_000, seed=1)
-    url = server.add("/images.zip", DATA, faults=[Fault("cut", after=1_000_000), Fault("change", (new, '"v2"'))])
+    url = server.add(
+        "/images.zip", DATA, faults=[Fault("cut", after=1_000_000), Fault("change", (new, '"v2"'))]
+    )
     fetch(want(url, sha256=None, bytes=None), tmp_path / "images.zip", patience)
     assert (tmp_path / "images.zip").read_bytes() == new
     assert server.gets("/images.zip")[1]["If-Range"] == '"v1"'
@@ -94,7 +96,9 @@ def test_a_server_without_ranges_still_gives_the_file(server, tmp_path, patience
 
 
 def test_no_length_and_no_etag(server, tmp_path, patience):
-    url = server.add("/images.zip", DATA, says_length=False, etag=None, faults=[Fault("reset", after=1_000_000)])
+    url = server.add(
+        "/images.zip", DATA, says_length=False, etag=None, faults=[Fault("reset", after=1_000_000)]
+    )
     fetch(want(url, bytes=None, sha256=None), tmp_path / "images.zip", patience)
     assert (tmp_path / "images.zip").read_bytes() == DATA
 
@@ -148,7 +152,9 @@ def test_mirrors_are_tried_in_order_and_a_part_goes_on_at_the_next(server, other
 
 
 def test_unpinned_parts_do_not_cross_mirrors(server, other_server, tmp_path, patience):
-    first = server.add("/images.zip", DATA, faults=[Fault("cut", after=1_000_000)] + [Fault("status", 500)] * 9)
+    first = server.add(
+        "/images.zip", DATA, faults=[Fault("cut", after=1_000_000)] + [Fault("status", 500)] * 9
+    )
     new = noise(2_500_000, seed=3)
     second = other_server.add("/copy.zip", new, etag='"v1"')
     fetch(want(first, second, sha256=None, bytes=None), tmp_path / "images.zip", patience)
@@ -157,7 +163,9 @@ def test_unpinned_parts_do_not_cross_mirrors(server, other_server, tmp_path, pat
 
 def test_gone_everywhere(server, other_server, tmp_path, patience):
     with pytest.raises(UserError) as error:
-        fetch(want(server.url + "/images.zip", other_server.url + "/x.zip"), tmp_path / "images.zip", patience)
+        fetch(
+            want(server.url + "/images.zip", other_server.url + "/x.zip"), tmp_path / "images.zip", patience
+        )
     assert "404" in str(error.value)
     assert other_server.url in str(error.value)
     assert "`local`" in str(error.value)
@@ -244,7 +252,11 @@ def test_tokens_go_to_the_first_host_only(server, other_server, tmp_path, patien
 
 def test_mirrors_get_no_token(server, other_server, tmp_path, patience):
     mirror = other_server.add("/images.zip", DATA)
-    fetch(want(server.url + "/images.zip", mirror, headers={"Authorization": "Bearer x"}), tmp_path / "f", patience)
+    fetch(
+        want(server.url + "/images.zip", mirror, headers={"Authorization": "Bearer x"}),
+        tmp_path / "f",
+        patience,
+    )
     assert "Authorization" not in other_server.gets("/images.zip")[0]
 
 
@@ -319,7 +331,9 @@ def test_two_processes_do_not_write_one_file(server, tmp_path, patience):
 
 def test_connections_per_host_are_limited_among_processes(server, tmp_path):
     """Three files, three processes, one connection: never two at a time."""
-    command = SCRIPT.replace("attempts=2,", f"attempts=2, per_host=1, hosts=Path({str(tmp_path / 'hosts')!r}),")
+    command = SCRIPT.replace(
+        "attempts=2,", f"attempts=2, per_host=1, hosts=Path({str(tmp_path / 'hosts')!r}),"
+    )
     running = []
     for number in range(3):
         url = server.add(f"/{number}.zip", DATA, faults=[Fault("slow", 0.005)])

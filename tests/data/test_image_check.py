@@ -30,7 +30,9 @@ def test_whole_files_are_ok(name, data):
 
 
 def test_no_false_alarm_on_many_pictures():
-    wrong = {name: check(data) for seed in SEEDS for name, data in whole_files(seed) if check(data).status != "ok"}
+    wrong = {
+        name: check(data) for seed in SEEDS for name, data in whole_files(seed) if check(data).status != "ok"
+    }
     assert not wrong
 
 
@@ -91,7 +93,13 @@ def test_damaged_pngs_gifs_and_webps_are_found(seed):
 def test_what_is_no_image_is_named(name):
     verdict = check(NO_IMAGES[name])
     assert verdict.status == "not_an_image"
-    expected = {"html.jpg": "HTML", "json.jpg": "JSON", "lfs.jpg": "LFS", "zeros.jpg": "zero bytes", "pdf.jpg": "PDF"}
+    expected = {
+        "html.jpg": "HTML",
+        "json.jpg": "JSON",
+        "lfs.jpg": "LFS",
+        "zeros.jpg": "zero bytes",
+        "pdf.jpg": "PDF",
+    }
     assert expected.get(name, "begins with") in verdict.detail
 
 
@@ -103,7 +111,9 @@ def test_a_jpeg_that_ends_in_its_header():
     assert check(jpeg(0)[:150]).status == "truncated"
 
 
-@pytest.mark.parametrize("data", [png_header(100_000, 100_000), jpeg_that_claims(60_000, 60_000)], ids=["png", "jpeg"])
+@pytest.mark.parametrize(
+    "data", [png_header(100_000, 100_000), jpeg_that_claims(60_000, 60_000)], ids=["png", "jpeg"]
+)
 def test_bombs_are_too_large_and_never_decoded(data):
     verdict = check(data)
     assert verdict.status == "too_large"
@@ -134,7 +144,12 @@ def test_gif_and_png_bytes_under_a_jpg_name_are_whole_images():
 
 def test_sniffing_and_describing_never_fail_on_short_input():
     for length in range(20):
-        for data in (b"\xff" * length, b"RIFF" + b"x" * length, b"GIF89a"[:length], b"\x89PNG\r\n\x1a\n"[:length]):
+        for data in (
+            b"\xff" * length,
+            b"RIFF" + b"x" * length,
+            b"GIF89a"[:length],
+            b"\x89PNG\r\n\x1a\n"[:length],
+        ):
             sniff(data)
             describe(data)
             check(data)

@@ -1,7 +1,7 @@
 """Zips, tars and folders of images, listed once and then read by offset; nothing is ever extracted."""
 
 from workflow_scripts.archives.listing import Listing, Note, StoreType, detect_type, list_members, store_size
-from workflow_scripts.archives.reading import DamagedMember, StoreReader
+from workflow_scripts.archives.reading import DamagedMember, StoreReader, TooLargeMember
 
 __all__ = [
     "DamagedMember",
@@ -9,6 +9,7 @@ __all__ = [
     "Note",
     "StoreReader",
     "StoreType",
+    "TooLargeMember",
     "detect_type",
     "list_members",
     "store_size",

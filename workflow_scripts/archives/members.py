@@ -14,7 +14,23 @@ StoreType = Literal["zip", "tar", "folder"]
 STORED, DEFLATED = 0, 8
 NO_CRC = -1
 IMAGE_SUFFIXES = frozenset(
-    ("jpg", "jpeg", "jpe", "jfif", "png", "gif", "webp", "bmp", "tif", "tiff", "heic", "heif", "avif", "jp2", "jxl")
+    (
+        "jpg",
+        "jpeg",
+        "jpe",
+        "jfif",
+        "png",
+        "gif",
+        "webp",
+        "bmp",
+        "tif",
+        "tiff",
+        "heic",
+        "heif",
+        "avif",
+        "jp2",
+        "jxl",
+    )
 )
 EXAMPLES = 10
 _DRIVE = re.compile(r"^[A-Za-z]:")

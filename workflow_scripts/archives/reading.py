@@ -21,6 +21,10 @@ class DamagedMember(Exception):
     """A member whose bytes can't be had; the message says why."""
 
 
+class TooLargeMember(DamagedMember):
+    """A member that is larger than anybody's image; it is not read."""
+
+
 @dataclass(frozen=True)
 class Piece:
     """A member's content: where its data begin in the archive (-1 in a folder), its bytes, their CRC32."""
@@ -54,7 +58,7 @@ class StoreReader:
             raise DamagedMember(why)
         size, stored = int(listing.size[row]), int(listing.stored[row])
         if max(size, stored) > max_bytes:
-            raise DamagedMember(f"{size} bytes, more than the limit of {max_bytes}")
+            raise TooLargeMember(f"{size} bytes, more than the limit of {max_bytes}")
         if self.kind == "folder":
             return self._from_folder(listing.names[row], max_bytes)
         if self.kind == "tar":
@@ -80,8 +84,10 @@ class StoreReader:
             raise DamagedMember(f"can't be opened ({error.strerror})") from None
         try:
             status = os.fstat(fd)
-            if not stat.S_ISREG(status.st_mode) or status.st_size > max_bytes:
-                raise DamagedMember("not a plain file, or larger than the limit")
+            if not stat.S_ISREG(status.st_mode):
+                raise DamagedMember("not a plain file")
+            if status.st_size > max_bytes:  # it grew since it was listed
+                raise TooLargeMember(f"{status.st_size} bytes, more than the limit of {max_bytes}")
             with os.fdopen(os.dup(fd), "rb", buffering=0) as stream:
                 data = stream.read()
         finally:

@@ -152,9 +152,9 @@ def _read_one(found: _Collector, file: int, path: Path, raw: RawRecord) -> None:
     if why:
         found.malformed.append(Malformed(path.name, raw.number, why))
         return
-    asks = any("<image>" in turn.value for turn in record.conversations[:1]) or (
-        bool(names) and any("<image>" in turn.value for turn in record.conversations)
-    )
+    asks = "<image>" in record.conversations[0].value
+    if names and not asks:
+        asks = any("<image>" in turn.value for turn in record.conversations)
     if asks != bool(names):
         found.n_mismatches += 1
         if len(found.mismatches) < 5:

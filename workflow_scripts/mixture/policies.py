@@ -154,7 +154,7 @@ def _duplicates(part: Part, records: Records, outcome: Outcome) -> None:
     again = np.ones(len(records), bool)
     again[first] = False
     again &= (records.id_hash != 0) & outcome.keep
-    rows = np.flatnonzero(again)
+    rows: list[int] = np.flatnonzero(again).tolist()
     if len(rows) and part.policy.duplicate_ids == "fail":
         shown = "\n".join(f"  {records.where(row)}: id {record_id(records, row)!r}" for row in rows[:20])
         raise UserError(

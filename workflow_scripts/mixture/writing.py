@@ -84,10 +84,9 @@ class SamplesWriter:
     def write(self, records: Records, chosen: np.ndarray) -> None:
         """Writes the chosen records of a part."""
         for data in progress(_record_bytes(records, chosen), len(chosen), "writing samples"):
-            if self.done:
-                self._put(b",\n")
-            self.offset[self.done], self.length[self.done] = self.position, len(data)
-            self._put(data)
+            start = self.position + 2 * bool(self.done)
+            self.offset[self.done], self.length[self.done] = start, len(data)
+            self._put(b",\n" + data if self.done else data)
             self.done += 1
 
     def finish(self) -> str:
