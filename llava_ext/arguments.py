@@ -157,7 +157,7 @@ class LlavaTrainingArguments(TrainingArguments):
     cache_dir: str | None = field(default=None, metadata={"help": "Hub cache for models given by id."})
     optim: str = field(default="adamw_torch", metadata={"help": "Optimizer."})
     remove_unused_columns: bool = field(default=False)
-    report_to: str | list[str] | None = field(
+    report_to: None | str | list[str] = field(  # noqa: RUF036 (the parser of transformers needs this order)
         default="tensorboard",
         metadata={"help": "tensorboard, wandb, trackio, ... or none; metrics.jsonl is always written."},
     )
@@ -461,7 +461,7 @@ def _adjust(training: LlavaTrainingArguments) -> None:
     if not sys.stderr.isatty():
         training.disable_tqdm = True
     reports = training.report_to if isinstance(training.report_to, list) else [training.report_to]
-    training.own_tensorboard = "tensorboard" in reports  # type: ignore[attr-defined]
+    training.own_tensorboard = "tensorboard" in reports
     training.report_to = [name for name in reports if name not in (None, "tensorboard", "none")]
 
 

@@ -107,7 +107,7 @@ class Metrics(TrainerCallback):
         kept = [line for line in _lines(self.path) if line["step"] <= state.global_step]
         temporary = self.path.with_name(".metrics.jsonl.tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, self.path)
+        temporary.replace(self.path)
         self.stream = self.path.open("a", encoding="utf-8", buffering=1)
         if self.tensorboard:
             self.board = _board(self.board_dir, state.global_step)

@@ -44,7 +44,7 @@ def add_adapters(
             r=rank,
             lora_alpha=alpha,
             lora_dropout=dropout,
-            bias=bias,  # type: ignore[arg-type]
+            bias=bias,
             target_modules=linear_modules(model),
             task_type="CAUSAL_LM",
         )

@@ -72,7 +72,7 @@ def write_json(path: Path, value: Any) -> None:
     try:
         temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         flush(temporary)
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -247,7 +247,7 @@ def publish(folder: Path, output_dir: Path) -> tuple[dict[str, str], dict[str, i
         digests[name], sizes[name] = sha256(path), path.stat().st_size
         target = output_dir / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(path, target)
+        path.replace(target)
     shutil.rmtree(folder, ignore_errors=True)
     flush(output_dir)
     return digests, sizes

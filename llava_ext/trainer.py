@@ -40,6 +40,7 @@ class LlavaTrainer(Trainer):
     """
 
     args: LlavaTrainingArguments
+    optimizer: torch.optim.Optimizer | None
 
     def __init__(
         self, *, lengths: np.ndarray, describe: Any, mm_projector_lr: float | None = None, **kwargs: Any

@@ -1,6 +1,7 @@
 """The command line: LLaVA's own scripts run as they stand; mistakes are named."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -135,7 +136,7 @@ def test_defaults_are_llavas(base):
 def test_deepspeed_file_of_llava_is_shipped(base):
     known = [option[2:] for action in make_parser()._actions for option in action.option_strings]
     argv, notices = translate(PRETRAIN, known, tf32_works=True)
-    config = json.loads(open(argv[argv.index("--deepspeed") + 1]).read())
+    config = json.loads(Path(argv[argv.index("--deepspeed") + 1]).read_text())
     assert config["zero_optimization"]["stage"] == 2 and "gradient_clipping" not in config
     assert "zero2.json" in notices[0]
     assert argv[argv.index("--tf32") + 1] == "True"

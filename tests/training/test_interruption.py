@@ -1,0 +1,137 @@
+"""A training that is killed, signalled or damaged, and started again, ends with the same bits."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+
+import pytest
+from conftest import command_line, losses, result, rows, run, start, wait_for
+
+pytestmark = pytest.mark.slow
+WEIGHTS = {1: "mm_projector.safetensors", 2: "model.safetensors"}
+
+
+def assert_same(stage, ours, theirs):
+    """Losses, rates and gradient norms of every step, and the final weights, to the last bit."""
+    assert losses(ours) == losses(theirs)
+    assert (ours / WEIGHTS[stage]).read_bytes() == (theirs / WEIGHTS[stage]).read_bytes()
+    assert result(ours)["files"][WEIGHTS[stage]] == result(theirs)["files"][WEIGHTS[stage]]
+
+
+def interrupt(argv, folder, step, number):
+    """Sends ``number`` to a training that has done ``step`` steps; returns its exit status."""
+    process = start(argv, folder / "log")
+    wait_for(lambda: len(rows(folder / "out")) >= step, process)
+    process.send_signal(number)
+    return process.wait(60)
+
+
+@pytest.mark.parametrize(("stage", "step"), [(1, 6), (2, 6), (2, 13)])
+def test_kill_9_at_a_step(stage, step, tmp_path, uninterrupted):
+    """Step 6 lies behind the first checkpoint; step 13 in the second epoch."""
+    argv = command_line(stage, tmp_path / "out")
+    assert interrupt(argv, tmp_path, step, signal.SIGKILL) == -signal.SIGKILL
+    assert not (tmp_path / "out" / "train_result.json").exists()
+    text = run(argv, tmp_path / "log")
+    assert "continuing from" in text
+    assert_same(stage, tmp_path / "out", uninterrupted(stage))
+
+
+@pytest.mark.parametrize(("stage", "number"), [(1, signal.SIGUSR1), (2, signal.SIGTERM)])
+def test_signal_saves_at_the_end_of_the_step(stage, number, tmp_path, uninterrupted):
+    argv = command_line(stage, tmp_path / "out", save_steps=1000)
+    assert interrupt(argv, tmp_path, 5, number) == 0
+    stopped = result(tmp_path / "out")
+    assert stopped["status"] == "interrupted" and 5 <= stopped["step"] < 20
+    assert (tmp_path / "out" / f"checkpoint-{stopped['step']}" / "complete.json").is_file()
+    run(argv, tmp_path / "log")
+    assert_same(stage, tmp_path / "out", uninterrupted(stage))
+
+
+def test_damaged_newest_checkpoint(tmp_path, uninterrupted):
+    """A byte that changed on the disk: the checkpoint before is used, and the end is the same."""
+    shutil.copytree(uninterrupted(2), tmp_path / "out")
+    argv = command_line(2, tmp_path / "out")
+    for name in ("train_result.json", "model.safetensors"):
+        (tmp_path / "out" / name).unlink()
+    path = tmp_path / "out" / "checkpoint-20" / "optimizer.pt"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    text = run(argv, tmp_path / "log")
+    assert "checkpoint-20: not usable: optimizer.pt has changed" in text
+    assert "continuing from" in text and "checkpoint-16" in text
+    assert_same(2, tmp_path / "out", uninterrupted(2))
+
+
+def test_lost_final_weights_are_made_again(tmp_path, uninterrupted):
+    shutil.copytree(uninterrupted(1), tmp_path / "out")
+    (tmp_path / "out" / "mm_projector.safetensors").unlink()
+    run(command_line(1, tmp_path / "out"), tmp_path / "log")
+    assert_same(1, tmp_path / "out", uninterrupted(1))
+
+
+def test_finished_training_says_so(tmp_path, uninterrupted):
+    folder = uninterrupted(1)
+    before = (folder / "train_result.json").stat().st_mtime_ns
+    text = run(command_line(1, folder), tmp_path / "log")
+    assert "this training is finished (step 20); nothing to do" in text
+    assert (folder / "train_result.json").stat().st_mtime_ns == before
+
+
+def test_another_configuration_is_refused(tmp_path, uninterrupted):
+    text = run(command_line(1, uninterrupted(1), learning_rate=2e-3), tmp_path / "log", expect=1)
+    assert "learning_rate: 0.001 when it was started, now 0.002" in text
+    assert "Traceback" not in text
+
+
+def test_only_the_newest_checkpoints_are_kept(uninterrupted):
+    for stage in (1, 2):
+        kept = sorted(path.name for path in uninterrupted(stage).glob("checkpoint-*"))
+        assert kept == ["checkpoint-16", "checkpoint-20"]
+        assert not list(uninterrupted(stage).glob(".saving*"))
+
+
+def test_stage_1_checkpoints_hold_the_projector_only(uninterrupted):
+    size = sum(path.stat().st_size for path in (uninterrupted(1) / "checkpoint-20").iterdir())
+    assert size < 200_000
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_during_a_save_loses_nothing(tmp_path, uninterrupted):
+    """A quota that the second checkpoint does not fit into; then the same command goes on."""
+    argv = command_line(2, tmp_path / "out")
+    limited = tmp_path / "limit.py"
+    # The first save succeeds; then files may not grow beyond a few kB, as on a full disk.
+    limited.write_text(
+        "import resource, signal\n"
+        "from llava_ext import resume, train\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "seal = resume.seal\n"
+        "def sealed(*args, **kwargs):\n"
+        "    seal(*args, **kwargs)\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "resume.seal = sealed\n"
+        "train.main()\n"
+    )
+    import subprocess
+    import sys
+
+    from conftest import GOLDEN, environment
+
+    done = subprocess.run(
+        [sys.executable, str(limited), *argv],
+        cwd=GOLDEN,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    assert "checkpoint-8: could not be saved" in done.stderr and "checkpoint-4" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list((tmp_path / "out").glob(".saving*"))
+    run(argv, tmp_path / "log")
+    assert_same(2, tmp_path / "out", uninterrupted(2))
