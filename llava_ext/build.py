@@ -224,7 +224,7 @@ def _assembled(
     config: SpatialLlavaConfig, language: Any, vision: Any
 ) -> SpatialLlavaForConditionalGeneration:
     """The model around existing parts; only the projector is new."""
-    with torch.device("meta"):
+    with torch.device("meta"), without_zero3():
         model = SpatialLlavaForConditionalGeneration(config)
     core: Any = model.model
     projector = core.multi_modal_projector.to_empty(device=language.device)
@@ -236,6 +236,19 @@ def _assembled(
     model.generation_config = language.generation_config
     model.tie_weights()
     return model.train()
+
+
+@contextmanager
+def without_zero3() -> Any:
+    """While it lasts, models are built and saved as without ZeRO-3, which would partition and gather their parameters."""
+    from transformers.integrations import deepspeed
+
+    before = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed._hf_deepspeed_config_weak_ref = None
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = before
 
 
 def reset_projector(projector: nn.Module) -> None:
@@ -401,14 +414,14 @@ def save_checkpoint(
     clone.load_state_dict(weights, strict=True, assign=True)
     clone.generation_config = copy.deepcopy(model.generation_config)
     processor = make_processor(config, tokenizer, image_processor)
-    with _staged(Path(folder)) as staging, _auto_classes(config):
+    with _staged(Path(folder)) as staging, _auto_classes(config), without_zero3():
         clone.save_pretrained(str(staging), save_original_format=True)
         processor.save_pretrained(str(staging))
 
 
 def _empty_clone(config: SpatialLlavaConfig) -> Any:
     """A model of the class that the checkpoint is for, without memory for its weights."""
-    with torch.device("meta"):
+    with torch.device("meta"), without_zero3():
         if config.is_stock:
             return LlavaForConditionalGeneration(config.to_stock())
         return SpatialLlavaForConditionalGeneration(config)
