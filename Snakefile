@@ -4,6 +4,8 @@ from pathlib import Path
 
 from snakemake.utils import min_version
 
+from workflow_scripts.plan import describe_plan, is_dry_run
+
 min_version("9.0")
 
 HERE = Path(workflow.current_basedir.get_path_or_uri(secret_free=True)).resolve()
@@ -22,6 +24,10 @@ include: "rules/data.smk"
 include: "rules/models.smk"
 include: "rules/train.smk"
 include: "rules/results.smk"
+
+
+if workflow.is_main_process and is_dry_run(sys.argv):
+    print(describe_plan(plan), file=sys.stderr)
 
 
 localrules:

@@ -24,7 +24,9 @@ from workflow_scripts.io import digest, read_json
 
 STAGES = ("pretrain", "finetune")
 # How a file is fetched and what it is compared with, not what it is.
-TRANSPORT = frozenset({"mirrors", "connections_per_host", "bytes", "trust", "local", "expected_images"})
+TRANSPORT = frozenset(
+    {"mirrors", "connections_per_host", "bytes", "about_gb", "trust", "local", "expected_images"}
+)
 # Short words for run folders; flags without one appear under their own name.
 SHORT = {
     "normalize_projector": "normalize",
