@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
 CONDITIONS = ("normal", "permuted", "blank")
-# LLaVA's padding colour: the mean of CLIP's training images.
-BLANK = (122, 116, 104)
 
 
 @dataclass(frozen=True)
@@ -263,7 +261,7 @@ def ask(
         shown = [Image.open(io.BytesIO(pictures[question.image])).convert("RGB") for question in chunk]
         batch = prompt_batch(checkpoint.processor, chunk, shown)
         blank = prompt_batch(
-            checkpoint.processor, chunk, [Image.new("RGB", image.size, BLANK) for image in shown]
+            checkpoint.processor, chunk, [Image.new("RGB", image.size, spec.blank_colour) for image in shown]
         )
         seeds = [permutation_seed(spec.permute_seed, question) for question in chunk]
         for condition, inputs, order in (
@@ -370,6 +368,7 @@ def evaluate(spec: EvaluationSpec, checkpoint: Path, source: Path, manifest: Pat
         "source": {"name": read_json(source)["name"], "digest": read_json(source)["digest"]},
         "spec": spec.model_dump(mode="json"),
         "pictures": len(pictures),
+        "question_types": list(counts(questions)),
         "questions": counts(questions),
         "chance": chance_levels(questions),
         "accuracy": {condition: accuracies(questions, answers[condition]) for condition in CONDITIONS},

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import Field
 
 from workflow_scripts.config.base import StrictModel
+
+
+Level = Annotated[int, Field(ge=0, le=255)]
 
 
 class EvaluationSpec(StrictModel):
@@ -21,6 +26,8 @@ class EvaluationSpec(StrictModel):
     """Use the first so many pictures of the source; null means all."""
     permute_seed: int = 0
     """Seed of the permutation of the vision tokens; each question gets its own permutation."""
+    blank_colour: tuple[Level, Level, Level] = (122, 116, 104)
+    """Red, green and blue (0 to 255) of the blank picture; the default is the mean of CLIP's training pictures."""
     batch_size: int = Field(default=128, ge=1)
     """Questions answered at once."""
     max_new_tokens: int = Field(default=8, ge=1, le=256)

@@ -1,0 +1,155 @@
+"""The report's figures as inline SVG: text in the page's own font and colour, so that they fit light and dark."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+# Told apart on white and on near-black, also by people with colour-blindness; later experiments get dashes.
+PALETTE = ("#3b7dd8", "#e07b39", "#2f9e6e", "#b65fc2", "#c9a227", "#3fa7b5", "#d1495b", "#80868f")
+DASHES = ("solid", "dashed", "dotted", "dashdot")
+# Stand-ins that are replaced by the page's own colours.
+INK, RULE = "#010203", "#040506"
+SHOWN_POINTS = 300
+STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "report",
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "text.parse_math": False,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": RULE,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": RULE,
+    "grid.linewidth": 0.6,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "ytick.minor.size": 0,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+}
+
+
+def colour(index: int) -> str:
+    """The colour of the experiment number ``index``."""
+    return PALETTE[index % len(PALETTE)]
+
+
+def dash(index: int) -> str:
+    """Its line style: solid until the colours are used up."""
+    return DASHES[index // len(PALETTE) % len(DASHES)]
+
+
+def to_svg(figure: Figure, label: str) -> str:
+    """The figure as an SVG element that scales with its column; ``label`` is read out by screen readers."""
+    stream = io.StringIO()
+    figure.savefig(stream, format="svg", bbox_inches="tight", pad_inches=0.05, metadata={"Date": None})
+    pyplot.close(figure)
+    svg = stream.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = svg.replace(INK, "currentColor").replace(RULE, "var(--line)")
+    svg = re.sub(
+        r"font: ([^;\"]*?)(\d+(?:\.\d+)?)px [^;\"]*", r"font: \1\2px inherit; font-family: inherit", svg
+    )
+    svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)
+    words = label.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
+    return svg.replace("<svg", f'<svg role="img" aria-label="{words}"', 1)
+
+
+def smooth(values: Sequence[float], window: int) -> list[float]:
+    """Trailing mean over ``window`` values (fewer at the start)."""
+    means, total = [], 0.0
+    for i, value in enumerate(values):
+        total += value
+        if i >= window:
+            total -= values[i - window]
+        means.append(total / min(i + 1, window))
+    return means
+
+
+def _thinned(steps: Sequence[int], values: Sequence[float]) -> tuple[list[int], list[float]]:
+    stride = max(1, len(steps) // SHOWN_POINTS)
+    chosen = sorted({*range(0, len(steps), stride), len(steps) - 1})
+    return [steps[i] for i in chosen], [values[i] for i in chosen]
+
+
+def loss_figure(curves: Mapping[str, tuple[int, Sequence[int], Sequence[float]]], label: str) -> str:
+    """Training loss of several runs in one frame, smoothed, on a logarithmic axis.
+
+    ``curves``: name to (colour index, steps, losses). Names are not drawn; the page has the legend.
+    """
+    with pyplot.rc_context(STYLE):
+        figure, axes = pyplot.subplots(figsize=(5.6, 3.0))
+        for index, steps, losses in curves.values():
+            means = smooth(losses, max(1, len(losses) // 50))
+            axes.plot(*_thinned(steps, means), color=colour(index), linestyle=dash(index), linewidth=1.6)
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlabel("step")
+        axes.set_ylabel("loss")
+        axes.margins(x=0.01)
+        return to_svg(figure, label)
+
+
+def _accuracy_panel(axes: Axes, kind: str, rows: Sequence[Mapping[str, Any]], chance: float | None) -> None:
+    for y, row in enumerate(rows):
+        found = {condition: shares.get(kind) for condition, shares in row["accuracy"].items()}
+        normal, permuted, blank = (found.get(name) for name in ("normal", "permuted", "blank"))
+        shade = colour(row["index"])
+        if normal is not None and permuted is not None:
+            axes.plot(
+                [100 * permuted, 100 * normal], [y, y], color=shade, linewidth=1.4, alpha=0.55, zorder=2
+            )
+        if blank is not None:
+            axes.plot(100 * blank, y, marker="|", color=INK, markersize=10, markeredgewidth=1.4, zorder=3)
+        if permuted is not None:
+            axes.plot(
+                100 * permuted, y, marker="o", markerfacecolor="none", color=shade, markersize=7, zorder=4
+            )
+        if normal is not None:
+            axes.plot(100 * normal, y, marker="o", color=shade, markersize=7, zorder=5)
+    if chance is not None:
+        axes.axvline(100 * chance, color=INK, linewidth=0.8, linestyle=(0, (2, 3)), alpha=0.7, zorder=1)
+    axes.set_title(kind, fontsize=11, loc="left")
+    axes.set_xlim(-4, 104)
+    axes.set_xticks([0, 50, 100])
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.grid(axis="y", visible=False)
+    axes.spines["left"].set_visible(False)
+
+
+def accuracy_figure(
+    rows: Sequence[Mapping[str, Any]], kinds: Sequence[str], chance: Mapping[str, float], label: str
+) -> str:
+    """One panel a question type, one line an experiment.
+
+    A full dot is the accuracy in %, a ring the accuracy with permuted vision tokens, a bar with a blank picture;
+    the dotted line is chance. ``rows``: mappings with name, index (colour) and accuracy by condition and type.
+    """
+    with pyplot.rc_context(STYLE):
+        size = (2.1 * len(kinds) + 1.6, 0.34 * len(rows) + 0.8)
+        figure, panels = pyplot.subplots(1, len(kinds), figsize=size, sharey=True, squeeze=False)
+        for axes, kind in zip(panels[0], kinds, strict=True):
+            _accuracy_panel(axes, kind, rows, chance.get(kind))
+        panels[0][0].set_yticks(range(len(rows)), [row["name"] for row in rows])
+        figure.subplots_adjust(wspace=0.12)
+        return to_svg(figure, label)
