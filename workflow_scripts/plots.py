@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -74,15 +75,14 @@ def to_svg(figure: Figure, label: str) -> str:
     return svg.replace("<svg", f'<svg role="img" aria-label="{words}"', 1)
 
 
-def smooth(values: Sequence[float], window: int) -> list[float]:
-    """Trailing mean over ``window`` values (fewer at the start)."""
-    means, total = [], 0.0
-    for i, value in enumerate(values):
-        total += value
-        if i >= window:
-            total -= values[i - window]
-        means.append(total / min(i + 1, window))
-    return means
+def smooth(values: Sequence[float], width: int) -> list[float]:
+    """Running median over ``width`` values (fewer at the start): single odd batches leave no trace."""
+    return [statistics.median(values[max(0, i + 1 - width) : i + 1]) for i in range(len(values))]
+
+
+def window(steps: int) -> int:
+    """How many steps are smoothed over."""
+    return max(5, steps // 50)
 
 
 def _thinned(steps: Sequence[int], values: Sequence[float]) -> tuple[list[int], list[float]]:
@@ -92,18 +92,21 @@ def _thinned(steps: Sequence[int], values: Sequence[float]) -> tuple[list[int], 
 
 
 def loss_figure(curves: Mapping[str, tuple[int, Sequence[int], Sequence[float]]], label: str) -> str:
-    """Training loss of several runs in one frame, smoothed, on a logarithmic axis.
+    """Training loss of several runs in one frame, smoothed; logarithmic where it spans a decade.
 
     ``curves``: name to (colour index, steps, losses). Names are not drawn; the page has the legend.
     """
     with pyplot.rc_context(STYLE):
         figure, axes = pyplot.subplots(figsize=(5.6, 3.0))
+        everything: list[float] = []
         for index, steps, losses in curves.values():
-            means = smooth(losses, max(1, len(losses) // 50))
-            axes.plot(*_thinned(steps, means), color=colour(index), linestyle=dash(index), linewidth=1.6)
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
+            shown = smooth(losses, window(len(losses)))
+            everything += shown
+            axes.plot(*_thinned(steps, shown), color=colour(index), linestyle=dash(index), linewidth=1.6)
+        if max(everything, default=1) > 10 * min(everything, default=1) > 0:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("step")
         axes.set_ylabel("loss")
         axes.margins(x=0.01)

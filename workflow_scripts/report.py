@@ -123,10 +123,10 @@ def loss_sections(found: Collected, colours: Mapping[str, int]) -> list[dict[str
             legend.append({"colour": plots.colour(index), "names": users[key] or [key[1]]})
         if rows:
             title = STAGE_TITLES[stage]
+            window = max((plots.window(len(steps)) for _, steps, _ in curves.values()), default=1)
             figure = plots.loss_figure(curves, f"Training loss. {title}") if curves else None
-            sections.append(
-                {"stage": stage, "title": title, "figure": figure, "legend": legend, "rows": rows}
-            )
+            section = {"stage": stage, "title": title, "figure": figure, "legend": legend, "rows": rows}
+            sections.append(section | {"window": window})
     return sections
 
 
@@ -210,6 +210,7 @@ def render(found: Collected, page: Path) -> str:
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["svg"] = Markup
+    environment.filters["breakable"] = lambda text: Markup("_<wbr>").join(str(text).split("_"))
     environment.filters["duration"] = duration
     return environment.get_template("page.html.j2").render(
         experiments=experiment_rows(found, colours, page),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import random
 import zlib
 from collections.abc import Mapping
@@ -15,6 +16,8 @@ from .collect import Collected, Manifest
 MOST_FILES = 60
 MOST_SAMPLES = 8
 MOST_TURNS = 6
+# Bytes of a mixture that is searched for the samples of single images.
+MOST_SEARCHED = 100_000_000
 LONGEST_TEXT = 240
 # A picture of more pixels is not decoded for a thumbnail.
 MOST_PIXELS = 50_000_000
@@ -117,20 +120,44 @@ def _members(image: str, roots: list[dict[str, str]]) -> list[str]:
     return names
 
 
-def _policy(found: Collected, source: str, kind: str) -> dict[str, str]:
-    """What is known of a file without a fate of its own: good files under a wrong name are used as they are."""
+def _uses(found: Collected, source: str, members: set[str]) -> dict[str, list[dict[str, str]]]:
+    """By image name in the archive: the samples of the mixtures that use it. Large mixtures are not searched."""
+    uses: dict[str, list[dict[str, str]]] = {}
+    for name, (path, mixture) in found.mixtures.items():
+        samples = path.with_name("samples.json")
+        roots = [
+            root for part in mixture["parts"] for root in part.get("roots", []) if root["source"] == source
+        ]
+        if not roots or not samples.is_file() or samples.stat().st_size > MOST_SEARCHED:
+            continue
+        for record in json.loads(samples.read_bytes()):
+            images = record.get("image") or []
+            for image in [images] if isinstance(images, str) else images:
+                for member in members.intersection(_members(image, roots)):
+                    use = {"mixture": name, "sample": str(record.get("id", "")), "record": "", "fate": "kept"}
+                    uses.setdefault(member, []).append(use | {"reason": "decoded by its content"})
+    return uses
+
+
+def _unknown(found: Collected, source: str) -> dict[str, str]:
+    """For a file of which no mixture tells anything here."""
     used = any(source in mixture.get("sources", []) for _, mixture in found.mixtures.values())
-    fate = {"fate": "not shown" if used else "not used", "reason": "", "sample": "", "mixture": "", "record": ""}
-    if kind == "wrong suffix" and used:
-        fate |= {"fate": "kept", "reason": "decoded by its content"}
-    return fate
+    return {
+        "fate": "not shown" if used else "not used",
+        "reason": "",
+        "sample": "",
+        "mixture": "",
+        "record": "",
+    }
 
 
 def _damaged_rows(found: Collected, name: str) -> list[dict[str, Any]]:
     scan, source = found.scans[name], found.sources.get(name)
     fates, rows = _fates(found, name), []
     images = source[1]["images"] if source else None
-    for row in _unusual(scan):
+    unusual = _unusual(scan)
+    uses = _uses(found, name, {row["name"] for row in unusual if row["status"] == "ok"})
+    for row in unusual:
         data = (
             stored_bytes(source[0].parent / images["path"], images["type"], row) if source and images else b""
         )
@@ -142,7 +169,7 @@ def _damaged_rows(found: Collected, name: str) -> list[dict[str, Any]]:
                 "detail": row["detail"] or f"{row['format']} under this name",
                 "thumbnail": picture,
                 "opening": "" if picture else opening(data),
-                "fates": fates.get(row["name"]) or [_policy(found, name, _kind(row))],
+                "fates": fates.get(row["name"]) or uses.get(row["name"]) or [_unknown(found, name)],
             }
         )
     return rows
@@ -179,7 +206,7 @@ def source_cards(found: Collected) -> list[dict[str, Any]]:
     cards = []
     for name, (_, scan) in found.scans.items():
         rows = _damaged_rows(found, name) + _missing_rows(found, name)
-        counts = dict(scan["counts"])
+        counts = dict(sorted(scan["counts"].items(), key=lambda item: item[0] != "ok"))
         unusual = sum(number for status, number in counts.items() if status != "ok") + scan.get(
             "wrong_suffix", 0
         )
