@@ -12,6 +12,7 @@ from workflow_scripts.runs import (
     STAGES,
     Plan,
     announce,
+    check_targets,
     compact,
     plain,
     recipe,
@@ -20,6 +21,8 @@ from workflow_scripts.runs import (
 
 try:
     plan = Plan(load_config(config, workflow.configfiles))
+    if workflow.modifier.is_main_snakefile():
+        check_targets(plan, sys.argv[1:])
 except UserError as error:
     raise WorkflowError(str(error)) from None
 

@@ -84,6 +84,9 @@ rule report:
             "data/mixtures/{mixture}/manifest.json", mixture=plan.used_mixtures()
         ),
         scans=expand("data/scans/{source}/manifest.json", source=plan.scanned()),
+        sources=expand(
+            "data/sources/{source}/manifest.json", source=plan.used_sources()
+        ),
     output:
         page=report(
             "report/index.html",

@@ -54,6 +54,14 @@ def is_computing(folder: Path) -> bool:
     return any(alive(read_json(path)) for path in folder.glob(f"*/{OWNER}"))
 
 
+def _measures(folder: Path, kept: set[str]) -> bool:
+    """Whether the folder is a finished evaluation of a checkpoint that is kept."""
+    manifest = folder / "manifest.json"
+    if folder.parent.name != "evaluate" or not manifest.is_file():
+        return False
+    return f"runs/export/{read_json(manifest).get('checkpoint', {}).get('run')}" in kept
+
+
 def find_unused(root: Path, used: Sequence[str], forget: Sequence[str] = ()) -> Iterator[Unused]:
     """The folders below ``root`` that can go."""
     named = named_by_experiments(root, forget)
@@ -61,7 +69,7 @@ def find_unused(root: Path, used: Sequence[str], forget: Sequence[str] = ()) -> 
         name = str(folder.relative_to(root))
         if is_computing(folder):
             continue
-        if name not in used and name not in named:
+        if name not in used and name not in named and not _measures(folder, {*used, *named}):
             yield Unused(folder, "no experiment uses it", folder_bytes(folder))
         elif (folder / "manifest.json").is_file():
             current = read_json(folder / "manifest.json").get("folder")

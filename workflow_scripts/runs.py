@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,8 +19,10 @@ from workflow_scripts.config.base import StrictModel
 from workflow_scripts.config.compute import ComputeSpec
 from workflow_scripts.config.experiments import Experiment
 from workflow_scripts.config.load import Loaded
+from workflow_scripts.config.schema import known, suggestion
 from workflow_scripts.config.sources import source_inputs
-from workflow_scripts.io import digest, read_json
+from workflow_scripts.io import UserError, digest, read_json
+from workflow_scripts.reporting.table import text_table
 
 STAGES = ("pretrain", "finetune")
 # How a file is fetched and what it is compared with, not what it is.
@@ -206,6 +208,16 @@ class Plan:
             }
         )
 
+    def used_sources(self) -> list[str]:
+        """The sources of the used mixtures and of the evaluation."""
+        names = [
+            name
+            for mixture in self.used_mixtures()
+            for part in self.config.mixtures[mixture].source_names()
+            for name in part
+        ]
+        return sorted({*names, *([self.config.evaluation.source] if self.config.evaluation else [])})
+
     def compute(self, stage: str, name: str) -> ComputeSpec:
         """The kind of job that computes a training."""
         return self.config.compute[self.experiment_of(stage, name).stage(stage).compute]
@@ -293,36 +305,27 @@ def announce(plan: Plan) -> None:
         {name: run.manifest for (stage, name), run in plan.runs.items() if stage == "evaluate"}
     )
     if table:
-        print("\naccuracy in %:", table, sep="\n", file=sys.stderr)
+        print("\naccuracy in % (as is, vision tokens permuted, blank picture):", table, sep="\n", file=sys.stderr)
     if Path("report/index.html").is_file():
         print(f"\nreport: {Path('report/index.html').absolute()}\n", file=sys.stderr)
 
 
 def accuracy_table(manifests: Mapping[str, str]) -> str:
     """The evaluations' accuracies as a text table, one line an experiment; empty when there are none."""
-    rows: dict[str, dict[str, float]] = {}
-    for name, path in manifests.items():
-        if Path(path).is_file():
-            rows[name] = flat_accuracies(read_json(Path(path)).get("accuracy", {}))
-    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    if not columns:
-        return ""
-    lines = [" " * 26 + "  ".join(f"{column:>8}" for column in columns)]
-    for name, row in rows.items():
-        cells = [f"{100 * row[column]:8.0f}" if column in row else " " * 8 for column in columns]
-        lines.append("  ".join([f"  {name:<24}"[:26], *cells]).replace("  ", "  ", 1))
-    return "\n".join(lines)
+    return text_table({name: read_json(Path(path)) for name, path in manifests.items() if Path(path).is_file()})
 
 
-def flat_accuracies(found: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """Nested accuracies with dotted names."""
-    flat: dict[str, float] = {}
-    for key, value in found.items():
-        if isinstance(value, Mapping):
-            flat.update(flat_accuracies(value, f"{prefix}{key}."))
-        elif isinstance(value, int | float):
-            flat[f"{prefix}{key}"] = float(value)
-    return flat
+def check_targets(plan: Plan, targets: Iterable[str]) -> None:
+    """Raises UserError for a checkpoint of an experiment that does not exist, before Snakemake only says "no rule"."""
+    for target in targets:
+        parts = Path(target).parts[-3:]
+        if len(parts) == 3 and parts[0] == "experiments" and parts[2] == "checkpoint.json":
+            name = parts[1]
+            if name not in plan.experiments:
+                advice = suggestion(name, plan.experiments, "add it to the section experiments")
+                raise UserError(
+                    f"{target}: no experiment is called {name!r}; experiments: {known(plan.experiments)}; {advice}"
+                )
 
 
 def slug(experiment: Experiment) -> str:

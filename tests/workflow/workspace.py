@@ -104,13 +104,23 @@ class Workspace:
         return [str(item) for item in [*base, *self.options, *arguments]]
 
     def environment(self):
-        return {**os.environ, **self.extra_environment, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        return {
+            **os.environ,
+            **self.extra_environment,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
 
     def start(self, *arguments):
         """Snakemake in the background, in its own process group, its output in `snakemake.out`."""
         out = (self.folder / "snakemake.out").open("wb")
         return subprocess.Popen(
-            self.command(*arguments), cwd=self.folder, env=self.environment(), stdout=out, stderr=out, start_new_session=True
+            self.command(*arguments),
+            cwd=self.folder,
+            env=self.environment(),
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
         )
 
     def run(self, *arguments, check=True, timeout=600):
@@ -144,7 +154,7 @@ class Workspace:
 
     def state(self, stage, experiment):
         """The state folder of a training, as soon as it exists."""
-        found = [path for path in self.run_folder(stage, experiment).glob("*/spec.json")]
+        found = list(self.run_folder(stage, experiment).glob("*/spec.json"))
         return found[0].parent if found else None
 
     def plan(self):

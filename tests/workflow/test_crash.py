@@ -1,0 +1,114 @@
+"""A run that is killed, whatever is killed, continues from what was saved."""
+
+import json
+import os
+import re
+import signal
+
+import pytest
+
+from .workspace import kill_group, wait_for
+
+pytestmark = pytest.mark.slow
+LONG = {"max_steps": 60, "save_steps": 5}
+
+
+@pytest.fixture()
+def workspace(finished, tmp_path):
+    """A finished folder with one more experiment to train, long enough to be killed."""
+    workspace = finished.copy_to(tmp_path / "w")
+    workspace.config["experiments"] = {"long": {"finetune": dict(LONG)}}
+    return workspace
+
+
+def checkpoint_of(workspace):
+    """The state folder, once a complete checkpoint is in it."""
+    state = workspace.state("finetune", "long")
+    return state if state and list(state.glob("checkpoint-*/complete.json")) else None
+
+
+def attempts(state):
+    rows = {}
+    for line in (state / "attempts.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        rows.setdefault(row["attempt"], {}).update(row)
+    return list(rows.values())
+
+
+def losses(state):
+    rows = [json.loads(line) for line in (state / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1)), "steps are missing or doubled"
+    return [row["loss"] for row in rows]
+
+
+def straight(workspace, folder):
+    """The same training without interruption, for comparison."""
+    other = workspace.copy_to(folder)
+    other.run("experiments/long/checkpoint.json")
+    state = other.state("finetune", "long")
+    return losses(state), other.json("experiments/long/checkpoint.json")["digest"]
+
+
+def test_killed_snakemake_and_killed_trainer_continue_to_the_same_weights(workspace, tmp_path):
+    expected = straight(workspace, tmp_path / "straight")
+
+    process = workspace.start("experiments/long/checkpoint.json")
+    state = wait_for(lambda: checkpoint_of(workspace), 90, "the first checkpoint", process)
+    trainer = json.loads((state / "owner.json").read_text())["trainer"]
+    os.kill(trainer, signal.SIGKILL)  # Snakemake starts the job again by itself
+    wait_for(lambda: len(attempts(state)) >= 2, 60, "the second attempt", process)
+    second = attempts(state)[1]
+    assert second["from_step"] >= 5
+    assert attempts(state)[0]["outcome"] == "failed (-9)"
+
+    owner = wait_for(
+        lambda: json.loads((state / "owner.json").read_text()).get("trainer"),
+        30,
+        "the second trainer",
+        process,
+    )
+    wait_for(lambda: "continuing from" in (state / second["log"]).read_text(), 60, "its resumption", process)
+    kill_group(process)  # Snakemake dies, its job goes on
+    os.kill(owner, 0)
+
+    locked = workspace.run("experiments/long/checkpoint.json", check=False)
+    assert "--unlock" in locked.stdout
+    workspace.run("--unlock")
+    done = workspace.run("experiments/long/checkpoint.json", "--rerun-incomplete")
+    rows = attempts(state)
+    if len(rows) > 2:  # the orphan was still training: it was asked to save and end
+        assert "asking it to save and end" in done.stdout
+    assert rows[-1]["outcome"] == "finished"
+    assert (losses(state), workspace.json("experiments/long/checkpoint.json")["digest"]) == expected
+
+
+def test_an_interrupt_saves_and_the_next_run_continues(workspace):
+    process = workspace.start("experiments/long/checkpoint.json")
+    state = wait_for(lambda: checkpoint_of(workspace), 90, "the first checkpoint", process)
+    os.killpg(process.pid, signal.SIGINT)  # what Ctrl-C in a terminal does
+    process.wait(timeout=90)
+    wait_for(lambda: not (state / "owner.json").exists(), 60, "the launcher's end")
+    assert attempts(state)[-1]["outcome"] == "interrupted"
+    saved = json.loads((state / "train_result.json").read_text())
+    assert saved["status"] == "interrupted" and saved["step"] >= 5
+
+    workspace.run("--unlock")
+    workspace.run("experiments/long/checkpoint.json", "--rerun-incomplete")
+    assert attempts(state)[-1]["from_step"] == saved["step"]
+    assert len(losses(state)) == 60
+
+
+def test_attempts_without_progress_stop_with_the_log(workspace):
+    """A training that can't work is tried a few times and then refused, with the place of its log."""
+    experiment = workspace.config["experiments"]["long"]
+    experiment["finetune"]["min_supervised_share"] = 1.0  # no data set has a label on every token
+    workspace.config["compute"]["small"].update(max_stuck_attempts=2, attempts=3)
+    done = workspace.run("experiments/long/checkpoint.json", check=False)
+    assert done.returncode != 0
+    state = workspace.state("finetune", "long")
+    assert len(attempts(state)) == 2
+    assert re.search(
+        r"the last 2 attempts .* saved nothing beyond step 0, so no further one is started", done.stdout
+    )
+    assert str((state / "logs/attempt-002.log").relative_to(workspace.folder)) in done.stdout
+    assert "Traceback" not in done.stdout

@@ -1,0 +1,154 @@
+"""The real Snakefile from data to named checkpoints, on a configuration smaller than the demo."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from workflow_scripts.status import all_statuses
+
+from .workspace import ROOT
+
+pytestmark = pytest.mark.slow
+
+
+def test_every_experiment_has_a_checkpoint_that_stock_transformers_loads(finished):
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    for name in ("vanilla", "gentle", "compress_4"):
+        content = finished.json(f"experiments/{name}/checkpoint.json")
+        assert content["experiment"] == name
+        folder = finished.folder / "experiments" / name / content["paths"]["hf"]
+        assert (folder / "model.safetensors").is_file() and (folder / "provenance.json").is_file()
+        assert (finished.folder / "experiments" / name / "llava" / "config.json").is_file()
+    model, loading = LlavaForConditionalGeneration.from_pretrained(
+        finished.folder / "experiments/vanilla/hf", output_loading_info=True
+    )
+    assert not loading["missing_keys"] and not loading["unexpected_keys"]
+    assert AutoProcessor.from_pretrained(finished.folder / "experiments/vanilla/hf")
+    assert model.config.model_type == "llava"
+
+
+def test_stage_1_is_shared_where_it_is_the_same(finished):
+    runs = {
+        name: finished.json(f"experiments/{name}/checkpoint.json")["runs"]
+        for name in ("vanilla", "gentle", "compress_4")
+    }
+    assert runs["vanilla"]["pretrain"] == runs["gentle"]["pretrain"] != runs["compress_4"]["pretrain"]
+    assert len({run["finetune"] for run in runs.values()}) == 3
+    assert len(list((finished.folder / "runs/pretrain").iterdir())) == 2
+
+
+def test_the_flags_reach_the_checkpoint(finished):
+    config = finished.json("experiments/compress_4/hf/config.json")
+    text = json.dumps(config)
+    assert '"compression_after_projection": true' in text and '"final_spatial_size": 4' in text
+    rate = finished.json("experiments/gentle/finetune/provenance.json")["configuration"]["recipe"][
+        "learning_rate"
+    ]
+    assert rate == 1e-3
+
+
+def test_provenance_says_where_a_checkpoint_comes_from(finished):
+    found = finished.json("experiments/vanilla/finetune/provenance.json")
+    assert found["global_batch_size"] == 8 and found["step"] == 8
+    assert set(found["inputs"]) == {"mixture", "llm", "vision_tower", "parent"}
+    assert found["inputs"]["mixture"] == finished.json("data/mixtures/finetune/manifest.json")["digest"]
+    assert "torch" in found["versions"] and found["hardware"]["cpus"]
+
+
+def test_the_end_says_where_the_results_are(finished):
+    end = finished.output[finished.output.index("checkpoints (") :]
+    assert "experiments/vanilla/hf" in end
+    assert "accuracy" in end
+    assert str(finished.folder / "report/index.html") in end
+
+
+def test_logs_and_manifests_are_kept_and_hold_no_absolute_paths(finished):
+    assert list(finished.folder.glob("logs/finetune/*.log"))
+    for path in finished.folder.glob("runs/*/*/manifest.json"):
+        assert str(finished.folder) not in path.read_text(), path
+
+
+def test_the_second_run_has_nothing_to_do(finished):
+    done = finished.run()
+    assert "Nothing to be done" in done.stdout
+
+
+def test_status_reads_the_run_folders(finished):
+    found = {item.run: item for item in all_statuses(finished.folder)}
+    assert len(found) == 5
+    assert all(
+        item.state == "finished" and item.step == item.steps and item.attempts == 1 for item in found.values()
+    )
+    assert all(item.loss is not None and item.tokens_per_s for item in found.values())
+
+
+def test_unused_runs_are_listed_and_removed(finished, tmp_path):
+    workspace = finished.copy_to(tmp_path / "w")
+    del workspace.config["experiments"]["gentle"]
+    # The finished experiment's own file still names its run, so nothing is removed behind the user's back.
+    assert "every run is used" in workspace.run("list_unused").stdout
+    (workspace.folder / "experiments/gentle/checkpoint.json").unlink()
+    listed = workspace.run("list_unused").stdout
+    gentle = finished.run_folder("finetune", "gentle").relative_to(finished.folder)
+    assert f"{gentle}  (no experiment uses it)" in listed
+    assert (workspace.folder / gentle).is_dir()
+    workspace.run("clean_unused")
+    assert not (workspace.folder / gentle).exists()
+    assert workspace.run_folder("pretrain", "vanilla").is_dir()
+    assert workspace.planned() == ["report: report/index.html"]
+
+
+def test_an_unknown_target_names_the_known_ones(finished):
+    done = finished.run("experiments/vanila/checkpoint.json", "-n", check=False)
+    assert done.returncode != 0
+    assert "experiments: compress_4, gentle, vanilla; did you mean 'vanilla'?" in done.stdout
+    assert "Traceback" not in done.stdout
+
+
+DOWNSTREAM = """
+module llava:
+    snakefile: "{root}/Snakefile"
+    config: config["training"]
+    prefix: "llava"
+
+use rule * from llava as llava_*
+
+rule summary:
+    input: "llava/experiments/vanilla/checkpoint.json"
+    output: "summary.txt"
+    default_target: True
+    shell: "python -c 'import json; print(json.load(open(\\"{{input}}\\"))[\\"experiment\\"])' > {{output}}"
+"""
+
+
+def test_another_workflow_imports_this_one_as_a_module(finished, tmp_path):
+    finished.copy_to(tmp_path / "llava")
+    (tmp_path / "Snakefile").write_text(DOWNSTREAM.format(root=ROOT))
+    (tmp_path / "config.yaml").write_text(json.dumps({"training": finished.config}))
+    (tmp_path / "mine").symlink_to("llava/mine")
+    command = [
+        sys.executable,
+        "-m",
+        "snakemake",
+        "--configfile",
+        "config.yaml",
+        "--cores",
+        "1",
+        "--rerun-triggers",
+        "mtime",
+    ]
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "summary.txt").read_text() == "vanilla\n"
