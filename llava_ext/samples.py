@@ -134,9 +134,11 @@ class SampleStore(ABC):
         return len(self.lengths)
 
     def record(self, index: int) -> dict[str, Any]:
-        """The LLaVA record, as the annotation has it."""
+        """The LLaVA record, as the annotation has it; an empty `image` is left out, so that having the key says it all."""
         decoded = msgspec.json.decode(self.record_bytes(index))
         assert isinstance(decoded, dict)
+        if not decoded.get("image", True):
+            del decoded["image"]
         return decoded
 
     @abstractmethod
@@ -190,6 +192,9 @@ class _Store:
 class MixtureStore(SampleStore):
     """A merged mixture: `samples.json`, `records.npy`, `images.npy` and `manifest.json` side by side."""
 
+    records: np.ndarray
+    """The mapped `records.npy`."""
+
     def __init__(self, path: Path) -> None:
         self.path = path
         folder = path.parent
@@ -203,11 +208,11 @@ class MixtureStore(SampleStore):
         self._sources: list[str] = manifest["sources"]
         self._stores = [_Store(s["type"], os.path.normpath(folder / s["path"])) for s in manifest["stores"]]
         self._mappings: list[tuple[str, str]] = [(m["prefix"], m["root"]) for m in manifest["mappings"]]
-        self._records = self._load(folder / "records.npy", RECORD_DTYPE, manifest["records"])
+        self.records = self._load(folder / "records.npy", RECORD_DTYPE, manifest["records"])
         self._images = self._load(folder / "images.npy", IMAGE_DTYPE, manifest["images"])
         if path.stat().st_size != manifest["samples_bytes"]:
             raise SamplesError(f"{path}: is not of the size that its manifest says; merge again")
-        self.lengths = self._records["words"]
+        self.lengths = self.records["words"]
         self._files = _Files()
 
     def __reduce__(self) -> tuple[type[MixtureStore], tuple[Path]]:
@@ -226,11 +231,11 @@ class MixtureStore(SampleStore):
 
     def record_bytes(self, index: int) -> bytes:
         """The record's JSON, read by offset."""
-        row = self._records[index]
+        row = self.records[index]
         return self._files.read(str(self.path), int(row["offset"]), int(row["length"]))
 
     def _rows(self, index: int) -> np.ndarray:
-        row = self._records[index]
+        row = self.records[index]
         first = int(row["first_image"])
         return self._images[first : first + int(row["n_images"])]
 
@@ -261,13 +266,19 @@ class MixtureStore(SampleStore):
         name = image_names(record_decoder.decode(self.record_bytes(index)).image)[place]
         return (Path(store.path) / join_name(name, prefix, root)).read_bytes()
 
+    def count_tolerant(self, rows: np.ndarray) -> int:
+        """How many images of these records are damaged and kept."""
+        before = np.concatenate(([0], np.cumsum(self._images["tolerant"], dtype=np.int64)))
+        first = self.records["first_image"][rows].astype(np.int64)
+        return int((before[first + self.records["n_images"][rows]] - before[first]).sum())
+
     def tolerant(self, index: int) -> list[bool]:
         """True for truncated files that the mixture's policy keeps."""
         return [bool(row["tolerant"]) for row in self._rows(index)]
 
     def source(self, index: int) -> str:
         """The name of the sample's source."""
-        return self._sources[self._records[index]["source"]]
+        return self._sources[self.records[index]["source"]]
 
     @property
     def sources(self) -> list[str]:

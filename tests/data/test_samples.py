@@ -123,6 +123,16 @@ def test_an_image_only_mixture_without_text_and_the_other_way_round(tmp_path):
     assert store.tolerant(1) == []
 
 
+def test_an_empty_image_is_no_image(tmp_path):
+    """Code that asks whether a record has the key gets the right answer."""
+    kitchen = Kitchen(tmp_path)
+    kitchen.annotations("notes", [conversation() | {"image": empty} for empty in (None, [])])
+    kitchen.mix({"annotations": "notes"})
+    store = open_samples(kitchen.mixture)
+    assert ["image" in store.record(i) for i in range(2)] == [False, False]
+    assert store.lengths.tolist() == [-5, -5]
+
+
 # plain LLaVA JSON ---------------------------------------------------------------------------------------------------
 
 
