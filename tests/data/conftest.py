@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import io
 import random
+import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
 from servers import HubServer, Server
 
 from workflow_scripts.download import Patience
+
+# The scale test uses the benchmarks' data.
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 
 @pytest.fixture
