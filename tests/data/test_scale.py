@@ -32,6 +32,7 @@ from llava_ext.samples import open_samples
 from workflow_scripts.io import read_json
 
 ROOT = Path(__file__).parents[2]
+BAD_EVERY = 5000
 
 
 def scale():
