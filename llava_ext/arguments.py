@@ -10,7 +10,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import importlib.util
+import json
 import os
+import socket
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +23,7 @@ from typing import Any, Literal
 from transformers import HfArgumentParser, TrainingArguments
 
 from .interventions import Interventions
-from .resume import TrainingError
+from .resume import TrainingError, say
 
 TRUE, FALSE = ("true", "1", "yes", "t", "y"), ("false", "0", "no", "f", "n")
 
@@ -265,6 +268,8 @@ def translate(argv: Sequence[str], known: Sequence[str], tf32_works: bool) -> tu
             notices.append("--warmup_ratio is ignored: --warmup_steps is given")
         elif name == "deepspeed" and values:
             out += ["--deepspeed", deepspeed_config(values[0], notices)]
+        elif name == "fsdp" and (not values or values[0].lower() in (*TRUE, *FALSE)):
+            out += ["--fsdp"] * is_on(values)
         elif (new := RENAMED.get(name, name)) in known:
             if new == "warmup_steps" and name == "warmup_ratio" and float(values[0]) >= 1:
                 raise TrainingError(
@@ -358,11 +363,23 @@ def _fit_machine(argv: list[str], notices: list[str]) -> list[str]:
     """Adds ``--use_cpu`` where there is no GPU, so that bf16 and everything else run on the CPU."""
     import torch
 
-    if torch.cuda.is_available() or "--use_cpu" in argv:
+    cpu = not torch.cuda.is_available() or _given_switch(argv, "use_cpu")
+    if not cpu:
+        if torch.cuda.device_count() > 1 and "RANK" not in os.environ:
+            notices.append(
+                f"one of {torch.cuda.device_count()} GPUs is used; start with torchrun to use more"
+            )
         return argv
     if "--bf16" in argv:
         notices.append("no GPU here: --bf16 runs on the CPU")
-    return [*argv, "--use_cpu", "True"]
+    if "--fsdp" in argv:
+        notices.append("--fsdp needs GPUs: on the CPU every process holds the whole model (plain DDP)")
+        argv = [flag for flag in argv if flag != "--fsdp"]
+    return argv if _given_switch(argv, "use_cpu") else [*argv, "--use_cpu", "True"]
+
+
+def _given_switch(argv: Sequence[str], name: str) -> bool:
+    return any(flag == name and is_on(values) for flag, values in split_flags(argv))
 
 
 def parse(argv: Sequence[str] | None = None) -> Arguments:
@@ -387,6 +404,8 @@ def parse(argv: Sequence[str] | None = None) -> Arguments:
     model = _build(ModelArguments, namespace)
     data = _build(DataArguments, namespace)
     _check_before(model, data, namespace)
+    if namespace.deepspeed:
+        _prepare_deepspeed(namespace, explicit_clip="--max_grad_norm" in translated)
     training = _build(LlavaTrainingArguments, namespace)
     _adjust(training)
     return Arguments(model, data, training, interventions, tuple(notices))
@@ -398,6 +417,20 @@ def _build(kind: type[Any], namespace: argparse.Namespace) -> Any:
         return kind(**{name: value for name, value in vars(namespace).items() if name in names})
     except (ValueError, ImportError) as error:
         raise TrainingError(f"command line: {error}") from error
+
+
+def _prepare_deepspeed(namespace: argparse.Namespace, explicit_clip: bool) -> None:
+    """Clipping as asked for (LLaVA's own files have none), and the rendezvous of a run without a launcher."""
+    config = json.loads(Path(namespace.deepspeed).read_text(encoding="utf-8"))
+    if explicit_clip:
+        config.setdefault("gradient_clipping", "auto")
+    namespace.deepspeed = config
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in alone.items()})
 
 
 def _take_interventions(namespace: argparse.Namespace) -> Interventions:
@@ -460,9 +493,23 @@ def _adjust(training: LlavaTrainingArguments) -> None:
         training.dataloader_pin_memory = False
     if not sys.stderr.isatty():
         training.disable_tqdm = True
+    # The model runs all its modules in every batch, so DDP need not look for parameters without gradient.
+    if training.ddp_find_unused_parameters is None:
+        training.ddp_find_unused_parameters = False
+    training._n_gpu = min(training.n_gpu, 1)  # several GPUs are for torchrun, never for DataParallel
     reports = training.report_to if isinstance(training.report_to, list) else [training.report_to]
-    training.own_tensorboard = "tensorboard" in reports
-    training.report_to = [name for name in reports if name not in (None, "tensorboard", "none")]
+    training.own_tensorboard = any(name not in (None, "none") for name in reports)
+    training.report_to = [
+        name for name in reports if name not in (None, "tensorboard", "none") and _installed(name)
+    ]
+
+
+def _installed(reporter: str) -> bool:
+    """Whether a reporting package is there; a training does not fail for want of it."""
+    if reporter in ("all",) or importlib.util.find_spec(reporter) is not None:
+        return True
+    say(f"--report_to {reporter}: the package is not installed; metrics go to metrics.jsonl and TensorBoard")
+    return False
 
 
 def sampling_strategy(training: LlavaTrainingArguments) -> str:

@@ -249,7 +249,7 @@ def write_final(
     Stage 1: ``mm_projector.bin``, ``mm_projector.safetensors`` and ``config.json`` as LLaVA's; stage 2: a HF checkpoint.
     """
     folder.mkdir(parents=True)
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    model = trainer.plain_model
     if is_adapted(model):
         if not arguments.training.lora_merge:
             save_adapters(model, folder / "adapters")

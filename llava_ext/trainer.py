@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -230,31 +230,43 @@ class LlavaTrainer(Trainer):
     def engine(self) -> str:
         """What owns the optimizer's state, because checkpoints of different engines can't be mixed."""
         if self.is_deepspeed_enabled:
-            stage = self.accelerator.deepspeed_config["zero_optimization"]["stage"]
+            stage = self.accelerator.state.deepspeed_plugin.zero_stage
             return f"deepspeed-zero{stage}"
         return "fsdp" if self.is_fsdp_enabled else "ddp"
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Writes the weights that train, under their names in memory, and the config."""
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """As transformers'; DeepSpeed's engine, which exists by now, is told to leave frozen weights out of its checkpoints."""
+        engine = getattr(getattr(self.accelerator, "deepspeed_engine_wrapped", None), "engine", None)
+        if engine is not None and not isinstance(engine.save_checkpoint, partial):
+            load = engine.load_checkpoint
+            engine.save_checkpoint = partial(engine.save_checkpoint, exclude_frozen_parameters=True)
+            engine.load_checkpoint = lambda *args, **kwargs: load(
+                *args, **kwargs | {"load_module_strict": False}
+            )
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes the weights that train, whole, under their names in memory, and the config. Every rank must call."""
+        model = self.plain_model
+        tensors = gathered(model, set(trainable_names(model)), self.args.should_save)
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        names = set(trainable_names(model))
-        state = model.state_dict() if state_dict is None else state_dict
-        tensors = {
-            name: tensor.detach().contiguous().cpu() for name, tensor in state.items() if name in names
-        }
         save_file(tensors, folder / TRAINED, metadata={"format": "pt"})
         model.config.save_pretrained(folder)
+
+    @property
+    def plain_model(self) -> Any:
+        """The model without the wrappers of DDP or DeepSpeed."""
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Restores the weights that train; all others come from the folders that the command line names."""
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        target = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        target = self.plain_model
         state = load_file(Path(resume_from_checkpoint) / TRAINED)
         missing = set(trainable_names(target)) - state.keys()
         result = target.load_state_dict(state, strict=False)
@@ -269,17 +281,35 @@ class LlavaTrainer(Trainer):
             dist.barrier()
 
     def gathered_state(self) -> dict[str, torch.Tensor]:
-        """All weights under their names in memory, whole, on rank 0 (elsewhere maybe empty). Every rank must call."""
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            return self.accelerator.get_state_dict(self.model_wrapped) or {}
-        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False).state_dict()
+        """All weights under their names in memory, whole, on rank 0 (elsewhere empty). Every rank must call."""
+        model = self.plain_model
+        state = gathered(model, {name for name, _ in model.named_parameters()}, self.args.should_save)
+        if not self.args.should_save:
+            return {}
+        rest = {name: tensor for name, tensor in model.state_dict().items() if name not in state}
+        tied = "model.language_model.embed_tokens.weight"
+        for name, tensor in rest.items():
+            state[name] = state[tied] if name == "lm_head.weight" and tied in state else tensor.detach().cpu()
+        return state
 
 
-def read_trainer_state(folder: Path) -> dict[str, Any]:
-    """The ``trainer_state.json`` of a checkpoint."""
-    return json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+def gathered(model: Any, names: set[str], keep: bool) -> dict[str, torch.Tensor]:
+    """Copies of parameters on the CPU, whole, whatever splits them over ranks. Every rank must call; those with ``keep`` get them."""
+    found: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if name not in names:
+            continue
+        with _whole(parameter):
+            tensor = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+            if keep:
+                found[name] = tensor.detach().to("cpu", copy=True).contiguous()
+    return found
 
 
-def rank() -> int:
-    """This process's number."""
-    return int(os.environ.get("RANK", "0"))
+def _whole(parameter: Any) -> Any:
+    """A context in which a parameter that ZeRO-3 has partitioned is whole."""
+    if not hasattr(parameter, "ds_id"):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([parameter])
