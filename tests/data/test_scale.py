@@ -35,6 +35,7 @@ ROOT = Path(__file__).parents[2]
 BAD_EVERY = 5000
 
 
+@pytest.fixture(scope="module")
 def scale():
     return float(os.environ.get("DATA_SCALE", "0.1"))
 
