@@ -14,7 +14,14 @@ from transformers import set_seed
 
 from . import formats, resume, statistics
 from .assembly import Collator
-from .build import build_model, load_image_processor, load_tokenizer, make_processor, save_checkpoint
+from .build import (
+    build_model,
+    load_image_processor,
+    load_model,
+    load_tokenizer,
+    make_processor,
+    save_checkpoint,
+)
 from .dataset import EncodedSamples, IndexedCollator
 from .images import ImagePreprocessor, decode
 from .interventions import Interventions
@@ -100,21 +107,8 @@ def _make_model(arguments: Arguments, folders: dict[str, Path]) -> tuple[Any, An
     """The model, with the projector to start from, frozen as the stage wants it."""
     model_args, training = arguments.model, arguments.training
     set_seed(training.seed)  # a new projector's weights
-    model, _, image_processor = build_model(
-        folders["llm"],
-        folders["vision_tower"],
-        arguments.interventions,
-        projector_type=model_args.mm_projector_type,
-        vision_feature_layer=model_args.mm_vision_select_layer,
-        vision_feature_select_strategy="full"
-        if model_args.mm_vision_select_feature == "cls_patch"
-        else "default",
-        attn_implementation=model_args.attn_implementation,
-        dtype=_load_dtype(training),
-        model_max_length=training.model_max_length,
-        image_aspect_ratio=arguments.data.image_aspect_ratio,
-        prompt_version=model_args.version,
-    )
+    make = _from_checkpoint if _is_llava(folders["llm"]) else _from_parts
+    model, image_processor = make(arguments, folders)
     if model_args.pretrain_mm_mlp_adapter:
         load_projector(model, Path(model_args.pretrain_mm_mlp_adapter))
     model.config.text_config.use_cache = False
@@ -137,6 +131,56 @@ def _make_model(arguments: Arguments, folders: dict[str, Path]) -> tuple[Any, An
         )
     _cast_frozen(model, training)
     return model, image_processor
+
+
+def _is_llava(folder: Path) -> bool:
+    """Whether a model folder is a whole LLaVA checkpoint rather than a language model."""
+    described = resume.read_json(folder / "config.json") or {}
+    return described.get("model_type") in ("llava", "spatial_llava") or "mm_vision_tower" in described
+
+
+def _from_parts(arguments: Arguments, folders: dict[str, Path]) -> tuple[Any, Any]:
+    """A language model and a vision tower, joined by a new projector."""
+    model_args, training = arguments.model, arguments.training
+    model, _, image_processor = build_model(
+        folders["llm"],
+        folders["vision_tower"],
+        arguments.interventions,
+        projector_type=model_args.mm_projector_type,
+        vision_feature_layer=model_args.mm_vision_select_layer,
+        vision_feature_select_strategy="full"
+        if model_args.mm_vision_select_feature == "cls_patch"
+        else "default",
+        attn_implementation=model_args.attn_implementation,
+        dtype=_load_dtype(training),
+        model_max_length=training.model_max_length,
+        image_aspect_ratio=arguments.data.image_aspect_ratio,
+        prompt_version=model_args.version,
+    )
+    return model, image_processor
+
+
+def _from_checkpoint(arguments: Arguments, folders: dict[str, Path]) -> tuple[Any, Any]:
+    """A whole LLaVA checkpoint; refuses one with other interventions or another projector than the command line says."""
+    model_args, training, folder = arguments.model, arguments.training, folders["llm"]
+    model, _, image_processor = load_model(
+        folder,
+        dtype=_load_dtype(training),
+        attn_implementation=model_args.attn_implementation,
+        model_max_length=training.model_max_length,
+        tower=folders["vision_tower"] if formats.is_original(folder) else None,
+    )
+    mine, theirs = arguments.interventions, model.config.interventions
+    if mine.normalize_projector and mine.fixed_statistics() is None and (known := theirs.fixed_statistics()):
+        mine = mine.with_statistics(*known)
+    formats.check_interventions(mine, theirs, str(folder))
+    if model.config.projector_type != model_args.mm_projector_type:
+        raise TrainingError(
+            f"--mm_projector_type {model_args.mm_projector_type}: {folder} has {model.config.projector_type}; give that"
+        )
+    model.config.image_aspect_ratio = arguments.data.image_aspect_ratio
+    model.config.prompt_version = model_args.version
+    return model.train(), image_processor
 
 
 def _load_dtype(training: Any) -> torch.dtype:

@@ -149,7 +149,7 @@ class LlavaTrainer(Trainer):
                 f"the loss is not finite on another rank {where}; stopped before the weights changed"
             )
         raise TrainingError(
-            f"the loss is {float(loss)} {where}; stopped before the weights changed. The samples of this micro-batch:\n"
+            f"the loss is {float(loss.detach())} {where}; stopped before the weights changed. The samples of this micro-batch:\n"
             + "\n".join(self.last_samples())
             + "\nLook at these samples, the learning rate and the precision; the last checkpoint is kept."
         )

@@ -126,3 +126,31 @@ def uninterrupted(tmp_path_factory):
         return made[stage]
 
     return get
+
+
+@pytest.fixture
+def train_here(monkeypatch, capfd):
+    """``train_here(argv)``: a training in this process; gives (exit status, what it printed)."""
+    import signal
+
+    from accelerate.state import AcceleratorState
+    from llava_ext import callbacks, train
+
+    monkeypatch.chdir(GOLDEN)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    handlers = {number: signal.getsignal(number) for number in callbacks.SIGNALS}
+
+    def call(argv: Sequence[str]) -> tuple[int, str]:
+        AcceleratorState._reset_state(True)
+        capfd.readouterr()
+        try:
+            train.main(argv)
+            status = 0
+        except SystemExit as stop:
+            status = stop.code or 0
+        return status, capfd.readouterr().err
+
+    yield call
+    AcceleratorState._reset_state(True)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

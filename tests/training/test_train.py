@@ -1,0 +1,356 @@
+"""What a training does with its data and its flags: each test is a real one, of a few steps, through the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import GOLDEN, command_line, losses, result, rows, run
+from safetensors.torch import load_file
+
+from llava_ext import formats
+from llava_ext.build import load_model
+
+SHORT = {"max_steps": 3, "gradient_accumulation_steps": 1, "save_strategy": "no", "num_train_epochs": None}
+
+
+def short(stage, folder, **changes):
+    return command_line(stage, folder, **SHORT | changes)
+
+
+def ok(outcome):
+    status, text = outcome
+    assert status == 0, text[-3000:]
+    return text
+
+
+def stopped(outcome, *words):
+    """The training ended with one readable message."""
+    status, text = outcome
+    assert status == 1, text[-3000:]
+    assert "Traceback" not in text
+    for word in words:
+        assert word in text
+    return text
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Final weights by the original layout's names."""
+    model, _, _ = load_model(folder)
+    return formats.state_to_original(model.state_dict(), model.config.interventions)
+
+
+def base_weights() -> dict[str, torch.Tensor]:
+    return load_file(GOLDEN / "llm" / "model.safetensors")
+
+
+def changed(ours, theirs):
+    """Names of the parameters that differ."""
+    return {name for name, tensor in theirs.items() if not torch.equal(ours[name], tensor)}
+
+
+# -- what trains -------------------------------------------------------------------------------------------------
+
+
+def test_stage_1_changes_the_projector_only(tmp_path, train_here):
+    ok(train_here(short(1, tmp_path)))
+    assert sorted(path.name for path in tmp_path.glob("mm_projector*")) == [
+        "mm_projector.bin",
+        "mm_projector.safetensors",
+    ]
+    assert not (tmp_path / "model.safetensors").exists()
+    assert formats.is_original(tmp_path)
+    assert result(tmp_path)["status"] == "finished" and "mm_projector.bin" in result(tmp_path)["files"]
+    model, _, _ = load_model(tmp_path, llm=GOLDEN / "llm", tower=GOLDEN / "clip_g4")
+    assert not changed(
+        formats.state_to_original(model.state_dict(), model.config.interventions), base_weights()
+    )
+
+
+def test_stage_2_changes_all_but_the_tower(tmp_path, train_here):
+    ok(train_here(short(2, tmp_path)))
+    final = weights(tmp_path)
+    # Rows of the embedding table that no sample uses stay; whole matrices do not.
+    assert changed(final, base_weights()) == set(base_weights())
+    tower = load_file(GOLDEN / "clip_g4" / "model.safetensors")
+    names = {name.removeprefix("vision_model."): tensor for name, tensor in tower.items()}
+    assert not changed(
+        {name.removeprefix(formats.ORIGINAL_TOWER): tensor for name, tensor in final.items()}, names
+    )
+
+
+def test_freeze_backbone_leaves_lm_head_to_train_as_llava_does(tmp_path, train_here):
+    ok(train_here(short(2, tmp_path, freeze_backbone=True)))
+    assert changed(weights(tmp_path), base_weights()) == {"lm_head.weight"}
+
+
+def test_freeze_mm_mlp_adapter(tmp_path, train_here):
+    ok(train_here(short(2, tmp_path, freeze_mm_mlp_adapter=True)))
+    start = formats.read_tensors(GOLDEN / "train" / "vanilla_stage1_mm_projector.bin")
+    assert not changed(weights(tmp_path), start)
+
+
+def test_mm_projector_lr_of_zero_decay_group_moves_only_the_rest(tmp_path, train_here):
+    """A tiny rate of its own: the projector hardly moves while the LLM does."""
+    ok(train_here(short(2, tmp_path, mm_projector_lr=1e-9)))
+    start = formats.read_tensors(GOLDEN / "train" / "vanilla_stage1_mm_projector.bin")
+    final = weights(tmp_path)
+    assert max((final[name] - tensor).abs().max().item() for name, tensor in start.items()) < 1e-7
+    assert changed(final, base_weights())
+
+
+def test_lora_trains_adapters_and_merges_them(tmp_path, train_here):
+    ok(
+        train_here(
+            short(2, tmp_path, lora_enable=True, lora_r=4, lora_alpha=8, lora_dropout=0.1, learning_rate=1e-2)
+        )
+    )
+    final = weights(tmp_path)
+    moved = changed(final, base_weights())
+    assert moved and all(name.endswith("_proj.weight") for name in moved)
+    assert len(moved) == 4 * 7
+    delta = (
+        final["model.layers.0.self_attn.q_proj.weight"]
+        - base_weights()["model.layers.0.self_attn.q_proj.weight"]
+    )
+    assert torch.linalg.matrix_rank(delta, rtol=1e-4) <= 4
+    start = formats.read_tensors(GOLDEN / "train" / "vanilla_stage1_mm_projector.bin")
+    assert changed(final, start) == set(start)
+
+
+# -- loss --------------------------------------------------------------------------------------------------------
+
+
+def test_packing_gives_the_same_losses(tmp_path, train_here):
+    ok(train_here(short(2, tmp_path / "padded")))
+    ok(train_here(short(2, tmp_path / "packed", pack=True)))
+    for ours, theirs in zip(losses(tmp_path / "packed"), losses(tmp_path / "padded"), strict=True):
+        assert ours[1] == pytest.approx(theirs[1], abs=2e-5)
+        assert ours[3] == pytest.approx(theirs[3], rel=1e-4)
+
+
+def test_loss_normalization(tmp_path, train_here):
+    """`token` does not depend on how a global batch is split; LLaVA's mean of means does."""
+    both = {}
+    for kind in ("token", "micro_batch"):
+        for size in (4, 2):
+            folder = tmp_path / f"{kind}{size}"
+            flags = {
+                "per_device_train_batch_size": size,
+                "gradient_accumulation_steps": 8 // size,
+                "max_steps": 1,
+            }
+            ok(
+                train_here(
+                    short(
+                        2,
+                        folder,
+                        loss_normalization=kind,
+                        sampling="sequential",
+                        group_by_modality_length=None,
+                        **flags,
+                    )
+                )
+            )
+            both[kind, size] = rows(folder)[0]["loss"]
+    assert both["token", 4] == pytest.approx(both["token", 2], abs=1e-5)
+    assert abs(both["micro_batch", 4] - both["micro_batch", 2]) > 1e-4
+
+
+def test_bf16_on_the_cpu(tmp_path, train_here):
+    ok(train_here(short(2, tmp_path / "half", bf16=True, gradient_checkpointing=True)))
+    ok(train_here(short(2, tmp_path / "full")))
+    assert all(
+        tensor.dtype == torch.bfloat16
+        for tensor in load_file(tmp_path / "half" / "model.safetensors").values()
+    )
+    for half, full in zip(losses(tmp_path / "half"), losses(tmp_path / "full"), strict=True):
+        assert half[1] == pytest.approx(full[1], abs=0.05)
+
+
+def test_caching_samples_changes_nothing(tmp_path, train_here):
+    ok(train_here(short(2, tmp_path / "plain")))
+    ok(train_here(short(2, tmp_path / "cached", cache_pixels=50)))
+    assert losses(tmp_path / "plain") == losses(tmp_path / "cached")
+
+
+# -- flags reach the result --------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_of_the_published_interventions_describes_itself(tmp_path, train_here):
+    flags = {"normalize_projector": True, "use_multilayer_features": True, "pretrain_mm_mlp_adapter": None}
+    ok(train_here(short(2, tmp_path, **flags)))
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (
+        config["model_type"] == "spatial_llava"
+        and config["normalize_projector"]
+        and config["projector_max_norm"] == 1.22
+    )
+    assert (tmp_path / "modeling_spatial_llava.py").is_file()
+
+
+def test_a_projector_of_other_interventions_is_refused(tmp_path, train_here):
+    ok(train_here(short(1, tmp_path / "one", normalize_projector=True)))
+    adapter = tmp_path / "one" / "mm_projector.bin"
+    stopped(
+        train_here(short(2, tmp_path / "two", pretrain_mm_mlp_adapter=adapter)),
+        "normalize_projector: False against True",
+    )
+    (tmp_path / "one" / "config.json").unlink()  # a bare file is judged by its keys
+    stopped(
+        train_here(short(2, tmp_path / "two", pretrain_mm_mlp_adapter=adapter)),
+        "norm.weight: not in this model",
+    )
+    ok(train_here(short(2, tmp_path / "two", pretrain_mm_mlp_adapter=adapter, normalize_projector=True)))
+
+
+def test_training_goes_on_from_a_finished_checkpoint(tmp_path, train_here):
+    """`--model_name_or_path` may be a LLaVA checkpoint; other interventions than its own are refused."""
+    ok(train_here(short(2, tmp_path / "one")))
+    flags = {"model_name_or_path": tmp_path / "one", "pretrain_mm_mlp_adapter": None}
+    ok(train_here(short(2, tmp_path / "two", **flags)))
+    assert rows(tmp_path / "two")[0]["loss"] < rows(tmp_path / "one")[0]["loss"] - 0.3
+    stopped(
+        train_here(short(2, tmp_path / "three", normalize_projector=True, **flags)),
+        "normalize_projector: True against False",
+    )
+
+
+def test_vicunas_generation_config_does_not_break_the_save(tmp_path, train_here):
+    shutil.copytree(GOLDEN / "llm", tmp_path / "llm")
+    broken = {"temperature": 0.9, "top_p": 0.6, "bos_token_id": 1, "eos_token_id": 2}
+    (tmp_path / "llm" / "generation_config.json").write_text(json.dumps(broken))
+    text = ok(train_here(short(2, tmp_path / "out", model_name_or_path=tmp_path / "llm")))
+    assert "do_sample is set to true" in text
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["do_sample"] is True
+
+
+def test_metrics_of_every_step(tmp_path, train_here):
+    ok(train_here(short(2, tmp_path, report_to="tensorboard")))
+    first, *_, last = rows(tmp_path)
+    assert {
+        "step",
+        "loss",
+        "lr",
+        "grad_norm",
+        "tokens_per_s",
+        "samples_per_s",
+        "epoch",
+        "time",
+        "supervised_tokens",
+    } <= set(first)
+    assert last["step"] == 3 and first["supervised_tokens"] > 0
+    assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+# -- data that can't be used -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def samples(tmp_path):
+    """Writes some samples as a LLaVA JSON."""
+
+    def write(records):
+        path = tmp_path / "samples.json"
+        path.write_text(json.dumps(records))
+        return path
+
+    return write
+
+
+def question(number, answer, image=None):
+    picture = {"image": image} if image else {}
+    human = ("<image>\n" if image else "") + "What is this?"
+    return {
+        "id": f"q{number}",
+        **picture,
+        "conversations": [{"from": "human", "value": human}, {"from": "gpt", "value": answer}],
+    }
+
+
+def test_a_missing_image_is_named(tmp_path, samples, train_here):
+    data = samples([question(number, "A circle.", f"nowhere_{number}.png") for number in range(8)])
+    stopped(train_here(short(2, tmp_path / "out", data_path=data)), "id 'q", "nowhere_", "No such file")
+
+
+def test_mismatches_stop_before_training(tmp_path, samples, train_here):
+    data = samples([question(number, "" if number % 2 else "Yes.") for number in range(12)])
+    text = stopped(
+        train_here(short(2, tmp_path / "out", data_path=data)),
+        "6 of 12 samples",
+        "mismatch",
+        "--mismatch_bound: 10.0%",
+        "id 'q1'",
+    )
+    assert "step" not in text and not rows(tmp_path / "out")
+
+
+def test_too_few_labels_stop_before_training(tmp_path, train_here):
+    stopped(
+        train_here(short(2, tmp_path, supervised_share_bound=0.9)),
+        "carry a label",
+        "--supervised_share_bound: 90.00%",
+    )
+
+
+def test_zero_loss_stops_with_the_samples(tmp_path, samples, train_here):
+    data = samples([question(number, "") for number in range(40)])
+    flags = {"mismatch_bound": 1, "supervised_share_bound": 0, "watchdog_zero_steps": 3, "max_steps": 8}
+    stopped(
+        train_here(short(2, tmp_path / "out", data_path=data, **flags)),
+        "has been zero for 3 logged steps",
+        "id 'q",
+    )
+
+
+def test_a_loss_that_is_no_number_stops_before_the_weights_change(tmp_path, train_here):
+    flags = {
+        "learning_rate": 1e30,
+        "warmup_ratio": 0,
+        "max_steps": 6,
+        "save_strategy": "steps",
+        "save_steps": 1,
+    }
+    text = stopped(
+        train_here(short(2, tmp_path, max_grad_norm=0, **flags)),
+        "the loss is nan",
+        "samples of this micro-batch",
+        "id 's2_",
+    )
+    step = int(text.split(" at step ")[1].split(";")[0])
+    assert (tmp_path / f"checkpoint-{step - 1}" / "complete.json").is_file()
+
+
+def test_a_batch_without_labels_changes_nothing(tmp_path, samples, train_here):
+    """Where LLaVA's weights would become NaN."""
+    records = json.loads((GOLDEN / "train" / "stage2.json").read_text())[:8]
+    data = samples([question(number, "") for number in range(4)] + records)
+    flags = {
+        "mismatch_bound": 1,
+        "sampling": "sequential",
+        "group_by_modality_length": None,
+        "warmup_ratio": 0,
+    }
+    ok(train_here(short(2, tmp_path / "out", data_path=data, **flags)))
+    assert [row["loss"] == 0 for row in rows(tmp_path / "out")] == [True, False, False]
+    assert result(tmp_path / "out")["metrics"]["batches_without_labels"] == 1
+
+
+@pytest.mark.slow
+def test_no_step_for_too_long(tmp_path, samples):
+    """A read that never returns, as from a network disk that hangs: a named pipe that nobody writes."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    os.mkfifo(folder / "stuck.png")
+    data = samples([question(number, "A circle.", "stuck.png") for number in range(8)])
+    text = run(
+        short(2, tmp_path / "out", data_path=data, image_folder=folder, watchdog_minutes=0.05),
+        tmp_path / "log",
+        expect=75,
+    )
+    assert "no step has ended for 0.05 minutes" in text and "image_bytes" in text
+    assert result(tmp_path / "out")["status"] == "stopped"
