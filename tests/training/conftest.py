@@ -134,6 +134,7 @@ def train_here(monkeypatch, capfd):
     import signal
 
     from accelerate.state import AcceleratorState
+
     from llava_ext import callbacks, train
 
     monkeypatch.chdir(GOLDEN)
