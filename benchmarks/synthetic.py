@@ -17,7 +17,49 @@ from pathlib import Path
 
 from PIL import Image
 
-WORDS = ["the", "a", "of", "image", "shows", "person", "standing", "next", "to", "red", "car", "with", "blue", "sky", "and", "some", "trees", "in", "background", "where", "small", "dog", "is", "sitting", "on", "grass", "near", "table", "that", "has", "several", "cups", "plates", "what", "color", "how", "many", "answer", "using", "single", "word"]
+WORDS = [
+    "the",
+    "a",
+    "of",
+    "image",
+    "shows",
+    "person",
+    "standing",
+    "next",
+    "to",
+    "red",
+    "car",
+    "with",
+    "blue",
+    "sky",
+    "and",
+    "some",
+    "trees",
+    "in",
+    "background",
+    "where",
+    "small",
+    "dog",
+    "is",
+    "sitting",
+    "on",
+    "grass",
+    "near",
+    "table",
+    "that",
+    "has",
+    "several",
+    "cups",
+    "plates",
+    "what",
+    "color",
+    "how",
+    "many",
+    "answer",
+    "using",
+    "single",
+    "word",
+]
 
 
 @dataclass(frozen=True)
