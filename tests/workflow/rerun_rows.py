@@ -145,9 +145,7 @@ ROWS = {
 def check_row(finished, folder, row, options=()):
     """Copies the finished folder, changes one thing, and compares the plan with the table."""
     workspace = finished.copy_to(folder / "w")
-    if finished.code == finished.folder:
-        workspace.code = workspace.folder
-    elif row == "a comment in code":
+    if finished.code != finished.folder and row == "a comment in code":
         workspace.code = copy_code(folder / "code")
     wanted = ROWS[row](workspace)
     assert set(workspace.planned(*options)) == wanted
@@ -156,7 +154,8 @@ def check_row(finished, folder, row, options=()):
 def check_raised_version(finished, folder, options=()):
     """With a higher code version every training gets a new name; data and models stay."""
     workspace = finished.copy_to(folder / "w")
-    workspace.code = workspace.folder if finished.code == finished.folder else copy_code(folder / "code")
+    if finished.code != finished.folder:
+        workspace.code = copy_code(folder / "code")
     code_version_raised(workspace)
     rules = [line.split(":")[0] for line in workspace.planned(*options)]
     counts = {rule: rules.count(rule) for rule in set(rules)}

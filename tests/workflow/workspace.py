@@ -92,7 +92,13 @@ class Workspace:
     def copy_to(self, folder, code=None):
         """The same folder elsewhere, times kept, as `mv` or `rsync -a` leave it."""
         shutil.copytree(self.folder, folder, symlinks=True, copy_function=shutil.copy2)
-        other = Workspace(folder, code or self.code, self.options, self.snakemake, self.extra_environment)
+        other = Workspace(
+            folder,
+            code or (Path(folder) if self.code == self.folder else self.code),
+            self.options,
+            self.snakemake,
+            self.extra_environment,
+        )
         other.config = copy.deepcopy(self.config)
         return other
 

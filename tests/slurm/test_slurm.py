@@ -1,0 +1,227 @@
+"""`snakemake --profile slurm` on a real Slurm with two virtual nodes."""
+
+import json
+import re
+
+import pytest
+
+from tests.workflow.rerun_rows import check_raised_version, check_row, rows
+from tests.workflow.test_crash import attempts, losses
+from tests.workflow.workspace import kill_group, wait_for
+
+from .conftest import clone
+from .sandbox import running
+
+TRAINED = "experiments/long/checkpoint.json"
+
+
+def training(finished, folder, compute=(), **stage):
+    """A copy of the finished folder with one more stage 2 to train."""
+    workspace = finished.copy_to(folder / "w")
+    workspace.config["compute"]["small"].update(dict(compute))
+    workspace.config["experiments"] = {"long": {"finetune": {"max_steps": 60, "save_steps": 5, **stage}}}
+    return workspace
+
+
+def checkpoint_of(workspace):
+    state = workspace.state("finetune", "long")
+    return state if state and list(state.glob("checkpoint-*/complete.json")) else None
+
+
+def job_of(state):
+    return json.loads((state / "owner.json").read_text())["job"]
+
+
+def submitted(output, rule):
+    """The Slurm jobs of a rule, in the order of their submission."""
+    logs = re.findall(rf"SLURM jobid (\d+) \(log: \S*/rule_{rule}/", output)
+    return list(dict.fromkeys(logs))
+
+
+# ---------------------------------------------------------------- the whole path
+
+
+def test_the_whole_path_goes_through_the_profile(finished_on_slurm, slurm):
+    workspace = finished_on_slurm
+    assert workspace.json("experiments/compress_4/checkpoint.json")["training"]["finetune"]["step"] == 8
+    assert (workspace.folder / "report/index.html").is_file()
+    # Light steps and everything that needs the network run on the login node, the rest in jobs with kept logs.
+    for rule, jobs in {
+        "scan": 2,
+        "mixture": 2,
+        "pretrain": 2,
+        "finetune": 3,
+        "export": 3,
+        "evaluate": 3,
+    }.items():
+        assert len(submitted(workspace.output, rule)) == jobs, rule
+        assert len(list(workspace.folder.glob(f"logs/slurm/rule_{rule}/**/*.log"))) == jobs, rule
+    for rule in ("acquire", "prepare_model", "checkpoint", "report"):
+        assert not submitted(workspace.output, rule)
+    attempt = attempts(workspace.state("finetune", "vanilla"))[0]
+    assert attempt["job"] in submitted(workspace.output, "finetune")
+
+
+@rows
+def test_what_runs_again(finished_on_slurm, tmp_path, row):
+    check_row(finished_on_slurm, tmp_path, row)
+
+
+def test_a_higher_code_version_makes_all_trainings_new(finished_on_slurm, tmp_path):
+    check_raised_version(finished_on_slurm, tmp_path)
+
+
+def test_the_local_profile_reruns_nothing_of_slurms_work(finished_on_slurm, tmp_path):
+    workspace = finished_on_slurm.copy_to(tmp_path / "moved")
+    workspace.options = []
+    workspace.snakemake = ["-m", "snakemake"]
+    assert workspace.planned() == []
+
+
+def test_it_works_with_accounting_too(tmp_path):
+    with running(accounting=True) as sandbox:
+        workspace = clone(tmp_path / "clone", sandbox)
+        shown = workspace.run("-n", "-q").stdout
+        assert "Nothing to be done" not in shown
+        workspace.run("data")
+        assert sandbox.output("sacct", "-X", "-n", "-o", "state").split() == ["COMPLETED"] * 4
+    assert len(list(workspace.folder.glob("logs/slurm/rule_mixture/*/*.log"))) == 2
+
+
+# ---------------------------------------------------------------- what a job asks for
+
+
+def test_a_gpu_job_asks_for_exactly_what_the_config_says(finished_on_slurm, slurm, tmp_path):
+    compute = {
+        "gres": "gpu:2",
+        "processes_per_node": 2,
+        "parallel": "ddp",
+        "per_device_batch_size": 4,
+        "cpus": 2,
+        "mem_mb": 3000,
+    }
+    workspace = training(finished_on_slurm, tmp_path, compute)
+    process = workspace.start(TRAINED)
+    state = wait_for(lambda: checkpoint_of(workspace), 120, "a checkpoint", process)
+    shown = slurm.output("scontrol", "show", "job", "-o", job_of(state))
+    for wanted in (
+        "NumNodes=1",
+        "TresPerNode=gres:gpu:2",
+        "CPUs/Task=2",
+        "MinMemoryNode=3000M",
+        "TimeLimit=00:20:00",
+        "Requeue=1",
+    ):
+        assert wanted in shown, shown
+    assert process.wait(timeout=240) == 0
+    assert len(losses(state)) == 60
+
+
+def test_a_job_on_two_nodes_gives_the_same_losses_as_one_process(finished_on_slurm, slurm, tmp_path):
+    stage = {"max_steps": 10, "loss_normalization": "token"}
+    one = training(finished_on_slurm, tmp_path / "one", **stage)
+    one.run(TRAINED)
+    compute = {"nodes": 2, "parallel": "ddp", "per_device_batch_size": 4, "gres": "gpu:1", "mem_mb": 3000}
+    two = training(finished_on_slurm, tmp_path / "two", compute, **stage)
+    done = two.run(TRAINED)
+    shown = slurm.output("scontrol", "show", "job", "-o", submitted(done.stdout, "finetune")[0])
+    assert "NumNodes=2" in shown and "n[1-2]" in shown
+    state = two.state("finetune", "long")
+    answers = sorted(path.name for path in (state / "preflight").glob("*.json"))
+    assert answers == ["n1.json", "n2.json"]
+    assert json.loads((state / "provenance.json").read_text())["processes"] == 2
+    expected = losses(one.state("finetune", "long"))
+    assert losses(state) == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_node_that_lacks_something_is_named_before_the_model_loads(finished_on_slurm, tmp_path):
+    compute = {"nodes": 2, "gpus_per_node": 1, "parallel": "ddp", "per_device_batch_size": 4, "attempts": 1}
+    workspace = training(finished_on_slurm, tmp_path, compute)
+    done = workspace.run(TRAINED, check=False)
+    assert done.returncode != 0
+    log = (
+        workspace.folder / "logs/finetune" / f"{workspace.plan().run('finetune', 'long').name}.log"
+    ).read_text()
+    assert "n1: 0 GPUs are visible, 1 are needed" in log
+    assert "n2: 0 GPUs are visible, 1 are needed" in log
+    assert (
+        not (workspace.state("finetune", "long") or workspace.folder / "none")
+        .joinpath("metrics.jsonl")
+        .exists()
+    )
+
+
+# ---------------------------------------------------------------- interruptions
+
+
+def test_a_cancelled_job_and_a_killed_snakemake_continue(finished_on_slurm, slurm, tmp_path):
+    straight = training(finished_on_slurm, tmp_path / "straight")
+    straight.run(TRAINED)
+    expected = losses(straight.state("finetune", "long")), straight.json(TRAINED)["digest"]
+
+    workspace = training(finished_on_slurm, tmp_path)
+    process = workspace.start(TRAINED)
+    state = wait_for(lambda: checkpoint_of(workspace), 120, "a checkpoint", process)
+    slurm.output("scancel", job_of(state))
+    wait_for(lambda: len(attempts(state)) >= 2, 90, "the second attempt", process)
+    second = attempts(state)[1]
+    assert second["from_step"] >= 5
+    wait_for(lambda: "continuing from" in (state / second["log"]).read_text(), 60, "its resumption", process)
+    orphan = job_of(state)
+    kill_group(process)
+    assert slurm.output("squeue", "-h", "-j", orphan)
+
+    workspace.run("--unlock")
+    done = workspace.run(TRAINED, "--rerun-incomplete")
+    rows = attempts(state)
+    if len(rows) > 2:
+        assert rows[-1]["job"] != orphan
+        assert (
+            f"Slurm job {orphan} is still computing this training"
+            in (
+                workspace.folder / "logs/finetune" / f"{workspace.plan().run('finetune', 'long').name}.log"
+            ).read_text()
+        )
+    assert rows[-1]["outcome"] == "finished", done.stdout[-2000:]
+    assert (losses(state), workspace.json(TRAINED)["digest"]) == expected
+
+
+def test_a_preempted_job_is_requeued_and_continues(finished_on_slurm, slurm, tmp_path):
+    workspace = training(finished_on_slurm, tmp_path, max_steps=120)
+    process = workspace.start(TRAINED)
+    state = wait_for(lambda: checkpoint_of(workspace), 120, "a checkpoint", process)
+    job = job_of(state)
+    hog = slurm.output(
+        "sbatch", "--parsable", "-p", "high", "-N2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 3"
+    )
+    assert hog
+    wait_for(
+        lambda: "PENDING" in slurm.output("squeue", "-h", "-j", job, "-o", "%T"), 60, "the requeue", process
+    )
+    # Slurm waits about two minutes before a requeued job may start again; the test does not
+    wait_for(
+        lambda: "COMPLETED" in slurm.output("squeue", "-h", "--states=all", "-j", hog, "-o", "%T"),
+        60,
+        "the other job",
+    )
+    slurm.output("scontrol", "update", f"JobId={job}", "StartTime=now")
+    assert process.wait(timeout=300) == 0
+    rows = attempts(state)
+    assert [row["job"] for row in rows] == [job] * len(rows) and len(rows) >= 2
+    assert rows[1]["from_step"] >= 5
+    assert len(losses(state)) == 120
+
+
+def test_a_time_limit_saves_in_time_and_the_next_attempt_continues(finished_on_slurm, slurm, tmp_path):
+    compute = {"runtime_min": 2, "save_before_end_s": 60, "attempts": 12}
+    workspace = training(finished_on_slurm, tmp_path, compute, max_steps=2500, save_steps=2400)
+    done = workspace.run(TRAINED, check=False, timeout=900)
+    state = workspace.state("finetune", "long")
+    rows = attempts(state)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert len(rows) >= 2, "the training was too short to meet its limit"
+    # No checkpoint was due before the limit: what the next attempt starts from was saved because of the signal.
+    assert rows[0]["outcome"] == "interrupted"
+    assert rows[1]["from_step"] == rows[0]["to_step"] > 0
+    assert len(losses(state)) == 2500
+    assert (workspace.folder / TRAINED).exists()
