@@ -350,9 +350,9 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _is_original(path: Path) -> bool:
-    """Original LLaVA configs have no nested configs as transformers' have; their model type was once also `llava`."""
+    """Original LLaVA configs name their vision tower and have no nested configs; their model types are many (`llava_llama2d`)."""
     content = _read_config(path)
-    return content.get("model_type") in ("llava_llama", "llava") and "text_config" not in content
+    return "mm_vision_tower" in content and "text_config" not in content
 
 
 def _stored_config(path: Path) -> SpatialLlavaConfig:
