@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 
 WINDOW = 32 << 20
+LINES = 4096
 _SPACE = b" \t\r\n"
 _BETWEEN = frozenset(b" \t\r\n,")
 _raw_list = msgspec.json.Decoder(list[msgspec.Raw])
@@ -33,10 +34,26 @@ class RawRecord(NamedTuple):
     data: memoryview | bytes
 
 
-def iterate_records(path: Path, window: int = WINDOW) -> Iterator[RawRecord]:
-    """Yields a file's records in order.
+class RawRecords(NamedTuple):
+    """Some records that follow each other; the first has ``number``."""
 
-    Raises :class:`JsonRecordsError` for broken syntax, naming the record; the records before it were yielded.
+    number: int
+    offsets: list[int]
+    data: Sequence[memoryview | bytes]
+
+
+def iterate_records(path: Path, window: int = WINDOW) -> Iterator[RawRecord]:
+    """Yields a file's records in order; see :func:`iterate_blocks`."""
+    for block in iterate_blocks(path, window):
+        for place, (offset, data) in enumerate(zip(block.offsets, block.data, strict=True)):
+            yield RawRecord(block.number + place, offset, data)
+
+
+def iterate_blocks(path: Path, window: int = WINDOW) -> Iterator[RawRecords]:
+    """Yields a file's records in order, many at a time.
+
+    Raises :class:`JsonRecordsError` for broken syntax, naming the record; the records before it were yielded, but
+    for those of the same window.
     """
     with path.open("rb") as stream:
         begin, first = _first_byte(path, stream.fileno())
@@ -60,7 +77,7 @@ def _first_byte(path: Path, fd: int) -> tuple[int, bytes]:
     return start, head[start : start + 1]
 
 
-def _object_or_lines(path: Path, fd: int, begin: int) -> Iterator[RawRecord]:
+def _object_or_lines(path: Path, fd: int, begin: int) -> Iterator[RawRecords]:
     """JSON lines; a whole file that is one object is told apart from a line of them."""
     line_end = os.pread(fd, 1 << 16, begin).find(b"\n")
     first = os.pread(fd, line_end if line_end >= 0 else 1 << 16, begin)
@@ -70,15 +87,20 @@ def _object_or_lines(path: Path, fd: int, begin: int) -> Iterator[RawRecord]:
         )
     with os.fdopen(os.dup(fd), "rb", closefd=True) as stream:
         stream.seek(begin)
-        offset, number = begin, 0
+        offset, number = begin, 1
+        found = RawRecords(number, [], [])
         for line in stream:
             stripped = line.strip(_SPACE)
             if stripped:
-                number += 1
-                lead = len(line) - len(line.lstrip(_SPACE))
                 _check_line(path, number, stripped)
-                yield RawRecord(number, offset + lead, stripped)
+                found.offsets.append(offset + len(line) - len(line.lstrip(_SPACE)))
+                found.data.append(stripped)  # type: ignore[attr-defined]
+                number += 1
             offset += len(line)
+            if len(found.offsets) == LINES:
+                yield found
+                found = RawRecords(number, [], [])
+        yield found
 
 
 def _check_line(path: Path, number: int, line: bytes) -> None:
@@ -90,58 +112,80 @@ def _check_line(path: Path, number: int, line: bytes) -> None:
         ) from None
 
 
-def _array(path: Path, fd: int, begin: int, window: int) -> Iterator[RawRecord]:
+def _array(path: Path, fd: int, begin: int, window: int) -> Iterator[RawRecords]:
     size = os.fstat(fd).st_size
-    position, number, mark, length = begin, 0, b"", window
+    position, number, mark, length = begin, 1, b"", window
     while True:
-        block = os.pread(fd, min(length, size - position), position)
-        last = position + len(block) >= size
+        block = _read(fd, position, min(length, size - position))
+        last = position + len(block) - 2 >= size
         records, used = _split(block, last, mark)
         if records is None:
             if last:
-                raise _locate(path, block, number, position)
+                raise _locate(path, bytes(block[1:-1]), number - 1, position)
             length *= 2
             continue
-        at = 0
-        for raw in records:
-            data = memoryview(raw)
-            while block[at] in _BETWEEN:
-                at += 1
-            number += 1
-            yield RawRecord(number, position + at, data)
-            at += len(data)
+        data = [memoryview(raw) for raw in records]
+        yield RawRecords(number, _offsets(block, data, position - 1), data)
         if last:
             return
+        number += len(data)
         mark = mark or _mark(block)
         position, length = position + used, window
 
 
-def _mark(block: bytes) -> bytes:
+def _read(fd: int, position: int, length: int) -> bytearray:
+    """Part of an array's inside, with an opening bracket in front and a free byte behind."""
+    block = bytearray(length + 2)
+    block[0] = ord("[")
+    view, done = memoryview(block)[1:-1], 0
+    while done < length:
+        count = os.preadv(fd, [view[done:]], position + done)
+        if count == 0:  # the file became shorter
+            view.release()
+            del block[1 + done : -1]
+            return block
+        done += count
+    return block
+
+
+def _offsets(block: bytearray, data: list[memoryview], shift: int) -> list[int]:
+    """Where the records begin: each behind the one before, with only blanks and a comma between."""
+    offsets, at = [], 1
+    for record in data:
+        while block[at] in _BETWEEN:
+            at += 1
+        offsets.append(shift + at)
+        at += len(record)
+    return offsets
+
+
+def _mark(block: bytearray) -> bytes:
     """How records begin in this file, `{"id"` for instance: a good guess of where to cut."""
     start = block.find(b"{")
     colon = block.find(b":", start)
-    return block[start:colon].rstrip() if 0 <= start < colon else b""
+    return bytes(block[start:colon]).rstrip() if 0 <= start < colon else b""
 
 
-def _split(block: bytes, last: bool, mark: bytes) -> tuple[list[msgspec.Raw] | None, int]:
+def _split(block: bytearray, last: bool, mark: bytes) -> tuple[list[msgspec.Raw] | None, int]:
     """The records of a block of an array's inside, and how much of the block they take with their comma.
 
     A prefix that is a list when brackets are put around it can only have been cut between two records.
     """
     if last:
         try:
-            return _raw_list.decode(b"[" + block), len(block)
+            return _raw_list.decode(memoryview(block)[:-1]), len(block) - 2
         except msgspec.DecodeError:
             return None, 0
     for comma in _cuts(block, mark):
+        block[comma] = ord("]")  # in place: a block is large, and copying it is a third of the work
         try:
-            return _raw_list.decode(b"[" + block[:comma] + b"]"), comma + 1
+            return _raw_list.decode(memoryview(block)[: comma + 1]), comma
         except msgspec.DecodeError:
-            continue
+            block[comma] = ord(",")
     return None, 0
 
 
-def _cuts(block: bytes, mark: bytes, attempts: int = 12) -> Iterator[int]:
+def _cuts(block: bytearray, mark: bytes, attempts: int = 12) -> Iterator[int]:
     """Places of commas that may stand between two records, from the end."""
     mark = mark or _mark(block)
     at = len(block)
@@ -149,7 +193,7 @@ def _cuts(block: bytes, mark: bytes, attempts: int = 12) -> Iterator[int]:
         at = block.rfind(mark, 0, at) if mark else -1
         if at <= 0:
             break
-        before = block[max(0, at - 256) : at].rstrip(_SPACE)
+        before = bytes(block[max(0, at - 256) : at]).rstrip(_SPACE)
         if before.endswith(b",") and before[:-1].rstrip(_SPACE).endswith(b"}"):
             yield max(0, at - 256) + len(before) - 1
     at = len(block)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,12 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 
-from llava_ext.json_records import JsonRecordsError, RawRecord, iterate_records
+from llava_ext.json_records import JsonRecordsError, RawRecords, iterate_blocks
 from llava_ext.samples import RecordView, count_words, image_names, record_decoder, unsafe_path
 from workflow_scripts.io import UserError
 
 BATCH = 65536
+_ALL_BITS = (1 << 64) - 1
 
 
 @dataclass(frozen=True)
@@ -73,16 +74,18 @@ class _Collector:
         self.mismatches: list[str] = []
         self.n_mismatches = 0
 
-    def add(self, file: int, raw: RawRecord, record: RecordView, names: list[str]) -> None:
-        self.file.append(file)
-        self.number.append(raw.number)
-        self.offset.append(raw.offset)
-        self.length.append(len(raw.data))
-        self.words.append(count_words(record))
-        identity = hashlib.blake2b(str(record.id).encode("utf-8", "surrogatepass"), digest_size=8)
-        self.id_hash.append(int.from_bytes(identity.digest(), "little") if record.id is not None else 0)
-        self.n_images.append(len(names))
-        self.names += names
+    def add(self, file: int, block: RawRecords, rows: Sequence[int], records: Sequence[RecordView]) -> None:
+        """Takes in the good records of a block; ``rows`` are their places in it."""
+        self.file.extend([file] * len(rows))
+        self.number.extend([block.number + row for row in rows])
+        self.offset.extend([block.offsets[row] for row in rows])
+        self.length.extend([len(block.data[row]) for row in rows])
+        self.words.extend(map(count_words, records))
+        # Python's own hash: only equality within this process counts, and str(id) tells 1 and -1, 1 and True apart.
+        self.id_hash.extend([0 if r.id is None else hash(str(r.id)) & _ALL_BITS for r in records])
+        names = [image_names(record.image) for record in records]
+        self.n_images.extend(map(len, names))
+        self.names += chain.from_iterable(names)
         if len(self.names) >= BATCH:
             self.flush()
 
@@ -123,7 +126,7 @@ def collector_off() -> Iterator[None]:
             gc.enable()
 
 
-def read_records(files: list[Path], tolerate_syntax: bool = False) -> Records:
+def read_records(files: list[Path]) -> Records:
     """Reads the annotation files of a part.
 
     Broken records are collected, not raised; broken JSON raises :class:`UserError` with file and record.
@@ -132,8 +135,8 @@ def read_records(files: list[Path], tolerate_syntax: bool = False) -> Records:
     with collector_off():
         for number, path in enumerate(files):
             try:
-                for raw in iterate_records(path):
-                    _read_one(found, number, path, raw)
+                for block in iterate_blocks(path):
+                    _read_block(found, number, path, block)
             except JsonRecordsError as error:
                 raise UserError(f"{error}. Repair the file or fetch it again") from None
             except OSError as error:
@@ -141,36 +144,45 @@ def read_records(files: list[Path], tolerate_syntax: bool = False) -> Records:
     return found.finish(files)
 
 
-def _read_one(found: _Collector, file: int, path: Path, raw: RawRecord) -> None:
-    try:
-        record = record_decoder.decode(raw.data)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        found.malformed.append(Malformed(path.name, raw.number, str(error)))
-        return
-    names = image_names(record.image)
-    why = _complaint(record, names)
-    if why:
-        found.malformed.append(Malformed(path.name, raw.number, why))
-        return
-    asks = "<image>" in record.conversations[0].value
-    if names and not asks:
-        asks = any("<image>" in turn.value for turn in record.conversations)
-    if asks != bool(names):
-        found.n_mismatches += 1
-        if len(found.mismatches) < 5:
-            found.mismatches.append(f"{path.name}, record {raw.number}")
-    found.add(file, raw, record, names)
+def _read_block(found: _Collector, file: int, path: Path, block: RawRecords) -> None:
+    """Checks the records of a block; nearly always all of them are good."""
+    rows, records = [], []
+    for row, data in enumerate(block.data):
+        try:
+            record = record_decoder.decode(data)
+            why = _complaint(record)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            why = str(error)
+        if why:
+            found.malformed.append(Malformed(path.name, block.number + row, why))
+            continue
+        rows.append(row)
+        records.append(record)
+        if ("<image>" in record.conversations[0].value) != bool(record.image):
+            _compare_placeholders(found, f"{path.name}, record {block.number + row}", record)
+    found.add(file, block, rows, records)
 
 
-def _complaint(record: RecordView, names: list[str]) -> str:
+def _compare_placeholders(found: _Collector, where: str, record: RecordView) -> None:
+    """Counts records with an image but no placeholder in any turn, or the other way round."""
+    if record.image and any("<image>" in turn.value for turn in record.conversations):
+        return
+    found.n_mismatches += 1
+    if len(found.mismatches) < 5:
+        found.mismatches.append(where)
+
+
+def _complaint(record: RecordView) -> str:
     if not record.conversations:
         return "conversations is empty"
-    if any(unsafe_path(name) for name in names):
-        bad = next(name for name in names if unsafe_path(name))
-        return f"image {bad[:200]!r} is no path inside a folder"
-    if len(names) > 65535:
-        return f"{len(names)} images"
-    return ""
+    image = record.image
+    if image is None:
+        return ""
+    names = [image] if isinstance(image, str) else image
+    for name in names:
+        if unsafe_path(name):
+            return f"image {name[:200]!r} is no path inside a folder"
+    return f"{len(names)} images" if len(names) > 65535 else ""
 
 
 def record_id(records: Records, record: int) -> Any:

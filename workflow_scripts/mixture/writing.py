@@ -3,33 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import msgspec
 import numpy as np
 
 from llava_ext.samples import IMAGE_DTYPE, RECORD_DTYPE
-from workflow_scripts.io import atomic_path, progress
+from workflow_scripts.io import atomic_path
 from workflow_scripts.mixture.annotations import Records
 
 BLOCK = 16 << 20
-
-
-class _Window:
-    """Reads records that mostly follow each other, a block at a time."""
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self.stream, self.begin, self.block = stream, 0, b""
-
-    def get(self, offset: int, length: int) -> bytes:
-        at = offset - self.begin
-        if at < 0 or at + length > len(self.block):
-            self.stream.seek(offset)
-            self.begin, at = offset, 0
-            self.block = self.stream.read(max(length, BLOCK))
-        return self.block[at : at + length]
 
 
 def one_line(record: bytes) -> bytes:
@@ -39,20 +26,25 @@ def one_line(record: bytes) -> bytes:
     return record
 
 
-def _record_bytes(records: Records, chosen: np.ndarray) -> Iterator[bytes]:
-    window, current, stream = None, -1, None
-    try:
-        for row in chosen.tolist():
-            if (file := int(records.file[row])) != current:
-                if stream is not None:
-                    stream.close()
-                stream, current = records.files[file].open("rb"), file
-                window = _Window(stream)
-            assert window is not None
-            yield one_line(window.get(int(records.offset[row]), int(records.length[row])))
-    finally:
-        if stream is not None:
-            stream.close()
+def _record_blocks(records: Records, chosen: np.ndarray) -> Iterator[list[bytes]]:
+    """The chosen records' bytes, read a stretch of the file at a time: they mostly follow each other."""
+    for number, path in enumerate(records.files):
+        mine = chosen[records.file[chosen] == number]
+        begin = records.offset[mine].astype(np.int64)
+        end = begin + records.length[mine]
+        with path.open("rb") as stream:
+            at = 0
+            while at < len(mine):
+                # All records that end within a block from here on; at least one.
+                upto = max(at + 1, int(np.searchsorted(end, begin[at] + BLOCK, "right")))
+                first = int(begin[at])
+                stream.seek(first)
+                block = stream.read(int(end[upto - 1]) - first)
+                places = zip((begin[at:upto] - first).tolist(), (end[at:upto] - first).tolist(), strict=True)
+                found = [block[start:stop] for start, stop in places]
+                broken = b"\n" in block or b"\r" in block
+                yield [one_line(data) for data in found] if broken else found
+                at = upto
 
 
 class SamplesWriter:
@@ -64,37 +56,42 @@ class SamplesWriter:
         self.position = self.done = 0
         self.offset = np.zeros(total, np.uint64)
         self.length = np.zeros(total, np.uint32)
-        self.pending: list[bytes] = []
-        self.pending_bytes = 0
         self._put(b"[\n")
 
     def _put(self, data: bytes) -> None:
-        self.pending.append(data)
-        self.pending_bytes += len(data)
+        self.sha.update(data)
+        self.stream.write(data)
         self.position += len(data)
-        if self.pending_bytes > BLOCK:
-            self._flush()
-
-    def _flush(self) -> None:
-        block = b"".join(self.pending)
-        self.sha.update(block)
-        self.stream.write(block)
-        self.pending, self.pending_bytes = [], 0
 
     def write(self, records: Records, chosen: np.ndarray) -> None:
-        """Writes the chosen records of a part."""
-        for data in progress(_record_bytes(records, chosen), len(chosen), "writing samples"):
-            start = self.position + 2 * bool(self.done)
-            self.offset[self.done], self.length[self.done] = start, len(data)
-            self._put(b",\n" + data if self.done else data)
-            self.done += 1
+        """Writes the chosen records of a part, in their order."""
+        for block in progress_of_blocks(_record_blocks(records, chosen), len(chosen)):
+            lengths = np.fromiter(map(len, block), np.int64, len(block))
+            start = self.position + (2 if self.done else 0)
+            rows = slice(self.done, self.done + len(block))
+            self.offset[rows] = start + np.concatenate(([0], np.cumsum(lengths[:-1] + 2)))
+            self.length[rows] = lengths
+            self._put((b",\n" if self.done else b"") + b",\n".join(block))
+            self.done += len(block)
 
     def finish(self) -> str:
         """Ends the array; returns the file's sha256."""
         self._put(b"\n]\n")
-        self._flush()
         self.stream.flush()
         return self.sha.hexdigest()
+
+
+def progress_of_blocks(blocks: Iterator[list[bytes]], total: int) -> Iterator[list[bytes]]:
+    """Passes blocks on and shows how many records they were."""
+    done = 0
+    start = last = time.monotonic()
+    for block in blocks:
+        yield block
+        done += len(block)
+        if time.monotonic() - last > 5:
+            last = time.monotonic()
+            print(f"writing samples: {done} of {total}", file=sys.stderr, flush=True)
+    print(f"writing samples: {done} done in {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
 
 
 def write_array(path: Path, array: np.ndarray) -> str:
@@ -123,8 +120,3 @@ def content_digest(samples_sha: str, images: np.ndarray) -> str:
     for column in ("size", "crc32", "tolerant"):
         sha.update(np.ascontiguousarray(images[column]).tobytes())
     return sha.hexdigest()
-
-
-def report_number(value: Any) -> Any:
-    """numpy's numbers as Python's, for JSON."""
-    return value.item() if isinstance(value, np.generic) else value
