@@ -116,8 +116,11 @@ def _is_readable(error: ValueError) -> bool:
 
 
 def _fail(error: Exception) -> None:
+    # A dataset worker's error arrives wrapped in the text of its traceback.
+    text = str(error).rsplit(f"{TrainingError.__module__}.TrainingError: ", 1)[-1].rstrip()
     rank = os.environ.get("RANK")
-    print(f"error: {error}" + (f" (rank {rank})" if rank else ""), file=sys.stderr, flush=True)
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    print(f"error: {text}" + (f" (rank {rank})" if several else ""), file=sys.stderr, flush=True)
     raise SystemExit(1) from None
 
 

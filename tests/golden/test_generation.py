@@ -14,7 +14,7 @@ from llava_ext.assembly import Collator
 from llava_ext.build import build_model, load_model
 from llava_ext.conversation import prompt_ids
 from llava_ext.images import ImagePreprocessor, decode
-from llava_ext.interventions import Interventions
+from llava_ext.interventions import FIELD_NAMES, Interventions
 from llava_ext.setup_run import load_projector
 
 LOGITS = {"torch.float32": 1e-4, "torch.float16": 0.05}
@@ -34,13 +34,11 @@ def model_of(root: Path, recording: str):
     """A whole checkpoint, or a stage-1 projector on the base LLM, as the file's name says."""
     variant, _, kind = recording.partition("_stage1_projector_on_base_llm")
     if not kind:
-        folder = next((root / "checkpoint").iterdir())
-        return load_model(folder)
+        variant = recording.split("_full")[0]
+        folders = sorted((root / "checkpoint").iterdir())
+        return load_model(next((folder for folder in folders if folder.name.endswith(variant)), folders[0]))
     flags = reference.read(root / "train" / f"{variant}_stage1.json")["argv"]
-    words = set(variant.split("_"))
-    interventions = Interventions(
-        normalize_projector="normalize" in words, use_multilayer_features="multilayer" in words
-    )
+    interventions = Interventions.from_mapping({name: flags[name] for name in FIELD_NAMES if name in flags})
     parts = build_model(
         root / "llm", root / flags["vision_tower"], interventions, projector_type=flags["mm_projector_type"]
     )

@@ -74,7 +74,10 @@ def assert_equal(ours, theirs):
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    "name",
+    [name if name in ("vanilla", "all") else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS],
+)
 def test_round_trip(name, tmp_path):
     """HF -> original -> HF: the same tensors and the same interventions."""
     hf = checkpoint(tmp_path / "hf", **VARIANTS[name])

@@ -272,9 +272,13 @@ def question(number, answer, image=None):
     }
 
 
-def test_a_missing_image_is_named(tmp_path, samples, train_here):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_missing_image_is_named(workers, tmp_path, samples, train_here):
     data = samples([question(number, "A circle.", f"nowhere_{number}.png") for number in range(8)])
-    stopped(train_here(short(2, tmp_path / "out", data_path=data)), "id 'q", "nowhere_", "No such file")
+    flags = {"data_path": data, "dataloader_num_workers": workers}
+    stopped(
+        train_here(short(2, tmp_path / "out", **flags)), "error: record", "id 'q", "nowhere_", "No such file"
+    )
 
 
 def test_mismatches_stop_before_training(tmp_path, samples, train_here):
