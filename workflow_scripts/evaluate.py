@@ -16,7 +16,9 @@ import argparse
 import base64
 import io
 import json
+import os
 import tarfile
+import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -170,6 +172,17 @@ def load_checkpoint(manifest: Path) -> Checkpoint:
     processor = AutoProcessor.from_pretrained(str(folder), backend="pil", **options)
     name = type(model).__name__ + ("" if stock else ", code saved beside the weights")
     return Checkpoint(model.to(device).eval(), processor, name)
+
+
+@contextmanager
+def private_module_cache() -> Iterator[None]:
+    """Code saved beside weights is copied into a cache before it is imported. This gives the process a cache of its own.
+
+    Evaluations run side by side, and all exported folders have the same name. Only works before transformers is imported.
+    """
+    with tempfile.TemporaryDirectory(prefix="modules-") as folder:
+        os.environ["HF_MODULES_CACHE"] = folder
+        yield
 
 
 @contextmanager
@@ -399,7 +412,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             spec = EvaluationSpec.model_validate(json.loads(options.spec))
         except ValueError as error:
             raise UserError(f"--spec: {error}") from None
-        result = evaluate(spec, options.checkpoint, options.source, options.manifest)
+        with private_module_cache():
+            result = evaluate(spec, options.checkpoint, options.source, options.manifest)
         for condition, found in result["accuracy"].items():
             cells = "  ".join(f"{kind} {100 * share:5.1f}" for kind, share in found.items())
             print(f"{condition:<9} {cells}", flush=True)
