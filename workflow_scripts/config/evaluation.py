@@ -8,7 +8,6 @@ from pydantic import Field
 
 from workflow_scripts.config.base import StrictModel
 
-
 Level = Annotated[int, Field(ge=0, le=255)]
 
 
