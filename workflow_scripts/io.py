@@ -63,7 +63,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb") as stream:
             os.fsync(stream.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
         fsync_directory(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
