@@ -20,6 +20,7 @@ from .build import (
     load_model,
     load_tokenizer,
     make_processor,
+    reset_projector,
     save_checkpoint,
 )
 from .dataset import EncodedSamples, IndexedCollator
@@ -106,7 +107,6 @@ def _check_text(samples: EncodedSamples, arguments: Arguments) -> None:
 def _make_model(arguments: Arguments, folders: dict[str, Path]) -> tuple[Any, Any]:
     """The model, with the projector to start from, frozen as the stage wants it."""
     model_args, training = arguments.model, arguments.training
-    set_seed(training.seed)  # a new projector's weights
     make = _from_checkpoint if _is_llava(folders["llm"]) else _from_parts
     model, image_processor = make(arguments, folders)
     if model_args.pretrain_mm_mlp_adapter:
@@ -157,6 +157,9 @@ def _from_parts(arguments: Arguments, folders: dict[str, Path]) -> tuple[Any, An
         image_aspect_ratio=arguments.data.image_aspect_ratio,
         prompt_version=model_args.version,
     )
+    # The seed alone decides a new projector's weights, however many random numbers loading the parts has used.
+    set_seed(training.seed)
+    reset_projector(model.model.multi_modal_projector)
     return model, image_processor
 
 

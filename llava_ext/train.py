@@ -98,6 +98,7 @@ WITHOUT_INFLUENCE = frozenset(
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains. Exit status 0 when finished or interrupted (the result file says which), 1 for anything else."""
     listen()
+    _quiet(sys.argv[1:] if argv is None else argv)
     from .arguments import parse
 
     try:
@@ -108,6 +109,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not _is_readable(error):
             raise
         _fail(error)
+
+
+def _quiet(argv: Sequence[str]) -> None:
+    """No network when every model is a folder, no progress bars in log files. Before anything heavy is imported."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    names = [
+        value
+        for flag, value in zip(argv, argv[1:], strict=False)
+        if flag in ("--model_name_or_path", "--vision_tower")
+    ]
+    if names and all(Path(name).is_dir() for name in names):
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
 
 
 def _is_readable(error: ValueError) -> bool:
