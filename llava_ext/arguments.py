@@ -370,7 +370,7 @@ def _fit_machine(argv: list[str], notices: list[str]) -> list[str]:
                 f"one of {torch.cuda.device_count()} GPUs is used; start with torchrun to use more"
             )
         return argv
-    if "--bf16" in argv:
+    if _given_switch(argv, "bf16"):
         notices.append("no GPU here: --bf16 runs on the CPU")
     if "--fsdp" in argv:
         notices.append("--fsdp needs GPUs: on the CPU every process holds the whole model (plain DDP)")

@@ -138,7 +138,14 @@ def train_here(monkeypatch, capfd):
     from llava_ext import callbacks, train
 
     monkeypatch.chdir(GOLDEN)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for name in (
+        "OMP_NUM_THREADS",
+        "HF_HUB_OFFLINE",
+        "HF_HUB_DISABLE_PROGRESS_BARS",
+        "HF_HUB_DISABLE_TELEMETRY",
+    ):
+        monkeypatch.setenv(name, "1")  # training sets some of these; the fixture takes them away again
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     handlers = {number: signal.getsignal(number) for number in callbacks.SIGNALS}
 
     def call(argv: Sequence[str]) -> tuple[int, str]:
