@@ -5,6 +5,7 @@ Takes the flags of LLaVA's own scripts; see docs/training.md. Writes into ``--ou
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -117,7 +118,7 @@ def _quiet(argv: Sequence[str]) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     names = [
         value
-        for flag, value in zip(argv, argv[1:], strict=False)
+        for flag, value in itertools.pairwise(argv)
         if flag in ("--model_name_or_path", "--vision_tower")
     ]
     if names and all(Path(name).is_dir() for name in names):
