@@ -8,13 +8,11 @@ right size and hash gets its name, and beside it `.NAME.provenance.json` remembe
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import os
 import random
 import re
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -28,11 +26,11 @@ from urllib.parse import urlsplit
 import requests
 import urllib3
 
+from workflow_scripts.disk import FULL_DISK, check_disk
 from workflow_scripts.io import UserError, fsync_directory, read_json, write_json
 
 CHUNK = 1 << 18
 """Bytes a read: a broken connection loses at most these."""
-FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 RETRIED = {408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 524}
 BROKEN = (
     requests.ConnectionError,
@@ -555,16 +553,6 @@ def _strip_match(match: re.Match[str]) -> str:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def check_disk(folder: Path, needed: int, what: str) -> None:
-    """Raises :class:`UserError` when the disk can't hold ``needed`` more bytes."""
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise UserError(
-            f"{what}: {needed / 1e9:.2f} GB are needed in {folder}, but the disk has {free / 1e9:.2f} GB free; free "
-            "space, or put the working folder on a larger disk (`snakemake --directory`), and run it again"
-        )
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workflow_scripts.config.sources import ImageMapping, MixtureSpec, Part
+from workflow_scripts.disk import explain_full_disk
 from workflow_scripts.io import UserError, atomic_path, read_json, user_errors, write_json
 
 if TYPE_CHECKING:
@@ -198,10 +199,10 @@ def write_mixture(
 
 def _relative(store: Path, folder: Path) -> str:
     """Relative when both lie in the working folder, so that it can be moved; else absolute."""
-    here = Path.cwd()
-    if store.resolve().is_relative_to(here) and folder.resolve().is_relative_to(here):
-        return os.path.relpath(store.absolute(), folder.absolute())
-    return str(store.absolute())
+    here, store, folder = Path.cwd(), store.absolute(), folder.absolute()
+    if store.is_relative_to(here) and folder.is_relative_to(here):
+        return os.path.relpath(store, folder)
+    return str(store)
 
 
 def part_report(merged: MergedPart) -> dict[str, Any]:
@@ -275,7 +276,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             spec = MixtureSpec.model_validate_json(options.spec)
         except ValueError as error:
             raise UserError(f"--spec: {error}") from None
-        result = merge(options.name, spec, options.sources, options.scans, options.manifest)
+        with explain_full_disk(options.manifest.parent, "sources and scans are untouched"):
+            result = merge(options.name, spec, options.sources, options.scans, options.manifest)
         print(describe(result), file=sys.stderr)
 
 

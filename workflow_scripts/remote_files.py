@@ -10,7 +10,8 @@ from typing import Any
 
 from workflow_scripts.archives import detect_type
 from workflow_scripts.config.sources import HubSource, PathSource, RemoteFile, UrlSource
-from workflow_scripts.download import Patience, Wanted, check_disk, fetch, recall
+from workflow_scripts.disk import check_disk
+from workflow_scripts.download import Patience, Wanted, fetch, recall
 from workflow_scripts.io import UserError
 from workflow_scripts.local_files import describe_local, described_path
 

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from workflow_scripts.disk import explain_full_disk
 from workflow_scripts.io import UserError, read_json, user_errors, write_json
 
 TABLE = "images.parquet"
@@ -37,7 +38,11 @@ def scan_source(source: Path, manifest: Path, options: argparse.Namespace) -> di
     else:
         store = store_path(source, described["images"]["path"])
         settings = ScanSettings(options.threads, options.max_pixels, options.full)
-        summary = scan_store(store, described["images"]["type"], table, settings)
+        try:
+            summary = scan_store(store, described["images"]["type"], table, settings)
+        except UserError as error:
+            again = "" if described["kind"] == "path" else f". To make the source again: rm {store} {source}"
+            raise UserError(f"{error}{again}") from None
         _compare_count(summary, described.get("expected_images"))
     summary = {"name": described["name"], **summary}
     write_json(manifest, summary)
@@ -108,7 +113,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if options.path is not None:
             print(describe(scan_path(options.path, options)))
         else:
-            print(describe(scan_source(options.source, options.manifest, options)), file=sys.stderr)
+            with explain_full_disk(options.manifest.parent, "what was scanned is kept"):
+                summary = scan_source(options.source, options.manifest, options)
+            print(describe(summary), file=sys.stderr)
 
 
 if __name__ == "__main__":

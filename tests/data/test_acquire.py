@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import encoded, noise
-from servers import Fault
+from servers import Fault, HubServer
 
 from workflow_scripts.io import read_json
 
@@ -341,3 +341,44 @@ def test_the_demos_shapes_are_a_source_like_others(tmp_path):
     assert first["images"]["type"] == "zip"
     assert work.acquire({"kind": "shapes", "split": "captions", "pictures": 5}).returncode == 0
     assert work.manifest() == first
+
+
+SNAPSHOT = """
+import sys
+from pathlib import Path
+from workflow_scripts.hub import fetch_snapshot
+from workflow_scripts.io import user_errors
+with user_errors():
+    pick = lambda names: [n for n in names if not n.endswith(".md")]
+    commit, found = fetch_snapshot(sys.argv[1], sys.argv[2], Path("download"), choose=pick)
+    print(commit, *(f"{path.resolve()}={facts['sha256']}" for path, facts in found))
+"""
+
+
+def test_a_whole_model_repository(tmp_path):
+    """Chosen files only, verified, from the network or the client's cache, offline too."""
+    with HubServer("owner/model", "model").running() as hub:
+        fill(hub)
+        hub.put("config.json", b"{}", lfs=False)
+        work = Workspace(tmp_path, hub.url)
+
+        def snapshot(**env):
+            command = [sys.executable, "-c", SNAPSHOT, hub.repo, hub.commit[:8]]
+            done = subprocess.run(
+                command, cwd=tmp_path, env=work.env | env, capture_output=True, text=True, check=False
+            )
+            assert "Traceback" not in done.stderr, done.stderr
+            return done
+
+        expected = {sha(ZIP), sha(JSON), sha(b"{}")}
+        first = snapshot().stdout.split()
+        assert first[0] == hub.commit
+        assert {item.split("=")[1] for item in first[1:]} == expected
+        gets = len(hub.requests)
+        assert snapshot().stdout.split() == first
+        assert not [r for r in hub.requests[gets:] if "/resolve/" in r[1]], "nothing is fetched again"
+        assert "HF_HUB_OFFLINE is set" in snapshot(HF_HUB_OFFLINE="1").stderr
+        code = "import sys, huggingface_hub as h; h.snapshot_download(sys.argv[1], revision=sys.argv[2])"
+        subprocess.run([sys.executable, "-c", code, hub.repo, hub.commit], env=work.env, check=True)
+        offline = snapshot(HF_HUB_OFFLINE="1").stdout.split()
+        assert {item.split("=")[1] for item in offline[1:]} == expected

@@ -313,7 +313,7 @@ def test_a_full_disk_keeps_what_was_fetched(server, tmp_path):
 
 
 def test_a_file_larger_than_the_disk_is_refused_before_it_is_fetched(tmp_path):
-    from workflow_scripts.download import check_disk
+    from workflow_scripts.disk import check_disk
 
     with pytest.raises(UserError, match="GB free"):
         check_disk(tmp_path, 1 << 60, "images.zip")

@@ -249,3 +249,40 @@ def test_bad_arguments(arguments, message, capsys):
         scan.main(arguments)
     assert stop.value.code == 1
     assert message in capsys.readouterr().err
+
+
+def test_a_full_disk_is_explained_and_finished_work_kept(tmp_path):
+    """The kernel refuses to write on, as a full disk makes it."""
+    import resource
+
+    path = store(tmp_path, "zip", [(f"{i:0100d}.jpg", encoded(seed=i)) for i in range(300)])
+    source, manifest = make_source(tmp_path, {"kind": "path", "images": str(path)})
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    command = [
+        sys.executable,
+        "-m",
+        "workflow_scripts.scan",
+        "--source",
+        str(source),
+        "--manifest",
+        str(manifest),
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, preexec_fn=limit, check=False)
+    assert done.returncode == 1
+    assert "the disk is full" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not manifest.exists()
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == 0
+
+
+def test_a_broken_download_says_how_to_make_the_source_again(tmp_path, capsys):
+    source, manifest = make_source(tmp_path, {"kind": "shapes", "split": "captions", "pictures": 5})
+    archive = source.parent / "images.zip"
+    archive.write_bytes(archive.read_bytes()[:-100])
+    with pytest.raises(SystemExit):
+        scan.main(["--source", str(source), "--manifest", str(manifest)])
+    assert f"rm {archive} {source}" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -135,6 +136,8 @@ def read_records(files: list[Path]) -> Records:
     with collector_off():
         for number, path in enumerate(files):
             try:
+                size = path.stat().st_size / 1e6
+                print(f"reading {path.name} ({size:.1f} MB)", file=sys.stderr, flush=True)
                 for block in iterate_blocks(path):
                     _read_block(found, number, path, block)
             except JsonRecordsError as error:

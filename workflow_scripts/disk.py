@@ -1,0 +1,37 @@
+"""Disks that are too small: noticed before the work where possible, explained where not."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from workflow_scripts.io import UserError
+
+FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+def check_disk(folder: Path, needed: int, what: str) -> None:
+    """Raises :class:`UserError` when the disk can't hold ``needed`` more bytes."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"{what}: {needed / 1e9:.2f} GB are needed in {folder}, but the disk has {free / 1e9:.2f} GB free; free "
+            "space, or put the working folder on a larger disk (`snakemake --directory`), and run it again"
+        )
+
+
+@contextmanager
+def explain_full_disk(folder: Path, kept: str) -> Iterator[None]:
+    """Turns the kernel's refusal to write on into a message; ``kept`` says what is not lost."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        raise UserError(
+            f"{folder}: the disk is full (or a quota is); {kept}. Free space on that disk, or put the working folder "
+            "on a larger one, and run the same command again"
+        ) from None
