@@ -300,7 +300,7 @@ def fetch_snapshot(
     patience = patience or Patience()
     repository = Repository(repo, repo_type, revision, patience)
     if repository.offline:
-        return _cached_snapshot(repository, choose)
+        return _fetched_before(repository, folder, choose) or _cached_snapshot(repository, choose)
     infos = {info.path: info for info in repository.files()}
     found = []
     for path in choose(sorted(infos)):
@@ -314,6 +314,25 @@ def fetch_snapshot(
         if known is None:
             found.append((target, {"path": path, **fetch(wanted, target, patience)}))
     return repository.commit(), found
+
+
+def _fetched_before(
+    repository: Repository, folder: Path, choose: Callable[[list[str]], list[str]]
+) -> tuple[str, list[tuple[Path, dict[str, Any]]]] | None:
+    """Offline: what an earlier run fetched into ``folder``, if a model's configuration is among it."""
+    known = {}
+    for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
+        facts = recall(path) if path.is_file() else None
+        if (
+            facts
+            and facts.get("repo") == repository.repo
+            and facts["revision"].startswith(repository.revision)
+        ):
+            known[str(path.relative_to(folder))] = facts
+    if "config.json" not in known:
+        return None
+    commit = str(known["config.json"]["revision"])
+    return commit, [(folder / name, {"path": name, **known[name]}) for name in choose(sorted(known))]
 
 
 def _cached_snapshot(

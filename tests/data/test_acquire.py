@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -377,6 +378,8 @@ def test_a_whole_model_repository(tmp_path):
         gets = len(hub.requests)
         assert snapshot().stdout.split() == first
         assert not [r for r in hub.requests[gets:] if "/resolve/" in r[1]], "nothing is fetched again"
+        assert snapshot(HF_HUB_OFFLINE="1").stdout.split() == first
+        shutil.rmtree(tmp_path / "download")
         assert "HF_HUB_OFFLINE is set" in snapshot(HF_HUB_OFFLINE="1").stderr
         code = "import sys, huggingface_hub as h; h.snapshot_download(sys.argv[1], revision=sys.argv[2])"
         subprocess.run([sys.executable, "-c", code, hub.repo, hub.commit], env=work.env, check=True)
