@@ -19,6 +19,7 @@ from workflow_scripts.download import Patience, Wanted, already_there, fetch, ha
 from workflow_scripts.io import UserError
 
 if TYPE_CHECKING:
+    from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.hf_api import RepoFile
 
     from workflow_scripts.config.sources import HubFile
@@ -105,47 +106,20 @@ class Repository:
 
     def _ask(self, question: Callable[[], T]) -> T:
         """Asks the hub, again and again while it is busy; its errors become messages that say what to do."""
-        from huggingface_hub.errors import (
-            GatedRepoError,
-            HfHubHTTPError,
-            HTTPError,
-            OfflineModeIsEnabled,
-            RepositoryNotFoundError,
-            RevisionNotFoundError,
-        )
+        from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
+        why = ""
         for attempt in range(1, self.patience.attempts + 1):
             wait = None
             try:
                 return question()
-            except GatedRepoError:
-                raise UserError(
-                    f"{self.shown}: its owner asks for agreement to terms; accept them on the hub's page "
-                    "of the repository and set HF_TOKEN"
-                ) from None
-            except RevisionNotFoundError:
-                raise UserError(f"{self.shown}: there is no such revision; pin an existing commit") from None
-            except RepositoryNotFoundError:
-                raise UserError(
-                    f"{self.shown}: there is no such repository at {self.endpoint}, or it is private and "
-                    "needs HF_TOKEN; check `repo` and `repo_type`"
-                ) from None
-            except OfflineModeIsEnabled:
-                raise UserError(f"{self.shown}: {OFFLINE}") from None
             except HfHubHTTPError as error:
-                status = error.response.status_code if error.response is not None else 0
-                if status not in (408, 429) and status < 500:
-                    raise UserError(f"{self.shown}: the hub answers HTTP {status}") from None
-                why = f"HTTP {status}"
-                wait = retry_after(error.response.headers.get("Retry-After"))
+                why, wait = self._refused(error)
             except (HTTPError, ConnectionError) as error:
-                why = f"{type(error).__name__}"
+                why = self._unreachable(error)
             if attempt < self.patience.attempts:
-                pause = (
-                    wait
-                    if wait is not None
-                    else min(self.patience.backoff_s * 2 ** (attempt - 1), self.patience.max_backoff_s)
-                )
+                growing = min(self.patience.backoff_s * 2 ** (attempt - 1), self.patience.max_backoff_s)
+                pause = growing if wait is None else wait
                 print(
                     f"{self.repo}: {why} from {self.endpoint}; again in {pause:.1f} s",
                     file=sys.stderr,
@@ -153,9 +127,35 @@ class Repository:
                 )
                 time.sleep(pause)
         raise UserError(
-            f"{self.shown}: {self.endpoint} can't be reached ({why}); check the network and HF_ENDPOINT, or "
-            "name a copy that you have under `local`"
+            f"{self.shown}: {self.endpoint} can't be reached ({why}); check the network and HF_ENDPOINT, or name a copy "
+            "that you have under `local`"
         )
+
+    def _refused(self, error: HfHubHTTPError) -> tuple[str, float | None]:
+        """What to say about a busy hub, and how long it asks to wait. Raises :class:`UserError` for a final no."""
+        from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+        status = error.response.status_code if error.response is not None else 0
+        finals: dict[type[HfHubHTTPError], str] = {
+            GatedRepoError: "its owner asks for agreement to terms; accept them on the hub's page of the repository and "
+            "set HF_TOKEN",
+            RevisionNotFoundError: "there is no such revision; pin an existing commit",
+            RepositoryNotFoundError: f"there is no such repository at {self.endpoint}, or it is private and needs "
+            "HF_TOKEN; check `repo` and `repo_type`",
+        }
+        for kind, message in finals.items():
+            if isinstance(error, kind):
+                raise UserError(f"{self.shown}: {message}") from None
+        if status not in (408, 429) and status < 500:
+            raise UserError(f"{self.shown}: the hub answers HTTP {status}") from None
+        return f"HTTP {status}", retry_after(error.response.headers.get("Retry-After"))
+
+    def _unreachable(self, error: Exception) -> str:
+        from huggingface_hub.errors import OfflineModeIsEnabled
+
+        if isinstance(error, OfflineModeIsEnabled):
+            raise UserError(f"{self.shown}: {OFFLINE}") from None
+        return type(error).__name__
 
     # -- files
 

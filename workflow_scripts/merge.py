@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from workflow_scripts.mixture.annotations import Records
     from workflow_scripts.mixture.joins import Join, Store
     from workflow_scripts.mixture.policies import Outcome
+    from workflow_scripts.mixture.tables import Tables
 
 
 @dataclass
@@ -151,8 +152,6 @@ def write_mixture(
     name: str, spec: MixtureSpec, parts: list[MergedPart], stores: dict[str, Store], path: Path
 ) -> dict[str, Any]:
     """Writes the three files and then the manifest, which it returns."""
-    import numpy as np
-
     from workflow_scripts.mixture import writing
     from workflow_scripts.mixture.tables import Tables
 
@@ -174,27 +173,32 @@ def write_mixture(
             writer.write(merged.records, merged.chosen)
         samples_sha = writer.finish()
     tables.records["offset"], tables.records["length"] = writer.offset, writer.length
-    files = {
-        "samples.json": samples_sha,
-        "records.npy": writing.write_array(path.with_name("records.npy"), tables.records),
-        "images.npy": writing.write_array(path.with_name("images.npy"), tables.images),
-    }
     manifest = {
         "name": name,
         "digest": writing.content_digest(samples_sha, tables.images),
-        "records": total,
-        "images": len(tables.images),
-        "text_only": int(np.sum(tables.records["n_images"] == 0)),
         "samples_bytes": writer.position,
-        "files": files,
-        "sources": tables.sources,
+        "files": {
+            "samples.json": samples_sha,
+            "records.npy": writing.write_array(path.with_name("records.npy"), tables.records),
+            "images.npy": writing.write_array(path.with_name("images.npy"), tables.images),
+        },
         "stores": [{"type": s.type, "path": _relative(s.path, path.parent)} for s in stores.values()],
-        "mappings": tables.mappings,
-        "counts": tables.counts(),
+        **_numbers(tables),
         "parts": [part_report(merged) for merged in parts],
     }
     write_json(path, manifest)
     return manifest
+
+
+def _numbers(tables: Tables) -> dict[str, Any]:
+    return {
+        "records": len(tables.records),
+        "images": len(tables.images),
+        "text_only": int((tables.records["n_images"] == 0).sum()),
+        "sources": tables.sources,
+        "mappings": tables.mappings,
+        "counts": tables.counts(),
+    }
 
 
 def _relative(store: Path, folder: Path) -> str:
