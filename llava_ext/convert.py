@@ -15,7 +15,8 @@ import dataclasses
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,19 +60,26 @@ def convert(
     model, tokenizer, processor = load_model(source, dtype=kind or "auto", llm=llm, tower=tower)  # type: ignore[arg-type]
     if expected is not None:
         formats.check_interventions(expected, model.config.interventions, str(source))
-    staging = target.with_name(f".{target.name}.part")
-    shutil.rmtree(staging, ignore_errors=True)
-    try:
+    settings = {"_name_or_path": llm} if llm else {}
+    if to == "llava":
+        settings["mm_vision_tower"] = vision_tower or tower or _named_tower(source)
+    with _appearing(target) as staging:
         if to == "hf":
             version, aspect = model.config.prompt_version, model.config.image_aspect_ratio
             save_checkpoint(
                 model, tokenizer, processor, staging, prompt_version=version, image_aspect_ratio=aspect
             )
         else:
-            settings = {"mm_vision_tower": vision_tower or tower or _named_tower(source)}
-            if llm:
-                settings["_name_or_path"] = llm
             formats.export_original(model, tokenizer, staging, settings, projector_only)
+
+
+@contextmanager
+def _appearing(target: Path) -> Iterator[Path]:
+    """A folder beside ``target`` that gets its name when all is written."""
+    staging = target.with_name(f".{target.name}.part")
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        yield staging
         target.mkdir(parents=True, exist_ok=True)
         target.rmdir()
         staging.rename(target)

@@ -408,45 +408,35 @@ def load_original(
     described = json.loads((path / "config.json").read_text(encoding="utf-8"))
     vision_folder = find_model(described.get("mm_vision_tower"), tower, path, "vision tower", "--tower")
     vision = build.load_tower(vision_folder, dtype, attn_implementation)
-    interventions = interventions_from_original(
-        described, vision.config.image_size // vision.config.patch_size
-    )
-    fields = {
-        "projector_type": described.get("mm_projector_type", "linear"),
-        "vision_feature_layer": int(described.get("mm_vision_select_layer", -2)),
-        "vision_feature_select_strategy": "full"
-        if described.get("mm_vision_select_feature") == "cls_patch"
-        else "default",
-        "image_aspect_ratio": described.get("image_aspect_ratio"),
-        "prompt_version": "v1",
-    }
-    whole = any((path / name).is_file() for name in WEIGHT_FILES)
+    grid = vision.config.image_size // vision.config.patch_size
     projector = read_projector(path)
-    if whole:
+    if any((path / name).is_file() for name in WEIGHT_FILES):
+        text_folder = path
         language = _load_language_model(path, described, dtype, attn_implementation)
-        text_folder: Path = path
     else:
         text_folder = find_model(described.get("_name_or_path"), llm, path, "base LLM", "--llm")
         language = build.load_llm(text_folder, dtype, attn_implementation)
-    model = _join(
-        language,
-        vision,
-        interventions,
-        fields,
-        build.load_tokenizer(text_folder, model_max_length),
-        vision_folder,
-    )
+    tokenizer = build.load_tokenizer(text_folder, model_max_length)
+    interventions = interventions_from_original(described, grid)
+    model = _join(language, vision, interventions, _own_fields(described), tokenizer, vision_folder)
     module = model.model.multi_modal_projector
-    check_projector(
-        projector, {name: list(value.shape) for name, value in module.named_parameters()}, str(path)
-    )
+    shapes = {name: list(value.shape) for name, value in module.named_parameters()}
+    check_projector(projector, shapes, str(path))
     module.load_state_dict(projector)
     module.to(language.dtype)
-    return (
-        model,
-        build.load_tokenizer(text_folder, model_max_length),
-        build.load_image_processor(vision_folder),
-    )
+    return model, tokenizer, build.load_image_processor(vision_folder)
+
+
+def _own_fields(described: Mapping[str, Any]) -> dict[str, Any]:
+    """Our config's fields from those of an original ``config.json``."""
+    keeps_cls = described.get("mm_vision_select_feature") == "cls_patch"
+    return {
+        "projector_type": described.get("mm_projector_type", "linear"),
+        "vision_feature_layer": int(described.get("mm_vision_select_layer", -2)),
+        "vision_feature_select_strategy": "full" if keeps_cls else "default",
+        "image_aspect_ratio": described.get("image_aspect_ratio"),
+        "prompt_version": "v1",
+    }
 
 
 def _join(
@@ -562,17 +552,7 @@ def export_original(
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     config = model.config
-    known = {
-        "mm_projector_type": config.projector_type,
-        "mm_vision_select_layer": config.vision_feature_layer,
-        "mm_vision_select_feature": "cls_patch" if config.keeps_cls else "patch",
-        "image_aspect_ratio": config.image_aspect_ratio,
-        "mm_projector_lr": None,
-        "tune_mm_mlp_adapter": projector_only,
-        "freeze_mm_mlp_adapter": False,
-        "tokenizer_model_max_length": tokenizer.model_max_length,
-        "torch_dtype": str(model.dtype).removeprefix("torch."),
-    }
+    known = _known_settings(model, tokenizer, projector_only)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     tensors = state_to_original(state, config.interventions)
     if projector_only:
@@ -590,6 +570,22 @@ def export_original(
         known | dict(settings),
     )
     write_json(target / "config.json", described)
+
+
+def _known_settings(model: Any, tokenizer: Any, projector_only: bool) -> dict[str, Any]:
+    """LLaVA's config fields that a model does know."""
+    config = model.config
+    return {
+        "mm_projector_type": config.projector_type,
+        "mm_vision_select_layer": config.vision_feature_layer,
+        "mm_vision_select_feature": "cls_patch" if config.keeps_cls else "patch",
+        "image_aspect_ratio": config.image_aspect_ratio,
+        "mm_projector_lr": None,
+        "tune_mm_mlp_adapter": projector_only,
+        "freeze_mm_mlp_adapter": False,
+        "tokenizer_model_max_length": tokenizer.model_max_length,
+        "torch_dtype": str(model.dtype).removeprefix("torch."),
+    }
 
 
 def _save_sharded(tensors: State, folder: Path, shard_bytes: int = 5 * 10**9) -> None:
