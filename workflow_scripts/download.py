@@ -212,6 +212,7 @@ class _Fetch:
         self.meta_path = target.with_name(target.name + ".part.json")
         self.meta: dict[str, Any] = read_json(self.meta_path) if self.meta_path.is_file() else {}
         self.resumed = False
+        self.refetched: set[str] = set()
         self.by_hash = bool((wanted.sha256 and not wanted.first_use) or wanted.git_sha1)
         """The hash decides, so that a rest may come from anywhere, whatever the ETags say."""
         self.hasher = self._new_hasher()
@@ -271,7 +272,7 @@ class _Fetch:
             try:
                 with host_slot(url, self.patience):
                     self._attempt(url)
-                return self._verify()
+                return self._verify(url)
             except Transfer:
                 self._discard()
                 fruitless += 1
@@ -445,7 +446,7 @@ class _Fetch:
 
     # -- the end
 
-    def _verify(self) -> dict[str, Any]:
+    def _verify(self, url: str) -> dict[str, Any]:
         """Judges the complete part."""
         self.part.touch()
         self.hasher.catch_up(self.part)
@@ -453,7 +454,8 @@ class _Fetch:
         why = _objection(self.wanted, size, sha, git)
         if why is None:
             return self._finish(size, sha)
-        if self.resumed:
+        if self.resumed and url not in self.refetched:
+            self.refetched.add(url)
             # Perhaps only the part from an earlier attempt was bad; one fresh copy decides.
             print(f"{self.wanted.name}: {why}; fetching it once more", file=sys.stderr, flush=True)
             raise Transfer

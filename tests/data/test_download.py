@@ -210,6 +210,16 @@ def test_a_wrong_hash_is_an_error_and_the_evidence_is_kept(server, tmp_path, pat
     assert evidence.stat().st_size == len(DATA)
 
 
+def test_a_wrong_file_over_a_bad_line_is_not_fetched_for_ever(server, tmp_path, patience):
+    """Each copy is resumed once, so each could be blamed on its resumption."""
+    url = server.add(
+        "/images.zip", noise(len(DATA), seed=9), faults=[Fault("cut", after=1_000_000), None] * 20
+    )
+    with pytest.raises(UserError, match="is expected"):
+        fetch(want(url), tmp_path / "images.zip", patience)
+    assert len(server.requests) == 4, "two copies, each in two pieces"
+
+
 def test_a_wrong_copy_on_one_mirror_does_not_matter(server, other_server, tmp_path, patience):
     first = server.add("/images.zip", DATA, faults=[Fault("flip")])
     second = other_server.add("/images.zip", DATA)
