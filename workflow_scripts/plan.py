@@ -213,7 +213,8 @@ def _data_lines(items: Iterable[Item]) -> list[str]:
 def _disk_lines(plan: Plan, items: Iterable[Item], folder: Path) -> list[str]:
     fetch, mixtures = sum(item.missing for item in items), annotation_bytes(plan)
     finished, state = checkpoint_bytes(plan)
-    needed = fetch + mixtures + finished + state
+    models = sum(getattr(plan.config.models[name], "bytes", None) or 0 for name in used_models(plan))
+    needed = fetch + mixtures + models + finished + state
     free = shutil.disk_usage(folder).free
     if needed == 0:
         return [f"  disk: {free / GB:.1f} GB are free in {folder}", ""]
@@ -221,6 +222,7 @@ def _disk_lines(plan: Plan, items: Iterable[Item], folder: Path) -> list[str]:
     for what, value in (
         ("downloads", fetch),
         ("merged mixtures", mixtures),
+        ("prepared models, at most", models),
         ("finished checkpoints and exports, about", finished),
         ("training state while a finetune runs", state),
         ("needed", needed),
