@@ -83,6 +83,27 @@ REFUSED = {
 }
 
 
+# transformers' arguments that would do nothing here, or harm: the only value, and why.
+FIXED: dict[str, tuple[Any, str]] = {
+    "label_smoothing_factor": (0.0, "LLaVA's loss has none"),
+    "auto_find_batch_size": (False, "the batch size is part of the recipe"),
+    "train_sampling_strategy": ("random", "use --sampling, --group_by_length or --group_by_modality_length"),
+    "enable_jit_checkpoint": (False, "signals are handled already"),
+    "save_only_model": (False, "a training could not continue from such a checkpoint"),
+    "resume_from_checkpoint": (
+        None,
+        "the same command continues from the last good checkpoint in --output_dir",
+    ),
+    "load_best_model_at_end": (False, "there is no evaluation during training"),
+    "eval_on_start": (False, "there is no evaluation during training"),
+    "push_to_hub": (False, "upload the finished folder with `hf upload`"),
+    "use_liger_kernel": (
+        False,
+        "the loss is computed from logits where a label counts, which Liger replaces",
+    ),
+}
+
+
 @dataclass
 class ModelArguments:
     """Which models, and how they are joined. Defaults are LLaVA's."""
@@ -467,6 +488,10 @@ def _check_before(model: ModelArguments, data: DataArguments, namespace: argpars
     for name, (value, values) in allowed.items():
         if value not in values:
             raise TrainingError(f"--{name}: found {value!r}; allowed: {', '.join(map(str, values))}")
+    for name, (value, reason) in FIXED.items():
+        found = getattr(namespace, name)
+        if str(found) != str(value) and str(found).lower() not in FALSE:
+            raise TrainingError(f"--{name} {found}: not supported: {reason}; leave it out")
     for name, path in (
         ("data_path", data.data_path),
         ("image_folder", data.image_folder),

@@ -7,11 +7,13 @@ valid list is never resumed from, and is never counted when old ones are pruned.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
+import socket
 import sys
 import time
 import zlib
@@ -179,6 +181,40 @@ def prune(output_dir: Path, keep: int | None) -> None:
     if complete:
         for path in output_dir.glob(f"{DAMAGED}checkpoint-*"):
             shutil.rmtree(path, ignore_errors=True)
+
+
+# ---- one training a folder --------------------------------------------------------------------------------------
+
+_held: list[Any] = []
+
+
+def claim(output_dir: Path, patience_s: float = 30.0) -> None:
+    """Makes this process the only training in ``output_dir`` for as long as it lives.
+
+    The lock goes with the process, also after kill -9; a file system without locks is used as it is.
+
+    Raises:
+        TrainingError: another living process holds it, after waiting ``patience_s`` for it to end.
+    """
+    stream = (output_dir / ".training.lock").open("a+", encoding="utf-8")
+    end = time.monotonic() + patience_s
+    while True:
+        try:
+            fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except (BlockingIOError, PermissionError):
+            if time.monotonic() > end:
+                stream.seek(0)
+                raise TrainingError(
+                    f"{output_dir}: another training runs here ({stream.read().strip()}); stop that one"
+                ) from None
+            time.sleep(0.5)
+        except OSError:
+            break
+    stream.truncate(0)
+    stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    stream.flush()
+    _held.append(stream)
 
 
 # ---- identity ---------------------------------------------------------------------------------------------------

@@ -229,6 +229,7 @@ def _look_around(
 ) -> dict[str, Any]:
     """What is in the output folder already: a finished training, a checkpoint to continue from, or nothing."""
     output_dir.mkdir(parents=True, exist_ok=True)
+    resume.claim(output_dir)
     if arguments.training.resume == "never" and any(output_dir.glob("checkpoint-*")):
         raise TrainingError(f"--resume never: {output_dir} holds checkpoints; delete it to start over")
     resume.check_identity(output_dir, identity(arguments, store, folders))

@@ -159,6 +159,8 @@ def test_deepspeed_file_of_llava_is_shipped(base):
         ("--pretrain_mm_mlp_adapter nowhere.bin", ["pretrain_mm_mlp_adapter", "does not exist"]),
         ("--group_by_length True --group_by_modality_length True", ["group_by_length", "contradicts"]),
         ("--group_by_modality_length True --sampling sequential", ["contradicts", "sampling"]),
+        ("--label_smoothing_factor 0.1", ["label_smoothing_factor", "0.1", "leave it out"]),
+        ("--resume_from_checkpoint checkpoint-4", ["resume_from_checkpoint", "the same command continues"]),
         ("--lora_enable True --tune_mm_mlp_adapter True", ["lora_enable", "tune_mm_mlp_adapter"]),
         ("--normalize_projector maybe", ["normalize_projector", "maybe"]),
         ("stray --bf16 True", ["stray"]),

@@ -1,6 +1,10 @@
 """Checkpoints are complete or absent; a damaged one is seen and the one before it used."""
 
+import subprocess
+import sys
+
 import pytest
+from conftest import REPOSITORY
 
 from llava_ext import resume
 from llava_ext.resume import TrainingError
@@ -109,3 +113,23 @@ def test_folder_digest_sees_content_and_not_the_place(tmp_path):
     assert resume.folder_digest(tmp_path / "a") == resume.folder_digest(tmp_path / "b")
     (tmp_path / "b" / "config.json").write_text("[]")
     assert resume.folder_digest(tmp_path / "a") != resume.folder_digest(tmp_path / "b")
+
+
+def test_one_training_a_folder(tmp_path):
+    """Another process is refused while the first lives, and may go on at once when it was killed."""
+    script = f"from pathlib import Path; from llava_ext.resume import claim; claim(Path({str(tmp_path)!r}), 0.1); print('mine', flush=True); input()"
+
+    def another():
+        return subprocess.Popen(
+            [sys.executable, "-c", script], stdin=-1, stdout=-1, stderr=-1, text=True, cwd=REPOSITORY
+        )
+
+    first = another()
+    assert first.stdout.readline() == "mine\n"
+    second = another()
+    assert second.wait(30) == 1 and f"process {first.pid} on" in second.stderr.read()
+    first.kill()
+    first.wait()
+    third = another()
+    assert third.stdout.readline() == "mine\n"
+    third.communicate("\n")
