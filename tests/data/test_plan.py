@@ -130,7 +130,7 @@ def test_the_exploratory_experiments_are_valid_when_they_are_taken_in(tmp_path):
         text.append(line.replace("  # ", "  ", 1) if taken_in else line)
     (tmp_path / "all.yaml").write_text("\n".join(text))
     experiments = load_files([tmp_path / "all.yaml"]).experiments
-    assert {"two_d_positions", "interleave_4", "coordinates"} <= set(experiments)
+    assert {"positions_2d", "interleave_8", "coordinates"} <= set(experiments)
     assert len(experiments) == 10
 
 
