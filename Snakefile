@@ -19,6 +19,10 @@ if not workflow.overwrite_configfiles:
         else str(HERE / "config/config.yaml")
 
 
+# Only with `--sdm apptainer`: see envs/apptainer.def.
+container: "envs/llava.sif"
+
+
 include: "rules/common.smk"
 include: "rules/data.smk"
 include: "rules/models.smk"

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 CODE_VERSION = 1
-CODE_DIGEST = ""
+CODE_DIGEST = "bc9d5bbf406efd23"
 
 # The modules whose code decides what a training computes.
 NUMERIC = (
@@ -32,7 +32,10 @@ NUMERIC = (
     "llava_ext/sampler.py",
     "llava_ext/optimizer.py",
     "llava_ext/trainer.py",
-    "workflow_scripts/launch.py",
+    "llava_ext/lora.py",
+    "llava_ext/samples.py",
+    "llava_ext/setup_run.py",
+    "workflow_scripts/launching/command.py",
 )
 
 

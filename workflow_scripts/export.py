@@ -35,8 +35,8 @@ def export_hf(finetune: Path, target: Path) -> dict[str, str]:
         link(state / name, staging / name)
         if file_sha256(staging / name) != content["files"][name]:
             raise UserError(
-                f"{state / name}: has changed since the training finished; delete {finetune} and {state / 'train_result.json'}, "
-                "the workflow then makes the file again from the last saved state"
+                f"{state / name}: has changed since the training finished; put the file back, or delete {finetune} and "
+                f"{state} to train again"
             )
     shutil.copyfile(state / "provenance.json", staging / "provenance.json")
     shutil.rmtree(target, ignore_errors=True)

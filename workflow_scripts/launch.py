@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,6 +169,8 @@ def judge(job: Job, row: Mapping[str, Any], command: list[str], status: int, log
     result = finished_result(state)
     if result is not None:
         attempts.end(state, row, "finished")
+        if not job.spec["recipe"]["keep_states"]:
+            drop_states(state)
         write_json(state / "provenance.json", provenance(job.spec, job.digests, command, result))
         return result
     said = read_json(state / RESULT) if (state / RESULT).is_file() else {}
@@ -183,6 +186,13 @@ def judge(job: Job, row: Mapping[str, Any], command: list[str], status: int, log
         f"{job.label}: the training ended with status {status} after step "
         f"{attempts.saved_step(state)} was saved; its log: {log}"
     )
+
+
+def drop_states(state: Path) -> None:
+    """Deletes the saved states of a finished training, markers first: a half-deleted one must not look complete."""
+    for folder in sorted(state.glob("checkpoint-*")):
+        (folder / "complete.json").unlink(missing_ok=True)
+        shutil.rmtree(folder)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -32,6 +32,7 @@ class StageSpec(StrictModel):
             "compute",
             "save_steps",
             "save_total_limit",
+            "keep_states",
             "logging_steps",
             "max_mismatch_share",
             "min_supervised_share",
@@ -88,6 +89,9 @@ class StageSpec(StrictModel):
     """Full training state is saved every so many steps."""
     save_total_limit: Positive = 2
     """Saved states that are kept; the last complete one is never deleted."""
+    keep_states: bool = False
+    """Keep the saved states (optimizer and all) of a finished training. They are many times as large as its weights and only
+    needed to continue it, so they are deleted once the final weights are written and verified."""
     logging_steps: Positive = 1
     """Metrics are written every so many steps."""
     loss_normalization: Literal["micro_batch", "token"] = "micro_batch"
