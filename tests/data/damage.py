@@ -7,7 +7,7 @@ import random
 import struct
 import zlib
 
-from conftest import encoded, picture
+from pictures import encoded, picture
 from PIL import Image
 
 

@@ -13,7 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import encoded, noise
+from pictures import encoded, noise
 from servers import Fault, HubServer
 
 from workflow_scripts.io import read_json

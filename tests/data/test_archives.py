@@ -11,7 +11,7 @@ import zipfile
 import zlib
 
 import pytest
-from conftest import encoded, noise
+from pictures import encoded, noise
 
 from workflow_scripts.archives import DamagedMember, StoreReader, detect_type, list_members
 from workflow_scripts.archives.members import safe_name

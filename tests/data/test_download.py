@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import noise
+from pictures import noise
 from servers import Fault
 
 from workflow_scripts.download import Patience, Wanted, fetch, host_slot, retry_after

@@ -8,10 +8,10 @@ import tarfile
 import zipfile
 
 import pytest
-from conftest import encoded
 from damage import jpeg
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pictures import encoded
 from PIL import Image
 from test_archives import make_tar, make_zip
 

@@ -6,8 +6,8 @@ import io
 
 import pytest
 import simplejpeg
-from conftest import encoded
 from damage import NO_IMAGES, damaged_jpegs, damaged_others, jpeg, jpeg_that_claims, png_header, whole_files
+from pictures import encoded
 from PIL import Image
 
 from workflow_scripts.image_check import check, describe, sniff, wrong_suffix

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 
 import pytest
-from conftest import encoded
 from damage import jpeg
 from mixing import LOOSE, Kitchen, conversation
+from pictures import encoded
 
 from workflow_scripts import inspect as tool
 

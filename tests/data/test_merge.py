@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import encoded
 from damage import damaged_jpegs, jpeg
 from mixing import LOOSE, Kitchen, conversation
+from pictures import encoded
 
 from llava_ext.samples import open_samples
 from workflow_scripts import merge

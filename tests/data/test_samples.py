@@ -10,9 +10,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import encoded
 from damage import jpeg
 from mixing import LOOSE, Kitchen, conversation
+from pictures import encoded
 from test_archives import make_folder, make_zip
 
 from llava_ext.samples import SamplesError, join_name, open_samples, unsafe_path

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import encoded
 from damage import NO_IMAGES, damaged_jpegs, jpeg, png_header, whole_files
+from pictures import encoded
 from test_archives import MAKERS, make_zip
 
 from workflow_scripts import acquire, scan
