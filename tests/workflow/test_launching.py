@@ -1,0 +1,290 @@
+"""The launcher's parts: the command for each kind of job, who owns a training, when to give up, what a node lacks."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from workflow_scripts.config.compute import ComputeSpec
+from workflow_scripts.config.load import load_file
+from workflow_scripts.io import UserError
+from workflow_scripts.launching import attempts, ownership, preflight
+from workflow_scripts.launching.command import (
+    Inputs,
+    Nodes,
+    training_command,
+    training_environment,
+    training_flags,
+)
+from workflow_scripts.launching.ownership import Ownership
+from workflow_scripts.launching.process import Training
+from workflow_scripts.runs import Plan, resources_of
+from workflow_scripts.status import last_metrics
+
+from .workspace import ROOT
+
+
+@pytest.fixture()
+def spec():
+    plan = Plan(load_file(ROOT / "config/config.yaml"))
+    return plan.training_spec("finetune", plan.run("finetune", "normalize_multilayer").name)
+
+
+def flags_of(spec, tmp_path):
+    inputs = Inputs(
+        tmp_path / "samples.json", tmp_path / "llm", tmp_path / "tower", tmp_path / "mm_projector.safetensors"
+    )
+    return training_flags(spec, inputs, tmp_path / "state")
+
+
+def test_the_flags_are_understood_by_the_training_command(spec, tmp_path):
+    """Every flag that the launcher composes exists, and each value of the configuration arrives."""
+    from llava_ext.arguments import parse
+
+    for name in ("samples.json", "mm_projector.safetensors"):
+        (tmp_path / name).write_text("[]")
+    for name in ("llm", "tower"):
+        (tmp_path / name).mkdir()
+    spec["recipe"] |= {
+        "mm_projector_lr": 1e-4,
+        "lora": {"r": 8, "alpha": 16, "dropout": 0.1, "bias": "none"},
+        "max_grad_norm": 0.5,
+    }
+    spec["compute"] |= {
+        "packing": True,
+        "gradient_checkpointing": True,
+        "dataloader_workers": 2,
+        "attention": "eager",
+    }
+    found = parse(flags_of(spec, tmp_path))
+    training, recipe = found.training, spec["recipe"]
+    assert found.interventions.to_dict() | spec["interventions"] == found.interventions.to_dict()
+    assert found.interventions.multilayer_layers == (1, 2, 3)
+    for theirs, ours in {"learning_rate": "learning_rate", "weight_decay": "weight_decay", "max_steps": "max_steps", "seed": "seed",
+                         "adam_beta2": "adam_beta2", "mm_projector_lr": "mm_projector_lr", "max_grad_norm": "max_grad_norm",
+                         "model_max_length": "model_max_length", "save_steps": "save_steps"}.items():  # fmt: skip
+        assert getattr(training, theirs) == recipe[ours], theirs
+    assert training.group_by_modality_length and training.lora_enable and training.lora_r == 8
+    assert (
+        training.per_device_train_batch_size * training.gradient_accumulation_steps
+        == recipe["global_batch_size"]
+    )
+    assert found.model.version == "v1" and found.data.image_aspect_ratio == "pad" and found.data.pack
+    assert found.model.attn_implementation == "eager" and training.use_cpu
+    assert training.lr_scheduler_kwargs == {"min_lr_rate": 0.05}
+
+
+def test_one_process_is_plain_python_several_are_torchrun_and_nodes_are_srun():
+    flags = ["--seed", "1"]
+    one = training_command(flags, ComputeSpec(), Nodes(), "python")
+    assert one == ["python", "-m", "llava_ext.train", "--seed", "1"]
+    eight = training_command(flags, ComputeSpec(gpus_per_node=8, parallel="zero2"), Nodes(), "python")
+    assert (
+        eight[:4] == ["python", "-m", "torch.distributed.run", "--nproc-per-node=8"]
+        and "--standalone" in eight
+    )
+    compute = ComputeSpec(gpus_per_node=4, nodes=2, parallel="zero3", cpus=32)
+    two = training_command(flags, compute, Nodes(("n1", "n2"), "n1", 23456), "python")
+    assert two[:5] == ["srun", "--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--cpus-per-task=32"]
+    inner = two[-1]
+    for part in (
+        "--nproc-per-node=4",
+        "--nnodes=2",
+        "--node-rank=$SLURM_NODEID",
+        "--master-addr=n1",
+        "--master-port=23456",
+    ):
+        assert part in inner
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4, 8])
+def test_the_global_batch_stays_whatever_the_number_of_processes(spec, tmp_path, processes):
+    spec["compute"] |= {
+        "processes_per_node": processes,
+        "parallel": "ddp" if processes > 1 else "none",
+        "per_device_batch_size": 4,
+    }
+    flags = flags_of(spec, tmp_path)
+    value = {
+        name: int(flags[flags.index(f"--{name}") + 1])
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps")
+    }
+    assert value["per_device_train_batch_size"] * value["gradient_accumulation_steps"] * processes == 32
+
+
+def test_trainings_are_offline_and_have_one_thread_pool_each():
+    found = training_environment(
+        {"HF_HUB_OFFLINE": "0", "HOME": "/h"},
+        ComputeSpec(cpus=8, processes_per_node=2, parallel="ddp"),
+        ["wandb"],
+    )
+    assert found["HF_HUB_OFFLINE"] == "1" and found["OMP_NUM_THREADS"] == "4" and found["HOME"] == "/h"
+    assert found["WANDB_MODE"] == "offline"
+
+
+def test_what_a_job_asks_for():
+    assert resources_of(ComputeSpec())["gres"] is None
+    one = resources_of(ComputeSpec(gpus_per_node=8, parallel="zero2", mem_mb=1000, runtime_min=60))
+    assert (one["gres"], one["nodes"], one["mpi"], one["tasks_per_gpu"], one["train_slots"]) == (
+        "gpu:8",
+        1,
+        None,
+        0,
+        1,
+    )
+    two = resources_of(
+        ComputeSpec(nodes=2, gpus_per_node=4, gres="gpu:a100:4", parallel="zero3", save_before_end_s=600)
+    )
+    assert (two["gres"], two["mpi"], two["tasks"]) == ("gpu:a100:4", "srun", 2)
+    assert two["slurm_extra"] == "--signal=TERM@600 --open-mode=append --ntasks-per-node=1"
+
+
+# ---------------------------------------------------------------- ownership
+
+SLOW_TO_END = "import signal, sys, time; signal.signal(15, lambda *a: (time.sleep(0.5), sys.exit(0))); print('up', flush=True); time.sleep(60)"
+
+
+def owner_file(state, **changes):
+    state.mkdir(exist_ok=True)
+    mine = {
+        "host": socket.gethostname(),
+        "pid": 1,
+        "start": "x",
+        "job": "",
+        "trainer": None,
+        "trainer_start": None,
+    }
+    (state / "owner.json").write_text(json.dumps(mine | changes))
+
+
+def test_a_dead_owner_is_replaced_and_the_claim_given_up(tmp_path):
+    owner_file(tmp_path, pid=999999)
+    owner = Ownership(tmp_path)
+    owner.claim()
+    assert json.loads((tmp_path / "owner.json").read_text())["pid"] == os.getpid()
+    owner.release()
+    assert not (tmp_path / "owner.json").exists()
+
+
+def test_a_reused_pid_is_not_taken_for_the_owner(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", SLOW_TO_END], stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        owner_file(tmp_path, pid=other.pid, start="another process of long ago")
+        Ownership(tmp_path).claim()
+        assert other.poll() is None
+        other.kill()
+
+
+def test_a_living_owner_may_save_before_it_is_replaced(tmp_path):
+    other = subprocess.Popen([sys.executable, "-c", SLOW_TO_END], stdout=subprocess.PIPE)
+    other.stdout.readline()
+    owner_file(tmp_path, pid=other.pid, start=ownership.process_start(other.pid))
+    begin = time.monotonic()
+    Ownership(tmp_path).claim()
+    assert time.monotonic() - begin >= 0.4
+    assert other.wait() == 0, "it was not given the time to end by itself"
+
+
+def test_an_owner_on_an_unreachable_machine_is_not_overrun(tmp_path):
+    owner_file(tmp_path, host="elsewhere")
+    with pytest.raises(UserError, match=r"elsewhere .* may still be computing this training"):
+        Ownership(tmp_path).claim()
+
+
+def test_a_training_outlives_nobody(tmp_path):
+    """A launcher that is killed takes its training with it: it gets the signal to save."""
+    code = (
+        "import sys, time; sys.path.insert(0, {root!r});"
+        "from pathlib import Path; from workflow_scripts.launching.process import Training;"
+        "t = Training([sys.executable, '-c', {slow!r}], {{}}, Path({log!r}), 'x', False, '');"
+        "print(t.child.pid, flush=True); time.sleep(60)"
+    ).format(root=str(ROOT), slow=SLOW_TO_END, log=str(tmp_path / "log"))
+    launcher = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    pid = int(launcher.stdout.readline())
+    deadline = time.monotonic() + 10
+    while "up" not in (tmp_path / "log").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    launcher.kill()
+    launcher.wait()
+    while ownership.process_start(pid) is not None:
+        assert time.monotonic() < deadline + 10
+        time.sleep(0.05)
+
+
+def test_signals_to_the_launcher_reach_all_processes_of_a_training(tmp_path):
+    tree = f"import subprocess, sys; sys.exit(subprocess.call([sys.executable, '-c', {SLOW_TO_END!r}], start_new_session=True))"
+    training = Training([sys.executable, "-c", tree], dict(os.environ), tmp_path / "log", "x", True, "")
+    deadline = time.monotonic() + 10
+    while "up" not in (tmp_path / "log").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    training._forward(signal.SIGTERM, None)
+    assert training.wait() == 0
+
+
+# ---------------------------------------------------------------- attempts
+
+
+def test_attempts_without_progress_are_stopped_and_progress_starts_the_count_again(tmp_path):
+    for _ in range(2):
+        row = attempts.begin(tmp_path, attempts.read_attempts(tmp_path))
+        attempts.end(tmp_path, row, "failed (1)")
+    attempts.refuse_if_stuck(tmp_path, attempts.read_attempts(tmp_path), 3)
+    attempts.begin(tmp_path, attempts.read_attempts(tmp_path))  # killed: no end is recorded
+    with pytest.raises(
+        UserError, match=r"the last 3 attempts \(failed \(1\), failed \(1\), killed\)"
+    ) as caught:
+        attempts.refuse_if_stuck(tmp_path, attempts.read_attempts(tmp_path), 3)
+    assert "attempt-003.log" in str(caught.value)
+    saved = tmp_path / "checkpoint-50"
+    saved.mkdir()
+    (saved / "complete.json").write_text("{}")
+    attempts.refuse_if_stuck(tmp_path, attempts.read_attempts(tmp_path), 3)
+
+
+def test_half_written_lines_are_left_out(tmp_path):
+    attempts.begin(tmp_path, [])
+    with (tmp_path / "attempts.jsonl").open("a") as stream:
+        stream.write('{"attempt": 2, "star')
+    assert [row["attempt"] for row in attempts.read_attempts(tmp_path)] == [1]
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert [row["step"] for row in last_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+# ---------------------------------------------------------------- preflight
+
+
+def test_a_machine_says_everything_it_lacks(tmp_path):
+    token = tmp_path / "token"
+    token.write_text("1")
+    expected = preflight.expectations(
+        ComputeSpec(gpus_per_node=99, parallel="ddp"), [tmp_path, tmp_path / "absent"], "no.such.host", token
+    )
+    expected["versions"]["torch"] = "0.1"
+    token.write_text("2")
+    found = "\n".join(preflight.problems_here(expected))
+    for part in (
+        "99 are needed",
+        "torch is",
+        "absent can't be seen here",
+        "not shared",
+        "no.such.host, can't be resolved",
+    ):
+        assert part in found
+
+
+def test_visible_gpus_are_counted_as_the_job_sees_them(tmp_path, monkeypatch):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\nprintf '0, GPU-a, H200\\n1, GPU-b, H200\\n2, GPU-c, H200\\n'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert len(preflight.gpu_names()) == 3
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,GPU-c")
+    assert len(preflight.gpu_names()) == 2
