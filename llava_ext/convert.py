@@ -63,14 +63,16 @@ def convert(
     settings = {"_name_or_path": llm} if llm else {}
     if to == "llava":
         settings["mm_vision_tower"] = vision_tower or tower or _named_tower(source)
+    sentencepiece = formats.find_sentencepiece(source, llm)
     with _appearing(target) as staging:
         if to == "hf":
             version, aspect = model.config.prompt_version, model.config.image_aspect_ratio
             save_checkpoint(
                 model, tokenizer, processor, staging, prompt_version=version, image_aspect_ratio=aspect
             )
+            formats.keep_sentencepiece(sentencepiece, staging)
         else:
-            formats.export_original(model, tokenizer, staging, settings, projector_only)
+            formats.export_original(model, tokenizer, staging, settings, projector_only, sentencepiece)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -541,6 +542,7 @@ def export_original(
     folder: str | Path,
     settings: Mapping[str, Any],
     projector_only: bool = False,
+    sentencepiece: Path | None = None,
 ) -> None:
     """Writes a model in the original layout.
 
@@ -548,6 +550,7 @@ def export_original(
         model: one of ours, whole, as :func:`llava_ext.build.load_model` gives it.
         settings: LLaVA's config fields that a model does not know, at least ``mm_vision_tower``.
         projector_only: ``mm_projector.bin`` and ``config.json``, for LLaVA's ``model_base`` loading.
+        sentencepiece: the LLM's ``tokenizer.model``, which LLaVA's loader needs and today's tokenizers no longer write.
     """
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
@@ -562,6 +565,7 @@ def export_original(
     else:
         _save_sharded(tensors, target)
         tokenizer.save_pretrained(str(target))
+        keep_sentencepiece(sentencepiece, target)
         model.generation_config.save_pretrained(str(target))
     described = config_to_original(
         json.loads(config.text_config.to_json_string(use_diff=False)),
@@ -570,6 +574,25 @@ def export_original(
         known | dict(settings),
     )
     write_json(target / "config.json", described)
+
+
+def find_sentencepiece(*folders: str | Path | None) -> Path | None:
+    """The first ``tokenizer.model`` in these folders."""
+    places = (Path(folder) / "tokenizer.model" for folder in folders if folder)
+    return next((path for path in places if path.is_file()), None)
+
+
+def keep_sentencepiece(model: Path | None, folder: Path) -> None:
+    """Copies ``tokenizer.model`` beside a saved tokenizer, and says how it is to be read: without the legacy splitting.
+
+    transformers 4 reads this file (LLaVA asks for the slow tokenizer) and would use the legacy rules by default.
+    """
+    if model is None:
+        return
+    shutil.copyfile(model, folder / "tokenizer.model")
+    path = folder / "tokenizer_config.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    write_json(path, content | {"legacy": False, "add_bos_token": True, "add_eos_token": False})
 
 
 def _known_settings(model: Any, tokenizer: Any, projector_only: bool) -> dict[str, Any]:

@@ -325,6 +325,7 @@ def write_final(
             image_aspect_ratio=arguments.data.image_aspect_ratio,
             state_dict=state,
         )
+        formats.keep_sentencepiece(formats.find_sentencepiece(folders["llm"]), folder)
     _read_back(folder)
 
 

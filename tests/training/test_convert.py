@@ -13,7 +13,7 @@ from conftest import GOLDEN
 from safetensors.torch import save_file
 
 from llava_ext import convert, formats
-from llava_ext.build import build_model, load_model, save_checkpoint
+from llava_ext.build import build_model, load_model, load_tokenizer, save_checkpoint
 from llava_ext.interventions import Interventions
 from llava_ext.resume import TrainingError
 
@@ -108,6 +108,18 @@ def test_original_round_trip(tmp_path):
     assert_equal(tensors(tmp_path / "one"), tensors(tmp_path / "three"))
     first, second = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("one", "three"))
     assert {key for key in first if first[key] != second.get(key)} <= {"_name_or_path", formats.OWN_KEY}
+
+
+def test_the_sentencepiece_model_comes_along(tmp_path):
+    """LLaVA's loader asks for the slow tokenizer, which reads this file alone."""
+    run(stage_1(tmp_path / "stage1"), tmp_path / "hf", "--to", "hf", "--llm", LLM, "--tower", TOWER)
+    run(tmp_path / "hf", tmp_path / "original", "--to", "llava", "--vision_tower", TOWER)
+    for name in ("hf", "original"):
+        folder = tmp_path / name
+        assert (folder / "tokenizer.model").read_bytes() == (LLM / "tokenizer.model").read_bytes()
+        assert json.loads((folder / "tokenizer_config.json").read_text())["legacy"] is False
+        text = "USER: What is it? ASSISTANT: A circle.</s>USER: Why?"
+        assert load_tokenizer(folder)(text)["input_ids"] == load_tokenizer(LLM)(text)["input_ids"]
 
 
 def test_exported_config_speaks_the_published_names(tmp_path):
