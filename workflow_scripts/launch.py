@@ -106,6 +106,17 @@ def finished_result(state: Path) -> dict[str, Any] | None:
     return dict(result)
 
 
+def conclude(job: Job, result: Mapping[str, Any]) -> None:
+    """What follows a finished training; done again, it changes nothing, so a kill in between does no harm."""
+    state = job.state
+    if not (state / "provenance.json").is_file():
+        command = read_json(state / "spec.json")["command"]
+        write_json(state / "provenance.json", provenance(job.spec, job.digests, command, result))
+    if not job.spec["recipe"].get("keep_states"):
+        drop_states(state)
+    publish(job, result)
+
+
 def publish(job: Job, result: Mapping[str, Any]) -> None:
     """Writes the manifest: the same bytes for the same training, whatever happened on the way."""
     content = {
@@ -134,7 +145,7 @@ def launch(job: Job) -> None:
             result = finished_result(state) or attempt(job, owner)
         finally:
             owner.release()
-    publish(job, result)
+    conclude(job, result)
     print(f"{job.label}: finished at step {result['step']}, {state}", flush=True)
 
 
@@ -160,18 +171,15 @@ def attempt(job: Job, owner: Ownership) -> dict[str, Any]:
     training = Training(command, environment, log, job.label, compute.processes > 1, nodes.job)
     owner.record_trainer(training.child.pid)
     status = training.wait()
-    return judge(job, row, command, status, log)
+    return judge(job, row, status, log)
 
 
-def judge(job: Job, row: Mapping[str, Any], command: list[str], status: int, log: Path) -> dict[str, Any]:
+def judge(job: Job, row: Mapping[str, Any], status: int, log: Path) -> dict[str, Any]:
     """What the attempt came to. torchrun's exit status does not say it, the files do."""
     state = job.state
     result = finished_result(state)
     if result is not None:
         attempts.end(state, row, "finished")
-        if not job.spec["recipe"]["keep_states"]:
-            drop_states(state)
-        write_json(state / "provenance.json", provenance(job.spec, job.digests, command, result))
         return result
     said = read_json(state / RESULT) if (state / RESULT).is_file() else {}
     if said.get("status") == "interrupted":
