@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GOLDEN
 from safetensors.torch import save_file
+from trainings import GOLDEN
 
 from llava_ext import convert, formats
 from llava_ext.build import build_model, load_model, load_tokenizer, save_checkpoint

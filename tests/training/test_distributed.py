@@ -9,8 +9,8 @@ import signal
 from pathlib import Path
 
 import pytest
-from conftest import GOLDEN, command_line, losses, result, rows, run, start, wait_for
 from safetensors.torch import load_file
+from trainings import GOLDEN, command_line, losses, result, rows, run, start, wait_for
 
 pytestmark = pytest.mark.slow
 STEPS = 4

@@ -6,7 +6,7 @@ import shutil
 import signal
 
 import pytest
-from conftest import command_line, losses, result, rows, run, start, wait_for
+from trainings import command_line, losses, result, rows, run, start, wait_for
 
 pytestmark = pytest.mark.slow
 WEIGHTS = {1: "mm_projector.safetensors", 2: "model.safetensors"}
@@ -117,7 +117,7 @@ def test_a_full_disk_during_a_save_loses_nothing(tmp_path, uninterrupted):
     import subprocess
     import sys
 
-    from conftest import GOLDEN, environment
+    from trainings import GOLDEN, environment
 
     done = subprocess.run(
         [sys.executable, str(limited), *argv],

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import REPOSITORY
+from trainings import REPOSITORY
 
 from llava_ext import resume
 from llava_ext.resume import TrainingError

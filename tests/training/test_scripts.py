@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from conftest import GOLDEN, result, rows, run
+from trainings import GOLDEN, result, rows, run
 
 pytestmark = pytest.mark.slow
 

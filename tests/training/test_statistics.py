@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from conftest import GOLDEN
+from trainings import GOLDEN
 
 from llava_ext import statistics
 

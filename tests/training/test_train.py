@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GOLDEN, command_line, losses, result, rows, run
 from safetensors.torch import load_file
+from trainings import GOLDEN, command_line, losses, result, rows, run
 
 from llava_ext import formats
 from llava_ext.build import load_model
