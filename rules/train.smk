@@ -41,6 +41,8 @@ rule finetune:
         manifest="runs/finetune/{run}/manifest.json",
     log:
         "logs/finetune/{run}.log",
+    # before exports and evaluations: the longest jobs decide when everything is done
+    priority: 5
     retries: RETRIES
     conda:
         "../envs/environment.yaml"

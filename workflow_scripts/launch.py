@@ -20,7 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from workflow_scripts.config.base import StrictModel
 from workflow_scripts.config.compute import ComputeSpec
+from workflow_scripts.config.models import ModelSection
+from workflow_scripts.config.stages import StageSpec
 from workflow_scripts.io import UserError, digest, read_json, user_errors, write_json
 from workflow_scripts.launching import attempts, slurm
 from workflow_scripts.launching.command import (
@@ -65,6 +68,17 @@ class Job:
         return self.manifest.parent / digest({"run": self.spec["run"], **self.digests}, 10)
 
 
+def complete(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """The specification with every default stated, as it is recorded beside the weights."""
+    sections: dict[str, type[StrictModel]] = {
+        "recipe": StageSpec,
+        "compute": ComputeSpec,
+        "model": ModelSection,
+    }
+    stated = {key: kind.model_validate(spec[key]).model_dump(mode="json") for key, kind in sections.items()}
+    return {**spec, **stated}
+
+
 def prepare(
     spec: Mapping[str, Any], mixture: Path, models: Sequence[Path], parent: Path | None, manifest: Path
 ) -> Job:
@@ -86,7 +100,7 @@ def prepare(
         projector = parent.parent / content["folder"] / "mm_projector.safetensors"
         digests["parent"] = content["digest"]
     inputs = Inputs(mixture.parent / "samples.json", roles["llm"][0], roles["vision_tower"][0], projector)
-    return Job(spec, inputs, digests, manifest)
+    return Job(complete(spec), inputs, digests, manifest)
 
 
 def finished_result(state: Path) -> dict[str, Any] | None:

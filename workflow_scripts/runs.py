@@ -170,17 +170,17 @@ class Plan:
         return [name for found, name in self.by_name if found == stage]
 
     def training_spec(self, stage: str, name: str) -> dict[str, Any]:
-        """All that the launcher has to know about a training; JSON values."""
+        """All that the launcher has to know about a training; JSON values, without defaults."""
         experiment = self.experiment_of(stage, name)
         spec = experiment.stage(stage)
         return {
             "stage": stage,
             "run": name,
             "code_version": CODE_VERSION,
-            "recipe": spec.model_dump(mode="json"),
-            "model": experiment.model.model_dump(mode="json"),
+            "recipe": plain(spec),
+            "model": plain(experiment.model),
             "interventions": experiment.flags,
-            "compute": self.config.compute[spec.compute].model_dump(mode="json"),
+            "compute": plain(self.config.compute[spec.compute]),
         }
 
     def used_by(self, stage: str, name: str) -> list[str]:
@@ -305,14 +305,21 @@ def announce(plan: Plan) -> None:
         {name: run.manifest for (stage, name), run in plan.runs.items() if stage == "evaluate"}
     )
     if table:
-        print("\naccuracy in % (as is, vision tokens permuted, blank picture):", table, sep="\n", file=sys.stderr)
+        print(
+            "\naccuracy in % (as is, vision tokens permuted, blank picture):",
+            table,
+            sep="\n",
+            file=sys.stderr,
+        )
     if Path("report/index.html").is_file():
         print(f"\nreport: {Path('report/index.html').absolute()}\n", file=sys.stderr)
 
 
 def accuracy_table(manifests: Mapping[str, str]) -> str:
     """The evaluations' accuracies as a text table, one line an experiment; empty when there are none."""
-    return text_table({name: read_json(Path(path)) for name, path in manifests.items() if Path(path).is_file()})
+    return text_table(
+        {name: read_json(Path(path)) for name, path in manifests.items() if Path(path).is_file()}
+    )
 
 
 def check_targets(plan: Plan, targets: Iterable[str]) -> None:

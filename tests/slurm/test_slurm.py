@@ -8,6 +8,7 @@ import pytest
 from tests.workflow.rerun_rows import check_raised_version, check_row, rows
 from tests.workflow.test_crash import attempts, losses
 from tests.workflow.workspace import kill_group, wait_for
+from workflow_scripts.status import all_statuses
 
 from .conftest import clone
 from .sandbox import running
@@ -113,6 +114,10 @@ def test_a_gpu_job_asks_for_exactly_what_the_config_says(finished_on_slurm, slur
         "Requeue=1",
     ):
         assert wanted in shown, shown
+    # live, from the run folders alone
+    live = next(item for item in all_statuses(workspace.folder) if item.folder == str(state))
+    assert (live.state, live.where, live.processes, live.steps) == ("running", f"job {job_of(state)}", 2, 60)
+    assert live.step >= live.saved_step >= 5 and live.eta_s is not None
     assert process.wait(timeout=240) == 0
     assert len(losses(state)) == 60
 

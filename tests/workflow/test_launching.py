@@ -13,6 +13,7 @@ import pytest
 from workflow_scripts.config.compute import ComputeSpec
 from workflow_scripts.config.load import load_file
 from workflow_scripts.io import UserError
+from workflow_scripts.launch import complete
 from workflow_scripts.launching import attempts, ownership, preflight
 from workflow_scripts.launching.command import (
     Inputs,
@@ -32,7 +33,7 @@ from .workspace import ROOT
 @pytest.fixture()
 def spec():
     plan = Plan(load_file(ROOT / "config/config.yaml"))
-    return plan.training_spec("finetune", plan.run("finetune", "normalize_multilayer").name)
+    return complete(plan.training_spec("finetune", plan.run("finetune", "normalize_multilayer").name))
 
 
 def flags_of(spec, tmp_path):

@@ -32,7 +32,10 @@ def git_state(root: Path = ROOT) -> dict[str, Any]:
     if commit is None:
         return {}
     changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py", "*.smk", "Snakefile")
-    return {"commit": commit, "changed_files": [line.split(maxsplit=1)[-1] for line in (changed or "").splitlines()]}
+    return {
+        "commit": commit,
+        "changed_files": [line.split(maxsplit=1)[-1] for line in (changed or "").splitlines()],
+    }
 
 
 def hardware() -> dict[str, Any]:

@@ -72,17 +72,6 @@ def cancel(job: str, patience_s: float) -> bool:
     return False
 
 
-def seconds_left(job: str) -> int | None:
-    """Seconds until the job's time limit; None when there is none or Slurm does not say."""
-    text = _output(["squeue", "--noheader", f"--jobs={job}", "--format=%L"])
-    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(?:(\d+):)?(\d+)", text or "")
-    if not match:
-        return None
-    days, first, second, last = match.groups()
-    hours, minutes = (first, second) if second is not None else (None, first)
-    return ((int(days or 0) * 24 + int(hours or 0)) * 60 + int(minutes or 0)) * 60 + int(last)
-
-
 def job_nodes(job: str, wanted: int) -> Nodes:
     """The machines of a job with several of them, from Slurm's own words: variables are stripped from job steps."""
     shown = _output(["scontrol", "show", "job", "-o", job]) or ""
