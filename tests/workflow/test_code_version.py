@@ -19,7 +19,7 @@ def test_the_recorded_digest_belongs_to_the_present_code():
 
 def test_comments_docstrings_and_line_breaks_are_no_change(tmp_path):
     for name in code_version.NUMERIC:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / name, tmp_path / name)
     before = code_version.code_digest(tmp_path)
     path = tmp_path / "llava_ext/images.py"
