@@ -44,3 +44,12 @@ format: env  ## rewrite the code in the project's format
 
 docs: env  ## regenerate the JSON schema and the configuration reference
 	$(BIN)/python -m workflow_scripts.config.reference
+
+slurm-sandbox: env  ## a shell with a private Slurm: two virtual nodes, pretended GPUs (root, Debian's slurm packages)
+	$(BIN)/python -m tests.slurm.sandbox $(ARGS)
+
+bench: env  ## every benchmark, with the ratio against what one would run instead
+	for script in packing scan merge loading preprocess download; do $(BIN)/python benchmarks/$$script.py || exit 1; done
+
+clean-demo:  ## remove what the workflow made in this folder, downloads included
+	rm -rf data models runs experiments report logs .snakemake

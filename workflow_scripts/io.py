@@ -87,7 +87,9 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         raise UserError(f"{path}: the file does not exist; run the step that makes it first") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}); delete it and run the step that makes it again") from None
+        raise UserError(
+            f"{path}: not valid JSON ({error}); delete it and run the step that makes it again"
+        ) from None
 
 
 def progress(items: Iterable[T], total: int | None, what: str, every_s: float = 10.0) -> Iterator[T]:
