@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 SLOW   := slow or slurm or scale
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-slow test-all golden lint format docs bench slurm-sandbox clean-demo
+.PHONY: help env demo test test-slow test-all golden lint format docs bench slurm-sandbox
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -50,6 +50,3 @@ slurm-sandbox: env  ## a shell with a private Slurm: two virtual nodes, pretende
 
 bench: env  ## every benchmark, with the ratio against what one would run instead
 	for script in packing scan merge loading preprocess download; do $(BIN)/python benchmarks/$$script.py || exit 1; done
-
-clean-demo:  ## remove what the workflow made in this folder, downloads included
-	rm -rf data models runs experiments report logs .snakemake
