@@ -149,6 +149,8 @@ def test_a_node_that_lacks_something_is_named_before_the_model_loads(finished_on
     ).read_text()
     assert "n1: 0 GPUs are visible, 1 are needed" in log
     assert "n2: 0 GPUs are visible, 1 are needed" in log
+    # the error names the logs
+    assert "logs/slurm/rule_finetune/" in done.stdout and "logs/finetune/" in done.stdout
     assert (
         not (workspace.state("finetune", "long") or workspace.folder / "none")
         .joinpath("metrics.jsonl")
@@ -177,7 +179,7 @@ def test_a_cancelled_job_and_a_killed_snakemake_continue(finished_on_slurm, slur
     assert slurm.output("squeue", "-h", "-j", orphan)
 
     workspace.run("--unlock")
-    done = workspace.run(TRAINED, "--rerun-incomplete")
+    done = workspace.run(TRAINED)
     rows = attempts(state)
     if len(rows) > 2:
         assert rows[-1]["job"] != orphan

@@ -74,7 +74,7 @@ def test_killed_snakemake_and_killed_trainer_continue_to_the_same_weights(worksp
     locked = workspace.run("experiments/long/checkpoint.json", check=False)
     assert "--unlock" in locked.stdout
     workspace.run("--unlock")
-    done = workspace.run("experiments/long/checkpoint.json", "--rerun-incomplete")
+    done = workspace.run("experiments/long/checkpoint.json")
     rows = attempts(state)
     if len(rows) > 2:  # the orphan was still training: it was asked to save and end
         assert "asking it to save and end" in done.stdout
@@ -93,7 +93,7 @@ def test_an_interrupt_saves_and_the_next_run_continues(workspace):
     assert saved["status"] == "interrupted" and saved["step"] >= 5
 
     workspace.run("--unlock")
-    workspace.run("experiments/long/checkpoint.json", "--rerun-incomplete")
+    workspace.run("experiments/long/checkpoint.json")
     assert attempts(state)[-1]["from_step"] == saved["step"]
     assert len(losses(state)) == 60
 

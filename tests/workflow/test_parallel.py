@@ -58,6 +58,6 @@ def test_a_run_continues_with_another_number_of_processes(finished, tmp_path):
     assert workspace.plan().run("finetune", "long") == run, (
         "the number of processes does not make another run"
     )
-    found = finish(workspace, "--rerun-incomplete")
+    found = finish(workspace)
     assert attempts(state)[-1]["from_step"] == saved
     assert found == pytest.approx(expected, abs=1e-3)
