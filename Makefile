@@ -4,6 +4,9 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 SLOW   := slow or slurm or scale
+# two test files at a time; `make test JOBS=0` runs them one after the other
+JOBS   ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help env demo test test-slow test-all golden lint format docs bench slurm-sandbox
@@ -20,10 +23,10 @@ demo: env  ## run the whole workflow on the embedded demo (CPU, offline, minutes
 	$(BIN)/snakemake
 
 test: env  ## the fast tests
-	$(BIN)/python -m pytest -m "not ($(SLOW))"
+	$(PYTEST) -m "not ($(SLOW))"
 
 test-slow: env  ## real trainings, the real Snakefile, a real Slurm where it is installed
-	$(BIN)/python -m pytest -m "$(SLOW)"
+	$(PYTEST) -m "$(SLOW)"
 
 test-all: test test-slow  ## everything
 
