@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import os
 import shutil
 import signal
@@ -46,6 +47,14 @@ def free_ports(count: int) -> list[int]:
     for item in sockets:
         item.close()
     return ports
+
+
+PR_SET_PDEATHSIG = 1
+
+
+def _end_with_parent() -> None:
+    """Daemons must not outlive the sandbox, even when it is killed."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class Sandbox:
@@ -104,7 +113,14 @@ class Sandbox:
     def _daemon(self, command: Sequence[str], name: str) -> None:
         log = (self.folder / f"{name}.out").open("wb")
         self.daemons.append(
-            subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, start_new_session=True)
+            subprocess.Popen(
+                command,
+                env=self.environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=_end_with_parent,
+            )
         )
 
     def _wait(self, condition: Callable[[], bool], what: str, seconds: float = 60) -> None:
