@@ -50,6 +50,10 @@ def free_ports(count: int) -> list[int]:
 
 
 PR_SET_PDEATHSIG = 1
+PARTITIONS = """\
+PartitionName=gpu Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1
+PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
+"""
 
 
 def _end_with_parent() -> None:
@@ -204,10 +208,7 @@ class Sandbox:
                 f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={self.cpus} "
                 "RealMemory=16000 Gres=gpu:2 State=UNKNOWN\n"
             )
-        text += "PartitionName=gpu Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1\n"
-        return (
-            text + "PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF\n"
-        )
+        return text + PARTITIONS
 
     def _accounting_lines(self) -> dict[str, object]:
         if not self.accounting:
