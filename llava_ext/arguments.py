@@ -385,6 +385,7 @@ def _fit_machine(argv: list[str], notices: list[str]) -> list[str]:
     import torch
 
     cpu = not torch.cuda.is_available() or _given_switch(argv, "use_cpu")
+    argv = _fit_fsdp(argv, cpu and torch.cuda.is_available(), notices)
     if not cpu:
         if torch.cuda.device_count() > 1 and "RANK" not in os.environ:
             notices.append(
@@ -393,10 +394,17 @@ def _fit_machine(argv: list[str], notices: list[str]) -> list[str]:
         return argv
     if _given_switch(argv, "bf16"):
         notices.append("no GPU here: --bf16 runs on the CPU")
-    if "--fsdp" in argv:
-        notices.append("--fsdp needs GPUs: on the CPU every process holds the whole model (plain DDP)")
-        argv = [flag for flag in argv if flag != "--fsdp"]
     return argv if _given_switch(argv, "use_cpu") else [*argv, "--use_cpu", "True"]
+
+
+def _fit_fsdp(argv: list[str], beside_gpu: bool, notices: list[str]) -> list[str]:
+    """Takes ``--fsdp`` away where nothing can be split: one process, or the CPU of a machine whose GPU torch would use."""
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    if "--fsdp" not in argv or not (alone or beside_gpu):
+        return argv
+    why = "one process" if alone else "--use_cpu on a machine with a GPU"
+    notices.append(f"--fsdp is ignored: {why}; every process holds the whole model")
+    return [text for flag, values in split_flags(argv) if flag != "fsdp" for text in (f"--{flag}", *values)]
 
 
 def _given_switch(argv: Sequence[str], name: str) -> bool:

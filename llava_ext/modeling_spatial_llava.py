@@ -295,7 +295,9 @@ class SpatialLlavaModel(LlavaModel):
             )
         if not (self.training and torch.is_grad_enabled()):
             return inputs_embeds
-        if not any(parameter.requires_grad for parameter in self.multi_modal_projector.parameters()):
+        trains = any(parameter.requires_grad for parameter in self.multi_modal_projector.parameters())
+        # Ranks that hold only a part of the tower's weights gather them together (ZeRO-3, FSDP), trained or not.
+        if not (trains or any(map(_is_split, self.vision_tower.parameters()))):
             return inputs_embeds
         side = self.config.vision_config.image_size
         blank = torch.zeros(1, 3, side, side, device=inputs_embeds.device, dtype=self.vision_tower.dtype)
@@ -405,6 +407,11 @@ def _published_table(
         table[:, where] = image.to(table.dtype)
         tables.append(table)
     return tables[0], tables[1]
+
+
+def _is_split(parameter: Tensor) -> bool:
+    """Whether this rank holds only a part of the parameter: ZeRO-3's mark, or a DTensor of FSDP."""
+    return hasattr(parameter, "ds_id") or hasattr(parameter, "full_tensor")
 
 
 class SpatialLlavaForConditionalGeneration(LlavaForConditionalGeneration):

@@ -184,10 +184,23 @@ def _start_distributed(arguments: Arguments) -> None:
 
         deepspeed.init_distributed()
     else:
+        if training.fsdp and training.device.type == "cpu" and training.world_size > 1:
+            _allow_fsdp_on_cpu()
         # accelerate imports DeepSpeed, for seconds, only to see that the model is none of its engines.
         import accelerate.utils.other
 
         accelerate.utils.other.is_deepspeed_available = lambda: False
+
+
+def _allow_fsdp_on_cpu() -> None:
+    """Lets accelerate take its FSDP path: torch's ``fully_shard`` runs with gloo, but accelerate asks for an accelerator.
+
+    The type of the process group that accelerate keeps is read once, when the trainer makes its ``Accelerator``, which
+    then replaces it by FSDP; the device stays the CPU.
+    """
+    from accelerate import DistributedType, PartialState
+
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
 def _open_inputs(arguments: Arguments) -> tuple[SampleStore, dict[str, Path]]:

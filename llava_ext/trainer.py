@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from accelerate.utils import save_fsdp_optimizer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import Trainer
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback
 
 from . import resume
@@ -46,6 +48,8 @@ class LlavaTrainer(Trainer):
         self, *, lengths: np.ndarray, describe: Any, mm_projector_lr: float | None = None, **kwargs: Any
     ):
         super().__init__(**kwargs)
+        if self.is_fsdp_enabled:
+            self._split_by_layers()
         self.lengths = lengths
         self.describe = describe
         self.mm_projector_lr = mm_projector_lr
@@ -62,6 +66,16 @@ class LlavaTrainer(Trainer):
         self.model.get_output_embeddings().register_forward_pre_hook(self._keep_predicting)
         self._save_root: Path | None = None
         self._saved_step = -1
+
+    def _split_by_layers(self) -> None:
+        """FSDP's units: the classes that the model names as not to be split, unless ``--fsdp_config`` names others.
+
+        CLIP names a class of its text tower, which no LLaVA has and for which accelerate would stop.
+        """
+        plugin = self.accelerator.state.fsdp_plugin
+        if plugin.transformer_cls_names_to_wrap is None:
+            present = {type(module).__name__ for module in self.model.modules()}
+            plugin.transformer_cls_names_to_wrap = sorted(present & set(self.model._no_split_modules or ()))
 
     # -- data ---------------------------------------------------------------------------------------------------
 
@@ -245,6 +259,16 @@ class LlavaTrainer(Trainer):
             )
         return super().create_scheduler(num_training_steps, optimizer)
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """As transformers', but with FSDP no second file of all weights: ``save_model`` writes those that train."""
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        plugin = self.accelerator.state.fsdp_plugin
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes the weights that train, whole, under their names in memory, and the config. Every rank must call."""
         model = self.plain_model
@@ -258,18 +282,22 @@ class LlavaTrainer(Trainer):
 
     @property
     def plain_model(self) -> Any:
-        """The model without the wrappers of DDP or DeepSpeed."""
+        """The model without the wrappers of DDP or DeepSpeed; FSDP2 has none."""
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Restores the weights that train; all others come from the folders that the command line names."""
-        if self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
         target = self.plain_model
         state = load_file(Path(resume_from_checkpoint) / TRAINED)
         missing = set(trainable_names(target)) - state.keys()
-        result = target.load_state_dict(state, strict=False)
+        if self.is_fsdp_enabled:
+            # Every rank takes its part of the whole tensors. Imported here: a second that others need not wait.
+            from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+            whole = StateDictOptions(full_state_dict=True, strict=False)
+            result = set_model_state_dict(target, dict(state), options=whole)
+        else:
+            result = target.load_state_dict(state, strict=False)
         if missing or result.unexpected_keys:
             raise TrainingError(
                 f"{resume_from_checkpoint}: does not fit this model: missing {sorted(missing)[:5]}, "

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 CODE_VERSION = 1
-CODE_DIGEST = "4e3ef069265567e8"
+CODE_DIGEST = "09ba58080fa48b99"
 
 # The modules whose code decides what a training computes.
 NUMERIC = (

@@ -271,3 +271,10 @@ def test_split_flags_reads_both_spellings():
         ("b_c", ["x"]),
         ("d", []),
     ]
+
+
+def test_fsdp_needs_several_processes(base, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    arguments = parse([*base, "--fsdp", "True"])
+    assert not arguments.training.fsdp
+    assert any("--fsdp is ignored: one process" in notice for notice in arguments.notices)

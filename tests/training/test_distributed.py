@@ -1,4 +1,4 @@
-"""Several real processes give what one process gives on the same global batch: DDP, ZeRO-2, ZeRO-3."""
+"""Several real processes give what one process gives on the same global batch: DDP, ZeRO-2, ZeRO-3, FSDP2."""
 
 from __future__ import annotations
 
@@ -94,3 +94,30 @@ def test_deepspeed(config, data, alone, tmp_path):
     )
     assert losses(again / "out") == losses(tmp_path / "out")
     assert (again / "out/model.safetensors").read_bytes() == (tmp_path / "out/model.safetensors").read_bytes()
+
+
+def test_fsdp(data, alone, tmp_path):
+    """Splits the weights; stops at a signal and goes on; equal to one process; loads in stock transformers."""
+    from transformers import LlavaForConditionalGeneration
+
+    from llava_ext import resume
+
+    argv = two(data, tmp_path, fsdp=True)
+    process = start(argv, tmp_path / "log", processes=2)
+    wait_for(lambda: len(rows(tmp_path / "out")) >= 1, process)
+    os.kill(workers(process.pid)[-1], signal.SIGTERM)
+    assert process.wait(60) == 0
+    stopped = result(tmp_path / "out")
+    assert stopped["status"] == "interrupted" and stopped["step"] < STEPS
+    run(argv, tmp_path / "log", processes=2)
+    assert_close(tmp_path / "out", alone)
+    assert resume.Checkpoint(tmp_path / "out/checkpoint-4", STEPS).facts["engine"] == "fsdp"
+    _, info = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values())
+
+
+def test_fsdp_with_a_frozen_projector(data, tmp_path):
+    """A batch of texts on one rank alone does not wait for the other, which gathers the tower's weights."""
+    argv = two(data, tmp_path, fsdp=True, freeze_mm_mlp_adapter=True, max_steps=3)
+    run(argv, tmp_path / "log", processes=2, timeout=100)
+    assert result(tmp_path / "out")["step"] == 3
