@@ -32,7 +32,7 @@ def one_process(finished, tmp_path_factory):
     return finish(training(finished, tmp_path_factory.mktemp("one") / "w"))
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "zero2", "zero3"])
+@pytest.mark.parametrize("parallel", ["ddp", "zero2", "zero3", "fsdp"])
 def test_two_processes_give_the_losses_of_one(finished, one_process, tmp_path, parallel):
     workspace = training(finished, tmp_path / "w", {"processes_per_node": 2, "parallel": parallel})
     assert finish(workspace) == pytest.approx(one_process, abs=1e-4)
