@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.utils import is_flash_attn_2_available
 
 from .interventions import Interventions
 from .resume import TrainingError, say
@@ -492,10 +493,16 @@ def _check_before(model: ModelArguments, data: DataArguments, namespace: argpars
         "bits": (namespace.bits, (16,)),
         "eval_strategy": (str(getattr(namespace.eval_strategy, "value", namespace.eval_strategy)), ("no",)),
         "lora_bias": (namespace.lora_bias, ("none", "all", "lora_only")),
+        "attn_implementation": (model.attn_implementation or "sdpa", ("eager", "sdpa", "flash_attention_2")),
     }
     for name, (value, values) in allowed.items():
         if value not in values:
             raise TrainingError(f"--{name}: found {value!r}; allowed: {', '.join(map(str, values))}")
+    if model.attn_implementation == "flash_attention_2" and not is_flash_attn_2_available():
+        raise TrainingError(
+            "--attn_implementation: flash_attention_2 needs a CUDA GPU and the package flash-attn, one of which is missing here; "
+            "install it, or use sdpa"
+        )
     for name, (value, reason) in FIXED.items():
         found = getattr(namespace, name)
         if str(found) != str(value) and str(found).lower() not in FALSE:

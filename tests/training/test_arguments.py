@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers.utils import is_flash_attn_2_available
 
 from llava_ext.arguments import LlavaTrainingArguments, make_parser, parse, split_flags, translate
 from llava_ext.interventions import InterventionError
@@ -163,6 +164,7 @@ def test_deepspeed_file_of_llava_is_shipped(base):
         ("--resume_from_checkpoint checkpoint-4", ["resume_from_checkpoint", "the same command continues"]),
         ("--lora_enable True --tune_mm_mlp_adapter True", ["lora_enable", "tune_mm_mlp_adapter"]),
         ("--normalize_projector maybe", ["normalize_projector", "maybe"]),
+        ("--attn_implementation flash", ["attn_implementation", "'flash'", "eager, sdpa, flash_attention_2"]),
         ("stray --bf16 True", ["stray"]),
     ],
 )
@@ -257,6 +259,12 @@ def test_every_flag_of_transformers_4_37_is_known(base):
     known = [option[2:] for action in make_parser()._actions for option in action.option_strings]
     for name in gone:
         translate([f"--{name}", "0.5" if name == "warmup_ratio" else "False"], known, tf32_works=False)
+
+
+@pytest.mark.skipif(is_flash_attn_2_available(), reason="FlashAttention-2 works on this machine")
+def test_flash_attention_is_refused_where_it_cannot_work(base):
+    with pytest.raises(TrainingError, match="flash_attention_2 needs a CUDA GPU and the package flash-attn"):
+        parse([*base, "--attn_implementation", "flash_attention_2"])
 
 
 def test_own_defaults_are_fields():
