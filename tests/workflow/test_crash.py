@@ -10,7 +10,8 @@ import pytest
 from .workspace import kill_group, wait_for
 
 pytestmark = pytest.mark.slow
-LONG = {"max_steps": 60, "save_steps": 5}
+# large batches: the training must outlast the signal on a fast machine
+LONG = {"max_steps": 60, "save_steps": 5, "global_batch_size": 96}
 
 
 @pytest.fixture()

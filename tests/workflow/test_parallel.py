@@ -42,8 +42,8 @@ def test_two_processes_give_the_losses_of_one(finished, one_process, tmp_path, p
 
 
 def test_a_run_continues_with_another_number_of_processes(finished, tmp_path):
-    expected = finish(training(finished, tmp_path / "straight", max_steps=60))
-    workspace = training(finished, tmp_path / "w", max_steps=60)
+    expected = finish(training(finished, tmp_path / "straight", max_steps=60, global_batch_size=96))
+    workspace = training(finished, tmp_path / "w", max_steps=60, global_batch_size=96)
     run = workspace.plan().run("finetune", "long")
     process = workspace.start(run.manifest)
     state = wait_for(lambda: checkpoint_of(workspace), 90, "a checkpoint", process)
