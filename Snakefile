@@ -4,6 +4,7 @@ from pathlib import Path
 
 from snakemake.utils import min_version
 
+from workflow_scripts.launching import requeue
 from workflow_scripts.plan import describe_plan, is_dry_run
 
 min_version("9.0")
@@ -50,6 +51,11 @@ rule all:
     input:
         expand("experiments/{experiment}/checkpoint.json", experiment=plan.experiments),
         "report/index.html",
+
+
+# Not called in dry runs, nor inside jobs.
+onstart:
+    requeue.watch(workflow)
 
 
 onsuccess:

@@ -1,6 +1,7 @@
 """Snakemake that asks Slurm about its jobs every second instead of every 5 to 180: tests are short."""
 
 import asyncio
+import os
 
 from snakemake_interface_executor_plugins.executors.remote import RemoteExecutor
 
@@ -10,6 +11,7 @@ async def _sleep(self: RemoteExecutor) -> None:
 
 
 RemoteExecutor.sleep = _sleep  # type: ignore[method-assign]
+os.environ.setdefault("LLAVA_REQUEUE_INTERVAL_S", "1")
 
 if __name__ == "__main__":
     from snakemake.cli import main

@@ -8,6 +8,7 @@ import pytest
 from tests.workflow.rerun_rows import check_raised_version, check_row, rows
 from tests.workflow.test_crash import attempts, losses
 from tests.workflow.workspace import kill_group, wait_for
+from workflow_scripts.launching.requeue import requeue_preempted
 from workflow_scripts.status import all_statuses
 
 from .conftest import clone
@@ -193,9 +194,11 @@ def test_a_cancelled_job_and_a_killed_snakemake_continue(finished_on_slurm, slur
     assert (losses(state), workspace.json(TRAINED)["digest"]) == expected
 
 
-def test_a_preempted_job_is_requeued_and_continues(finished_on_slurm, slurm, tmp_path):
+# PreemptMode=REQUEUE and PreemptMode=CANCEL: there the main Snakemake does what Slurm does not
+@pytest.mark.parametrize("partition", ["gpu", "cheap"])
+def test_a_preempted_job_is_requeued_and_continues(finished_on_slurm, slurm, tmp_path, partition):
     workspace = training(finished_on_slurm, tmp_path, max_steps=120)
-    process = workspace.start(TRAINED)
+    process = workspace.start(TRAINED, "--set-resources", f"finetune:slurm_partition={partition}")
     state = wait_for(lambda: checkpoint_of(workspace), 120, "a checkpoint", process)
     job = job_of(state)
     hog = slurm.output(
@@ -217,6 +220,47 @@ def test_a_preempted_job_is_requeued_and_continues(finished_on_slurm, slurm, tmp
     assert [row["job"] for row in rows] == [job] * len(rows) and len(rows) >= 2
     assert rows[1]["from_step"] >= 5
     assert len(losses(state)) == 120
+    said = (workspace.folder / "snakemake.out").read_text()
+    assert (f"Slurm job {job} was preempted and is in the queue again" in said) == (partition == "cheap")
+
+
+def test_only_preempted_jobs_of_this_name_are_requeued_and_a_refusal_is_said_once(
+    slurm, tmp_path, monkeypatch, capsys
+):
+    def submit(partition, *options):
+        base = ("sbatch", "--parsable", "-w", "n1", "--output=/dev/null", "-p", partition)
+        return slurm.output(*base, *options, "--wrap", "sleep 5")
+
+    def states():
+        listed = slurm.output(
+            "squeue", "-h", "--states=all", f"--jobs={','.join(jobs)}", "--sort=i", "-o", "%T"
+        )
+        return listed.split()
+
+    small = ("-c", "1", "--mem=100")
+    jobs = [
+        submit("cheap", *small, "--requeue", "--job-name=mine"),
+        submit("cheap", *small, "--no-requeue", "--job-name=mine"),
+        submit("cheap", *small, "--requeue", "--job-name=other"),
+    ]
+    wait_for(lambda: states() == ["RUNNING"] * 3, 30, "three jobs")
+    hog = submit("high", "--exclusive")
+    wait_for(lambda: states() == ["PREEMPTED"] * 3, 30, "their preemption")
+
+    monkeypatch.setenv("PATH", slurm.environment["PATH"])
+    refused = set()
+    requeue_preempted("mine", refused)
+    assert states() == ["PENDING", "PREEMPTED", "PREEMPTED"]
+    assert refused == {jobs[1]}
+    said = capsys.readouterr().err
+    assert f"Slurm job {jobs[0]} was preempted and is in the queue again" in said
+    assert f"Slurm job {jobs[1]} was preempted and Slurm does not take it back" in said
+
+    requeue_preempted("mine", refused)
+    monkeypatch.setenv("PATH", str(tmp_path))  # no Slurm at all: nothing happens
+    requeue_preempted("mine", set())
+    assert not capsys.readouterr().err
+    slurm.output("scancel", *jobs, hog)
 
 
 def test_a_time_limit_saves_in_time_and_the_next_attempt_continues(finished_on_slurm, slurm, tmp_path):

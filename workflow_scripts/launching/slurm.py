@@ -55,6 +55,21 @@ def job_is_alive(job: str) -> bool | None:
     return None
 
 
+def preempted_jobs(name: str) -> list[str]:
+    """The jobs of this name that were preempted, have ended, and are not in the queue again."""
+    listed = _output(["squeue", "--noheader", "--states=PREEMPTED", f"--name={name}", "--format=%A %T"])
+    # A job that still saves is COMPLETING, whatever states were asked for.
+    return [line.split()[0] for line in (listed or "").splitlines() if line.split()[1:] == ["PREEMPTED"]]
+
+
+def requeue(job: str) -> str | None:
+    """Puts a job that has ended into the queue again; None when Slurm did it, else what it said."""
+    done = subprocess.run(
+        ["scontrol", "requeue", job], capture_output=True, text=True, timeout=30, check=False
+    )
+    return None if done.returncode == 0 else done.stderr.strip() or f"scontrol ended with {done.returncode}"
+
+
 def cancel(job: str, patience_s: float) -> bool:
     """Asks the job to save and end, then insists. True when it is gone."""
     _output(["scancel", "--signal=TERM", job])
