@@ -23,6 +23,7 @@ from typing import Any, Literal
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils import is_flash_attn_2_available
 
+from . import ranks
 from .interventions import Interventions
 from .resume import TrainingError, say
 
@@ -214,10 +215,16 @@ class LlavaTrainingArguments(TrainingArguments):
         },
     )
     watchdog_minutes: float = field(
-        default=60.0, metadata={"help": "Stop when no step has ended for so many minutes (0: never)."}
+        default=60.0, metadata={"help": "Stop when nothing has gone on for so many minutes (0: never)."}
     )
     watchdog_zero_steps: int = field(
         default=20, metadata={"help": "Stop when the loss has been zero for so many steps (0: never)."}
+    )
+    meeting_timeout_s: float = field(
+        default=600.0,
+        metadata={
+            "help": "Several processes: stop when one has not come to the start after so many seconds."
+        },
     )
     resume: Literal["auto", "never"] = field(
         default="auto", metadata={"help": "auto: continue from the last good checkpoint in --output_dir."}
@@ -290,6 +297,8 @@ def translate(argv: Sequence[str], known: Sequence[str], tf32_works: bool) -> tu
             notices.append("--warmup_ratio is ignored: --warmup_steps is given")
         elif name == "deepspeed" and values:
             out += ["--deepspeed", deepspeed_config(values[0], notices)]
+        elif name == "report_to":
+            out += ["--report_to", ",".join(values)]  # the parser takes one value; _adjust takes them apart again
         elif name == "fsdp" and (not values or values[0].lower() in (*TRUE, *FALSE)):
             out += ["--fsdp"] * is_on(values)
         elif (new := RENAMED.get(name, name)) in known:
@@ -434,6 +443,8 @@ def parse(argv: Sequence[str] | None = None) -> Arguments:
     model = _build(ModelArguments, namespace)
     data = _build(DataArguments, namespace)
     _check_before(model, data, namespace)
+    # Before anything talks to the other processes, which would only wait for one that never comes.
+    ranks.meet(namespace.meeting_timeout_s, on_gpus=not namespace.use_cpu)
     if namespace.deepspeed:
         _prepare_deepspeed(namespace, explicit_clip="--max_grad_norm" in translated)
     training = _build(LlavaTrainingArguments, namespace)
@@ -537,17 +548,17 @@ def _adjust(training: LlavaTrainingArguments) -> None:
     if training.ddp_find_unused_parameters is None:
         training.ddp_find_unused_parameters = False
     training._n_gpu = min(training.n_gpu, 1)  # several GPUs are for torchrun, never for DataParallel
-    reports = training.report_to if isinstance(training.report_to, list) else [training.report_to]
-    training.own_tensorboard = any(name not in (None, "none") for name in reports)
-    training.report_to = [
-        name for name in reports if name not in (None, "tensorboard", "none") and _installed(name)
-    ]
+    given = training.report_to if isinstance(training.report_to, list) else [training.report_to]
+    reports = [name for text in given if text for name in text.split(",") if name != "none"]
+    training.own_tensorboard = bool(reports)
+    training.report_to = [name for name in reports if name != "tensorboard" and _installed(name)]
 
 
 def _installed(reporter: str) -> bool:
     """Whether a reporting package is there; a training does not fail for want of it."""
-    if reporter in ("all",) or importlib.util.find_spec(reporter) is not None:
-        return True
+    found = importlib.util.find_spec(reporter) if reporter != "all" else None
+    if reporter == "all" or (found is not None and found.origin is not None):
+        return True  # a mere folder of that name, as W&B makes one where it runs, has no origin
     say(f"--report_to {reporter}: the package is not installed; metrics go to metrics.jsonl and TensorBoard")
     return False
 

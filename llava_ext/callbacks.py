@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -219,34 +220,75 @@ class StuckAtZero(TrainerCallback):
             )
 
 
-class NoStep(TrainerCallback):
-    """Ends the process, with every thread's stack in the log, when no step has ended for too long.
+class FewLabels(TrainerCallback):
+    """Stops when hardly any token of the last steps carried a label, wherever in the data that begins."""
 
-    A rank that waits for a lost one can't be woken; the last checkpoint is kept and the launcher tries again.
+    def __init__(self, bound: float, window: int, trainer: LlavaTrainer) -> None:
+        self.bound = bound
+        self.trainer = trainer
+        self.seen: deque[tuple[float, float]] = deque(maxlen=max(window, 1))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not self.bound or not logs or "loss" not in logs:
+            return
+        taken = self.trainer.taken
+        self.seen.append((taken["supervised"], taken["text"]))
+        supervised, text = (sum(column) for column in zip(*self.seen, strict=True))
+        if len(self.seen) == self.seen.maxlen and supervised < self.bound * text:
+            raise TrainingError(
+                f"only {supervised:.0f} of {text:.0f} text tokens carried a label in the last {len(self.seen)} logged steps up to step "
+                f"{state.global_step} ({supervised / text:.2%}, --supervised_share_bound: {self.bound:.2%}); the last batch was\n"
+                + "\n".join(self.trainer.last_samples())
+                + "\nCheck --version and --model_max_length with `python -m llava_ext.statistics`; the last checkpoint is kept."
+            )
+
+
+class NoStep(TrainerCallback):
+    """Ends the process, with every thread's stack in the log, when nothing has gone on for too long.
+
+    It watches from before the processes first talk to each other until the last file is written. A rank that waits
+    for a lost one can't be woken; the last checkpoint is kept and the launcher tries again.
     """
 
     def __init__(self, minutes: float, output_dir: Path) -> None:
         self.limit_s = 60.0 * minutes
         self.output_dir = output_dir
         self.done = threading.Event()
+        self.step = 0
+        self.doing = "starting"
         self.beat()
 
-    def beat(self) -> None:
-        """Notes progress: a step, a save, a load."""
+    def start(self) -> None:
+        """Watches from now on."""
+        if self.limit_s:
+            threading.Thread(target=self._watch, name="no-step watchdog", daemon=True).start()
+
+    def end(self) -> None:
+        """Watches no longer."""
+        self.done.set()
+
+    def beat(self, doing: str | None = None) -> None:
+        """Notes progress: a step, a save, a load, or the begin of something else."""
         self.last = time.monotonic()
+        self.doing = doing or self.doing
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.beat()
-        self.state = state
-        if self.limit_s:
-            threading.Thread(target=self._watch, name="no-step watchdog", daemon=True).start()
+        self.step = state.global_step
+        self.beat("training")
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.state = state
+        self.step = state.global_step
         self.beat()
 
     on_save = on_step_end
@@ -254,7 +296,7 @@ class NoStep(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.done.set()
+        self.beat("writing the final weights")
 
     def _watch(self) -> None:
         while not self.done.wait(min(self.limit_s / 4, 5.0)):
@@ -262,14 +304,15 @@ class NoStep(TrainerCallback):
                 self._stop()
 
     def _stop(self) -> None:
-        reason = (
-            f"no step has ended for {self.limit_s / 60:g} minutes after step {self.state.global_step} "
-            f"(rank {os.environ.get('RANK', '0')}); every thread's stack is in the log"
-        )
+        what = f"no step has ended for {self.limit_s / 60:g} minutes after step {self.step}"
+        if self.doing != "training":
+            what = f"nothing has gone on for {self.limit_s / 60:g} minutes while {self.doing}"
+        rank = os.environ.get("RANK", "0")
+        reason = f"{what} (rank {rank}); every thread's stack is in the log"
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         print(f"error: {reason}", file=sys.stderr, flush=True)
-        if self.state.is_world_process_zero and not (self.output_dir / RESULT).exists():
-            write_result(self.output_dir, "stopped", self.state.global_step, reason=reason)
+        if rank == "0" and not (self.output_dir / RESULT).exists():
+            write_result(self.output_dir, "stopped", self.step, reason=reason)
         os._exit(NO_STEP_EXIT)
 
 

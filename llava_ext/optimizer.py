@@ -55,10 +55,15 @@ def undecayed_names(model: nn.Module) -> set[str]:
     for path, module in model.named_modules():
         for own, parameter in module.named_parameters(recurse=False):
             name = f"{path}.{own}" if path else own
-            norm = parameter.ndim == 1 and component(name) == LANGUAGE_MODEL
+            norm = len(whole_shape(parameter)) == 1 and component(name) == LANGUAGE_MODEL
             if own == "bias" or isinstance(module, nn.LayerNorm) or norm:
                 names.add(name)
     return names
+
+
+def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """A parameter's shape; of one that ZeRO-3 has partitioned, not that of the part."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def parameter_groups(

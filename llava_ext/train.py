@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import resume
-from .callbacks import Interruption, Metrics, NoStep, StuckAtZero, listen, world_size
+from . import elastic, ranks, resume
+from .callbacks import FewLabels, Interruption, Metrics, NoStep, StuckAtZero, listen, world_size
 from .resume import TrainingError, say
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ WITHOUT_INFLUENCE = frozenset(
         "hub_revision",
         "watchdog_minutes",
         "watchdog_zero_steps",
+        "meeting_timeout_s",
         "resume",
         "debug",
         "resume_from_checkpoint",
@@ -148,8 +149,21 @@ def run(arguments: Arguments) -> None:
     """The whole training, from checked arguments to ``train_result.json``."""
     for notice in arguments.notices:
         say(notice)
+    watchdog = NoStep(arguments.training.watchdog_minutes, Path(arguments.training.output_dir))
+    watchdog.start()
+    try:
+        _run(arguments, watchdog)
+    finally:
+        watchdog.end()
+    ranks.leave()
+
+
+def _run(arguments: Arguments, watchdog: NoStep) -> None:
     output_dir = Path(arguments.training.output_dir)
+    watchdog.beat("the processes try their network")
     _start_distributed(arguments)
+    ranks.check_traffic(arguments.training.device)
+    watchdog.beat("opening data and checkpoints")
     store, folders = _open_inputs(arguments)
     state = _on_first_rank(lambda: _look_around(arguments, store, folders, output_dir))
     if state["finished"]:
@@ -157,11 +171,12 @@ def run(arguments: Arguments) -> None:
         return
     from .setup_run import make_trainer
 
+    watchdog.beat("loading the model")
     trainer = make_trainer(arguments, store, folders)
-    interruption = _watch(trainer, arguments, output_dir)
+    interruption = _watch(trainer, arguments, output_dir, watchdog)
     checkpoint = state["checkpoint"]
     if checkpoint:
-        _check_fits(trainer, Path(checkpoint))
+        _prepare_to_continue(trainer, Path(checkpoint), watchdog)
     trainer.train(resume_from_checkpoint=checkpoint)
     _conclude(trainer, interruption, arguments, folders, output_dir)
 
@@ -172,6 +187,8 @@ def run(arguments: Arguments) -> None:
 def _start_distributed(arguments: Arguments) -> None:
     """Process groups before anything is built: ZeRO-3 splits parameters while the model is made."""
     training = arguments.training
+    if training.deepspeed:
+        elastic.only_tensors()
     if training.deepspeed and training.device.type == "cpu":
         import deepspeed
         from deepspeed.ops import __compatible_ops__
@@ -281,18 +298,19 @@ def identity(arguments: Arguments, store: SampleStore, folders: dict[str, Path])
 # ---- the run ----------------------------------------------------------------------------------------------------
 
 
-def _watch(trainer: LlavaTrainer, arguments: Arguments, output_dir: Path) -> Interruption:
+def _watch(trainer: LlavaTrainer, arguments: Arguments, output_dir: Path, watchdog: NoStep) -> Interruption:
     training = arguments.training
     metrics = Metrics(
         output_dir, bool(getattr(training, "own_tensorboard", False)), lines=bool(training.disable_tqdm)
     )
     metrics.trainer = trainer
-    watchdog = NoStep(training.watchdog_minutes, output_dir)
     trainer.watchdog = watchdog
     interruption = Interruption()
+    window = training.watchdog_zero_steps
     for callback in (
         metrics,
-        StuckAtZero(training.watchdog_zero_steps, trainer.last_samples),
+        StuckAtZero(window, trainer.last_samples),
+        FewLabels(arguments.data.supervised_share_bound if window else 0, window, trainer),
         watchdog,
         interruption,
     ):
@@ -300,8 +318,8 @@ def _watch(trainer: LlavaTrainer, arguments: Arguments, output_dir: Path) -> Int
     return interruption
 
 
-def _check_fits(trainer: LlavaTrainer, checkpoint: Path) -> None:
-    """Says what continuing changes, and refuses what this engine can't do."""
+def _prepare_to_continue(trainer: LlavaTrainer, checkpoint: Path, watchdog: NoStep) -> None:
+    """Says what continuing changes, converts what another number of processes needs, refuses another engine."""
     facts = resume.Checkpoint(checkpoint, 0).facts
     then, now = facts.get("world_size"), trainer.args.world_size
     if facts.get("engine") != trainer.engine:
@@ -309,12 +327,11 @@ def _check_fits(trainer: LlavaTrainer, checkpoint: Path) -> None:
             f"{checkpoint}: was saved with {facts.get('engine')}, this run uses {trainer.engine}; "
             "continue with the same --deepspeed or --fsdp setting, or start in a new --output_dir"
         )
-    if then != now and trainer.engine.startswith("deepspeed"):
-        raise TrainingError(
-            f"{checkpoint}: DeepSpeed's optimizer state is split over {then} processes and there are {now} now; continue with {then}, "
-            "or use plain DDP, whose checkpoints continue on any number of processes"
-        )
     say(f"continuing from {checkpoint}" + (f", saved by {then} processes, now {now}" if then != now else ""))
+    if then != now and trainer.engine.startswith("deepspeed"):
+        folder = checkpoint.with_name(f"{resume.STAGING}universal-{checkpoint.name}")
+        watchdog.beat("converting the checkpoint")
+        trainer.universal = elastic.convert_patiently(checkpoint, folder, _on_first_rank, watchdog.beat)
 
 
 def _conclude(

@@ -22,6 +22,7 @@ from . import resume
 from .arguments import LlavaTrainingArguments, sampling_strategy
 from .callbacks import any_rank, finite, world_size
 from .conversation import IGNORE_INDEX
+from .elastic import load_universal
 from .optimizer import parameter_groups, trainable_names
 from .resume import TrainingError
 from .sampler import EpochSampler
@@ -59,13 +60,18 @@ class LlavaTrainer(Trainer):
             # transformers would weight every token of the step alike; LLaVA averages the micro-batches' means.
             self.model_accepts_loss_kwargs = False
         self.sampler: EpochSampler | None = None
+        self.image_token_id = self.model.config.image_token_id
         self.last_indices: list[int] = []
-        self.counts: dict[str, Any] = {"tokens": 0, "supervised": 0, "samples": 0}
+        self.counts: dict[str, Any] = {"tokens": 0, "text": 0, "supervised": 0, "samples": 0}
+        # the same of all ranks, between the last two log lines
+        self.taken: dict[str, float] = dict.fromkeys(self.counts, 0.0)
         self.unsupervised_batches = 0
         self._predicting: torch.Tensor | None = None
         self.model.get_output_embeddings().register_forward_pre_hook(self._keep_predicting)
         self._save_root: Path | None = None
         self._saved_step = -1
+        # A DeepSpeed checkpoint of another number of processes, converted; see elastic.py.
+        self.universal: Path | None = None
 
     def _split_by_layers(self) -> None:
         """FSDP's units: the classes that the model names as not to be split, unless ``--fsdp_config`` names others.
@@ -139,19 +145,21 @@ class LlavaTrainer(Trainer):
 
     def _count(self, inputs: dict[str, Any], supervised: int) -> None:
         mask = inputs.get("attention_mask")
-        self.counts["tokens"] += inputs["input_ids"].numel() if mask is None else int(mask.sum())
+        tokens = inputs["input_ids"].numel() if mask is None else int(mask.sum())
+        self.counts["tokens"] += tokens
+        self.counts["text"] += tokens - int((inputs["input_ids"] == self.image_token_id).sum())
         self.counts["supervised"] += supervised
         self.counts["samples"] += len(self.last_indices)
 
     def take_counts(self) -> dict[str, float]:
-        """Tokens, supervised tokens and samples of all ranks since the last call. Every rank must call."""
+        """Tokens, text tokens, supervised tokens and samples of all ranks since the last call. Every rank must call."""
         counts = torch.tensor([float(value) for value in self.counts.values()], dtype=torch.float64)
         if world_size() > 1:
             counts = counts.to(self.args.device)
             dist.all_reduce(counts)
-        taken = dict(zip(self.counts, counts.tolist(), strict=True))
+        self.taken = dict(zip(self.counts, counts.tolist(), strict=True))
         self.counts = dict.fromkeys(self.counts, 0)
-        return taken
+        return self.taken
 
     def _check_finite(self, loss: torch.Tensor) -> None:
         mine = not finite(loss)
@@ -252,12 +260,19 @@ class LlavaTrainer(Trainer):
         """As transformers'; DeepSpeed's engine, which exists by now, is told to leave frozen weights out of its checkpoints."""
         engine = getattr(getattr(self.accelerator, "deepspeed_engine_wrapped", None), "engine", None)
         if engine is not None and not isinstance(engine.save_checkpoint, partial):
-            load = engine.load_checkpoint
             engine.save_checkpoint = partial(engine.save_checkpoint, exclude_frozen_parameters=True)
-            engine.load_checkpoint = lambda *args, **kwargs: load(
-                *args, **kwargs | {"load_module_strict": False}
-            )
+            engine.load_checkpoint = partial(self._load_engine, engine)
         return super().create_scheduler(num_training_steps, optimizer)
+
+    def _load_engine(self, engine: Any, folder: str, **kwargs: Any) -> Any:
+        """DeepSpeed's state from ``folder``, or from what was made of it for this number of processes."""
+        if self.universal is not None:
+            loaded = load_universal(engine, self.universal)
+            self._barrier()
+            if self.args.should_save:
+                shutil.rmtree(self.universal, ignore_errors=True)
+            return loaded
+        return type(engine).load_checkpoint(engine, folder, **kwargs | {"load_module_strict": False})
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """As transformers', but with FSDP no second file of all weights: ``save_model`` writes those that train."""

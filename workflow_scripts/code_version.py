@@ -15,8 +15,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-CODE_VERSION = 1
-CODE_DIGEST = "09ba58080fa48b99"
+CODE_VERSION = 2
+CODE_DIGEST = "782fd3609b63c02e"
 
 # The modules whose code decides what a training computes.
 NUMERIC = (

@@ -1,4 +1,8 @@
-"""Several real processes give what one process gives on the same global batch: DDP, ZeRO-2, ZeRO-3, FSDP2."""
+"""Several real processes give what one process gives on the same global batch: DDP, ZeRO-2, ZeRO-3, FSDP2.
+
+With weight decay, a learning rate of the projector's own and clipping: whatever treats parameters differently by name
+or shape must see the whole parameters, however they are split.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +13,23 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from trainings import GOLDEN, command_line, losses, result, rows, run, start, wait_for
 
+from llava_ext import resume
+
 pytestmark = pytest.mark.slow
 STEPS = 4
-SHORT = {"max_steps": STEPS, "save_steps": 2, "group_by_modality_length": None, "sampling": "sequential"}
+SHORT = {
+    "max_steps": STEPS,
+    "save_steps": 2,
+    "group_by_modality_length": None,
+    "sampling": "sequential",
+    "weight_decay": 0.3,
+    "mm_projector_lr": 5e-4,
+    "max_grad_norm": 1.0,
+}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +54,8 @@ def alone(data, tmp_path_factory):
 
 def two(data, folder, **changes):
     """The flags of two processes with one micro-batch each."""
-    return command_line(2, folder / "out", data_path=data, gradient_accumulation_steps=1, **SHORT | changes)
+    flags = SHORT | {"data_path": data, "gradient_accumulation_steps": 1} | changes
+    return command_line(2, folder / "out", **flags)
 
 
 def assert_close(ours: Path, theirs: Path, bound=5e-6):
@@ -71,49 +87,101 @@ def test_ddp_with_checkpointing_and_a_signal_to_one_rank_then_one_process(data, 
     assert_close(tmp_path / "out", alone)
 
 
-@pytest.mark.parametrize("config", ["zero2.json", "zero3.json"])
-def test_deepspeed(config, data, alone, tmp_path):
-    """Equal to one process; loads in stock transformers; goes on from a checkpoint with the same bits; refuses fewer processes."""
-    argv = two(data, tmp_path, deepspeed=config, max_grad_norm=1.0)
-    run(argv, tmp_path / "log", processes=2)
-    assert_close(tmp_path / "out", alone)
+def unfinished(finished: Path, folder: Path) -> Path:
+    """A copy of a finished training that still has to do its steps 3 and 4."""
+    shutil.copytree(finished / "out", folder / "out")
+    for name in ("train_result.json", "model.safetensors", "checkpoint-4"):
+        path = folder / "out" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return folder
+
+
+def assert_loads_in_stock_transformers(folder: Path):
     from transformers import LlavaForConditionalGeneration
 
-    _, info = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out", output_loading_info=True)
+    _, info = LlavaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values())
-    again = tmp_path / "again"
-    shutil.copytree(tmp_path / "out", again / "out")
-    for name in ("train_result.json", "model.safetensors", "checkpoint-4"):
-        path = again / "out" / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    if config == "zero2.json":
-        few = command_line(2, again / "out", data_path=data, deepspeed=config, max_grad_norm=1.0, **SHORT)
-        assert "there are 1 now" in run(few, again / "log", expect=1)
-    assert "checkpoint-2" in run(
-        two(data, again, deepspeed=config, max_grad_norm=1.0), again / "log", processes=2
-    )
+
+
+@pytest.mark.parametrize("config", ["zero2.json", "zero3.json"])
+def test_deepspeed(config, data, alone, tmp_path):
+    """Equal to one process; loads in stock transformers; goes on with the same bits, and on one process within rounding."""
+    run(two(data, tmp_path, deepspeed=config), tmp_path / "log", processes=2)
+    assert_close(tmp_path / "out", alone)
+    assert_loads_in_stock_transformers(tmp_path / "out")
+
+    again = unfinished(tmp_path, tmp_path / "again")
+    assert "checkpoint-2" in run(two(data, again, deepspeed=config), again / "log", processes=2)
     assert losses(again / "out") == losses(tmp_path / "out")
     assert (again / "out/model.safetensors").read_bytes() == (tmp_path / "out/model.safetensors").read_bytes()
 
+    fewer = unfinished(tmp_path, tmp_path / "fewer")
+    text = run(command_line(2, fewer / "out", data_path=data, deepspeed=config, **SHORT), fewer / "log")
+    assert "saved by 2 processes, now 1" in text
+    assert_close(fewer / "out", alone)
+    assert not list((fewer / "out").glob(".saving*"))
 
-def test_fsdp(data, alone, tmp_path):
-    """Splits the weights; stops at a signal and goes on; equal to one process; loads in stock transformers."""
-    from transformers import LlavaForConditionalGeneration
 
-    from llava_ext import resume
+def test_deepspeed_on_more_processes(data, alone, tmp_path):
+    """A checkpoint of one process goes on with two."""
+    short = SHORT | {"deepspeed": "zero2.json"}
+    run(command_line(2, tmp_path / "out", data_path=data, **short), tmp_path / "log")
+    more = unfinished(tmp_path, tmp_path / "more")
+    text = run(two(data, more, deepspeed="zero2.json"), more / "log", processes=2)
+    assert "2 processes on 1 machines" in text and "saved by 1 processes, now 2" in text
+    assert_close(more / "out", alone)
 
-    argv = two(data, tmp_path, fsdp=True)
-    process = start(argv, tmp_path / "log", processes=2)
+
+def test_deepspeeds_files_can_not_run_code(data, tmp_path):
+    """DeepSpeed would unpickle whatever its files name; here they may hold tensors and a few known classes."""
+    flags = SHORT | {"deepspeed": "zero2.json", "max_steps": 2, "save_steps": 1}
+    run(command_line(2, tmp_path / "out", data_path=data, **flags), tmp_path / "log")
+    shutil.rmtree(tmp_path / "out/checkpoint-2")
+    (tmp_path / "out/train_result.json").unlink()
+    checkpoint = tmp_path / "out/checkpoint-1"
+    (poisoned,) = checkpoint.glob("global_step1/*_optim_states.pt")
+    torch.save({"optimizer_state_dict": Evil(tmp_path / "ran")}, poisoned)
+    (checkpoint / resume.MARKER).unlink()
+    checkpoint.rename(tmp_path / "sealed")
+    resume.seal(tmp_path / "sealed", checkpoint, 1, world_size=1, engine="deepspeed-zero2")
+    text = run(
+        command_line(2, tmp_path / "out", data_path=data, **flags), tmp_path / "log", expect=1, timeout=100
+    )
+    assert "Weights only load failed" in text
+    assert not (tmp_path / "ran").exists()
+
+
+class Evil:
+    """Unpickling it creates a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_fsdp(data, tmp_path):
+    """Splits the weights; stops at a signal and goes on with fewer processes; equal to one process; loads in stock transformers."""
+    small = {"per_device_train_batch_size": 2, "loss_normalization": "token"}
+    one = tmp_path / "one"
+    one.mkdir()
+    run(
+        command_line(2, one / "out", data_path=data, gradient_accumulation_steps=4, **SHORT | small),
+        one / "log",
+    )
+
+    process = start(two(data, tmp_path, fsdp=True, **small), tmp_path / "log", processes=4)
     wait_for(lambda: len(rows(tmp_path / "out")) >= 1, process)
     os.kill(workers(process.pid)[-1], signal.SIGTERM)
     assert process.wait(60) == 0
     stopped = result(tmp_path / "out")
     assert stopped["status"] == "interrupted" and stopped["step"] < STEPS
-    run(argv, tmp_path / "log", processes=2)
-    assert_close(tmp_path / "out", alone)
+    fewer = two(data, tmp_path, fsdp=True, **small | {"gradient_accumulation_steps": 2})
+    assert "saved by 4 processes, now 2" in run(fewer, tmp_path / "log", processes=2)
+    assert_close(tmp_path / "out", one / "out")
     assert resume.Checkpoint(tmp_path / "out/checkpoint-4", STEPS).facts["engine"] == "fsdp"
-    _, info = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out", output_loading_info=True)
-    assert not any(info.values())
+    assert_loads_in_stock_transformers(tmp_path / "out")
 
 
 def test_fsdp_with_a_frozen_projector(data, tmp_path):
