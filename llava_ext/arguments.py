@@ -298,7 +298,8 @@ def translate(argv: Sequence[str], known: Sequence[str], tf32_works: bool) -> tu
         elif name == "deepspeed" and values:
             out += ["--deepspeed", deepspeed_config(values[0], notices)]
         elif name == "report_to":
-            out += ["--report_to", ",".join(values)]  # the parser takes one value; _adjust takes them apart again
+            # the parser takes one value; _adjust takes them apart again
+            out += ["--report_to", ",".join(values)]
         elif name == "fsdp" and (not values or values[0].lower() in (*TRUE, *FALSE)):
             out += ["--fsdp"] * is_on(values)
         elif (new := RENAMED.get(name, name)) in known:

@@ -29,6 +29,7 @@ from workflow_scripts.launching import attempts, slurm
 from workflow_scripts.launching.command import (
     Inputs,
     Nodes,
+    tracking_environment,
     training_command,
     training_environment,
     training_flags,
@@ -174,12 +175,13 @@ def attempt(job: Job, owner: Ownership) -> dict[str, Any]:
         for path in (job.inputs.samples, job.inputs.llm, job.inputs.vision_tower, job.inputs.projector)
         if path
     ]
-    check_all(compute, nodes, paths, state)
+    check_all(job.spec, compute, nodes, paths, state)
     command = training_command(training_flags(job.spec, job.inputs, state), compute, nodes)
     (state / RESULT).unlink(missing_ok=True)  # an older attempt's "interrupted" says nothing about this one
     write_json(state / "spec.json", {"spec": job.spec, "inputs": job.digests, "command": command})
     row = attempts.begin(state, history)
-    environment = training_environment(os.environ, compute, job.spec["recipe"]["report_to"])
+    trackers = tracking_environment(job.spec, state, [*history, row][0]["started"])
+    environment = training_environment({**trackers, **os.environ}, compute)
     log = state / row["log"]
     print(f"{job.label}: attempt {row['attempt']} from step {row['from_step']}; log: {log}", flush=True)
     training = Training(command, environment, log, job.label, compute.processes > 1, nodes.job)

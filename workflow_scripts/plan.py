@@ -20,7 +20,8 @@ from workflow_scripts.config.load import load_config
 from workflow_scripts.config.models import HubModel
 from workflow_scripts.config.sources import HubSource, PathSource, UrlSource
 from workflow_scripts.io import UserError, user_errors
-from workflow_scripts.runs import Plan, Run
+from workflow_scripts.launching.preflight import importable, tracker_problem
+from workflow_scripts.runs import STAGES, Plan, Run
 
 GB = 1e9
 
@@ -190,7 +191,19 @@ def describe_plan(plan: Plan, folder: Path | None = None) -> str:
     items = items_of(plan)
     lines = ["What this configuration needs", ""]
     lines += _data_lines(items) + _disk_lines(plan, items, folder or Path.cwd()) + _job_lines(jobs_of(plan))
-    return "\n".join(lines)
+    missing = missing_trackers(plan)
+    return "\n".join([*lines, *(f"  NOT INSTALLED: {text}" for text in missing), *[""][: len(missing)]])
+
+
+def missing_trackers(plan: Plan) -> list[str]:
+    """What `report_to` names and this interpreter lacks, in words. Jobs that run in a container or conda have their own."""
+    wanted = {
+        (stage, tracker)
+        for experiment in plan.experiments.values()
+        for stage in STAGES
+        for tracker in experiment.stage(stage).report_to
+    }
+    return [tracker_problem(stage, tracker) for stage, tracker in sorted(wanted) if not importable(tracker)]
 
 
 def _size(value: float | None) -> str:

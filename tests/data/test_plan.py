@@ -11,6 +11,7 @@ import yaml
 
 from workflow_scripts import plan
 from workflow_scripts.config.sources import MixtureSpec, source_spec
+from workflow_scripts.launching.preflight import importable
 from workflow_scripts.plan import Item, cached_in_hub, describe_plan, is_dry_run, load_files, source_items
 
 ROOT = Path(__file__).parents[2]
@@ -176,3 +177,13 @@ def test_bad_files(tmp_path, capsys, text, message):
     with pytest.raises(SystemExit):
         plan.main(["--configfile", "nothing.yaml"])
     assert "does not exist" in capsys.readouterr().err
+
+
+def test_trackers_that_are_not_installed_are_said_before_anything_runs(tmp_path):
+    more = tmp_path / "more.yaml"
+    more.write_text("stages: {finetune: {report_to: [tensorboard, wandb, trackio]}}\n")
+    missing = [name for name in ("wandb", "trackio") if not importable(name)]
+    text = describe_plan(load_files([DEMO, more]))
+    assert text.count("NOT INSTALLED") == len(missing)
+    assert all(f"stages.finetune.report_to names {name}, but {sys.executable}" in text for name in missing)
+    assert "NOT INSTALLED" not in describe_plan(load_files([DEMO]))

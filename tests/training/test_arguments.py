@@ -286,3 +286,25 @@ def test_fsdp_needs_several_processes(base, monkeypatch):
     arguments = parse([*base, "--fsdp", "True"])
     assert not arguments.training.fsdp
     assert any("--fsdp is ignored: one process" in notice for notice in arguments.notices)
+
+
+@pytest.mark.parametrize(
+    ("given", "board"),
+    [
+        (["tensorboard", "notinstalled"], True),
+        (["tensorboard,notinstalled"], True),
+        (["notinstalled"], True),
+        (["none"], False),
+    ],
+)
+def test_several_trackers_and_those_that_are_not_installed(base, capfd, given, board):
+    training = parse([*base, "--report_to", *given]).training
+    assert training.own_tensorboard == board and training.report_to == []
+    assert ("--report_to notinstalled: the package is not installed" in capfd.readouterr().err) == board
+
+
+def test_a_folder_of_a_trackers_name_is_not_the_package(base, tmp_path, monkeypatch, capfd):
+    (tmp_path / "notatracker").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert parse([*base, "--report_to", "notatracker"]).training.report_to == []
+    assert "notatracker: the package is not installed" in capfd.readouterr().err

@@ -18,6 +18,7 @@ from workflow_scripts.launching import attempts, ownership, preflight
 from workflow_scripts.launching.command import (
     Inputs,
     Nodes,
+    tracking_environment,
     training_command,
     training_environment,
     training_flags,
@@ -55,6 +56,7 @@ def test_the_flags_are_understood_by_the_training_command(spec, tmp_path):
         "mm_projector_lr": 1e-4,
         "lora": {"r": 8, "alpha": 16, "dropout": 0.1, "bias": "none"},
         "max_grad_norm": 0.5,
+        "report_to": ["tensorboard", "wandb"],
     }
     spec["compute"] |= {
         "packing": True,
@@ -77,6 +79,7 @@ def test_the_flags_are_understood_by_the_training_command(spec, tmp_path):
     )
     assert found.model.version == "v1" and found.data.image_aspect_ratio == "pad" and found.data.pack
     assert found.model.attn_implementation == "eager" and training.use_cpu
+    assert training.own_tensorboard and training.report_to == ["wandb"] * preflight.importable("wandb")
     assert training.lr_scheduler_kwargs == {"min_lr_rate": 0.05}
 
 
@@ -122,10 +125,24 @@ def test_trainings_are_offline_and_have_one_thread_pool_each():
     found = training_environment(
         {"HF_HUB_OFFLINE": "0", "HOME": "/h"},
         ComputeSpec(cpus=8, processes_per_node=2, parallel="ddp"),
-        ["wandb"],
     )
     assert found["HF_HUB_OFFLINE"] == "1" and found["OMP_NUM_THREADS"] == "4" and found["HOME"] == "/h"
-    assert found["WANDB_MODE"] == "offline"
+
+
+def test_all_attempts_are_one_run_of_a_tracker(spec, tmp_path):
+    assert tracking_environment(spec, tmp_path / "state", 1.5) == {}
+    assert "--run_name" not in flags_of(spec, tmp_path)
+    spec["recipe"]["report_to"] = ["tensorboard", "wandb"]
+    found = tracking_environment(spec, tmp_path / "state", 1.5)
+    assert found == tracking_environment(spec, tmp_path / "state", 1.5)
+    assert found["WANDB_MODE"] == "offline" and found["WANDB_DIR"] == str(tmp_path / "state")
+    others = [
+        tracking_environment(spec, tmp_path / "other", 1.5),
+        tracking_environment(spec, tmp_path / "state", 2),
+    ]
+    assert found["WANDB_RUN_ID"] not in [other["WANDB_RUN_ID"] for other in others]
+    flags = flags_of(spec, tmp_path)
+    assert flags[flags.index("--run_name") + 1] == f"finetune-{spec['run']}-state"
 
 
 def test_what_a_job_asks_for():
@@ -278,6 +295,24 @@ def test_a_machine_says_everything_it_lacks(tmp_path):
         "no.such.host, can't be resolved",
     ):
         assert part in found
+
+
+def test_a_tracker_that_is_not_installed_is_named_before_anything_is_trained(spec, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "notrackerofthisname").mkdir()  # a folder of its name is not the package
+    spec["recipe"]["report_to"] = ["tensorboard", "notrackerofthisname"]
+    with pytest.raises(UserError) as caught:
+        preflight.check_all(spec, ComputeSpec(), Nodes(), [], tmp_path)
+    message = str(caught.value)
+    for part in (
+        "stages.finetune.report_to names notrackerofthisname",
+        sys.executable,
+        "pip install notrackerofthisname",
+        "take it out of report_to",
+    ):
+        assert part in message
+    assert "names tensorboard" not in message
 
 
 def test_visible_gpus_are_counted_as_the_job_sees_them(tmp_path, monkeypatch):

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from workflow_scripts.launching.preflight import importable
+
 from .workspace import Workspace
 
 # A network of its own: loopback, and one cable that every other address is reached by. Nothing of the kernel's own may
@@ -89,8 +91,12 @@ def test_nothing_is_sent_from_the_first_picture_to_the_report(tmp_path, monkeypa
     config["compute"]["two"] = {**config["compute"]["small"], "per_device_batch_size": 4, "processes_per_node": 2, "parallel": "ddp"}  # fmt: skip
     config["stages"]["finetune"]["compute"] = "two"
     config["experiments"] = {"vanilla": {}}
+    # those of them that are installed
+    config["stages"]["finetune"]["report_to"] = [
+        name for name in ("tensorboard", "wandb", "trackio") if importable(name)
+    ]
     # Snakemake's plugin asks an installed Slurm at its start, which without this looks for its controller by name.
-    environment = workspace.environment() | {"SLURM_CONF": "/dev/null"}
+    environment = workspace.environment() | {"SLURM_CONF": "/dev/null", "TRACKIO_DIR": str(tmp_path)}
     done, sent = alone(tmp_path / "network", *workspace.command(), cwd=workspace.folder, env=environment)
     assert done.returncode == 0, done.stdout[-6000:]
     assert workspace.json("experiments/vanilla/checkpoint.json") and (workspace.folder / "report/index.html").is_file()  # fmt: skip

@@ -12,9 +12,11 @@ from typing import Any
 
 from workflow_scripts.config.compute import ComputeSpec
 from workflow_scripts.config.stages import StageSpec
-from workflow_scripts.io import UserError
+from workflow_scripts.io import UserError, digest
 
 TRAIN = "llava_ext.train"
+# What trackers file the runs under, unless the user's environment says otherwise (WANDB_PROJECT).
+PROJECT = "llava"
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ def training_flags(spec: Mapping[str, Any], inputs: Inputs, output_dir: Path) ->
         "output_dir": output_dir,
         **_model_flags(spec, stage, inputs),
         **_recipe_flags(stage),
+        **_tracking_flags(spec, stage, output_dir),
         **_compute_flags(stage, compute),
         **{key: _text(value) for key, value in spec["interventions"].items()},
     }
@@ -119,6 +122,13 @@ def _recipe_flags(stage: StageSpec) -> dict[str, Any]:
     }
 
 
+def _tracking_flags(spec: Mapping[str, Any], stage: StageSpec, output_dir: Path) -> dict[str, Any]:
+    """Names in W&B and trackio; trackio goes on in the run of the same name, so other data make another name."""
+    if not {"wandb", "trackio"} & set(stage.report_to):
+        return {}
+    return {"project": PROJECT, "run_name": f"{spec['stage']}-{spec['run']}-{output_dir.name}"}
+
+
 def _compute_flags(stage: StageSpec, compute: ComputeSpec) -> dict[str, Any]:
     return {
         "per_device_train_batch_size": compute.per_device_batch_size,
@@ -178,9 +188,25 @@ def srun(nodes: int, cpus: int) -> list[str]:
     ]
 
 
-def training_environment(
-    base: Mapping[str, str], compute: ComputeSpec, report_to: Sequence[str]
-) -> dict[str, str]:
+def tracking_environment(spec: Mapping[str, Any], state: Path, started: float) -> dict[str, str]:
+    """What W&B is told where the user's environment says nothing: all attempts are one run, written beside the training.
+
+    The id changes with ``started``, the first attempt's time: W&B takes no id again whose run was deleted.
+    """
+    if "wandb" not in spec["recipe"]["report_to"]:
+        return {}
+    return {
+        "WANDB_MODE": "offline",
+        "WANDB_DIR": str(state.absolute()),
+        "WANDB_PROJECT": PROJECT,
+        "WANDB_RUN_ID": digest({"state": state.name, "started": started}, 16),
+        "WANDB_RESUME": "allow",
+        "WANDB_RUN_GROUP": spec["run"],
+        "WANDB_JOB_TYPE": spec["stage"],
+    }
+
+
+def training_environment(base: Mapping[str, str], compute: ComputeSpec) -> dict[str, str]:
     """Variables of a training: one thread pool a process, no network, time-outs that end a hang."""
     threads = str(max(1, compute.cpus // compute.local_processes))
     wanted = {
@@ -196,5 +222,4 @@ def training_environment(
     }
     if not compute.gpus_per_node:
         wanted["DS_ACCELERATOR"] = "cpu"
-    kept = {"WANDB_MODE": "offline"} if "wandb" in report_to else {}
-    return {**kept, **base, **wanted}
+    return {**base, **wanted}

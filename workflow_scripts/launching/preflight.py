@@ -1,4 +1,4 @@
-"""Checks on every machine of a job before a model is loaded: GPUs, versions, shared paths, the way to the first machine.
+"""Checks on every machine of a job before a model is loaded: GPUs, versions, trackers, shared paths, the first machine's name.
 
 `python -m workflow_scripts.launching.preflight --expect JSON` runs on each machine and writes what it found beside the
 training's state; the launcher reads the answers and names the machine that fails.
@@ -7,6 +7,7 @@ training's state; the launcher reads the answers and names the machine that fail
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
@@ -60,13 +61,34 @@ def gpu_names() -> list[str]:
     return [row[2] for row in rows if row[0] in allowed or row[1] in allowed]
 
 
+def importable(package: str) -> bool:
+    """Whether a package is installed, without loading it. A folder of its name is none: W&B makes one where it runs."""
+    found = importlib.util.find_spec(package)
+    return found is not None and found.origin is not None
+
+
+def tracker_problem(stage: str, tracker: str) -> str:
+    """The message for a tracker that the configuration names and that is not installed."""
+    return (
+        f"stages.{stage}.report_to names {tracker}, but {sys.executable} has no package {tracker}; "
+        f"install it (`{Path(sys.executable).name} -m pip install {tracker}`) or take it out of report_to"
+    )
+
+
 def expectations(
-    compute: ComputeSpec, paths: Sequence[Path], address: str, token: Path | None
+    compute: ComputeSpec,
+    paths: Sequence[Path],
+    address: str,
+    token: Path | None,
+    trackers: Sequence[str] = (),
+    stage: str = "",
 ) -> dict[str, Any]:
     """What each machine must have."""
     return {
         "gpus": compute.gpus_per_node,
         "versions": versions(),
+        "trackers": list(trackers),
+        "stage": stage,
         "paths": [str(path.absolute()) for path in paths],
         "address": address,
         "token": str(token.absolute()) if token else None,
@@ -88,6 +110,9 @@ def problems_here(expected: Mapping[str, Any]) -> list[str]:
             found.append(
                 f"{name} is {here.get(name, 'missing')}, the first machine has {wanted}: use one environment for all"
             )
+    found += [
+        tracker_problem(expected["stage"], name) for name in expected["trackers"] if not importable(name)
+    ]
     missing = [path for path in expected["paths"] if not Path(path).exists()]
     if missing:
         found.append(
@@ -105,10 +130,13 @@ def problems_here(expected: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def check_all(compute: ComputeSpec, nodes: Nodes, paths: Sequence[Path], state: Path) -> None:
+def check_all(
+    spec: Mapping[str, Any], compute: ComputeSpec, nodes: Nodes, paths: Sequence[Path], state: Path
+) -> None:
     """Checks every machine. Raises UserError that names those which fail, and why."""
+    wanted = (spec["recipe"]["report_to"], spec["stage"])
     if compute.nodes == 1:
-        found = problems_here(expectations(compute, paths, "localhost", None))
+        found = problems_here(expectations(compute, paths, "localhost", None, *wanted))
         if found:
             raise UserError(f"{socket.gethostname()} can't compute this training:\n  " + "\n  ".join(found))
         return
@@ -117,7 +145,7 @@ def check_all(compute: ComputeSpec, nodes: Nodes, paths: Sequence[Path], state: 
     folder.mkdir(parents=True)
     token = folder / "token"
     token.write_text(f"{time.time_ns()}")
-    expected = json.dumps(expectations(compute, paths, nodes.address, token))
+    expected = json.dumps(expectations(compute, paths, nodes.address, token, *wanted))
     command = [*srun(compute.nodes, 1), "bash", "-c"]
     command.append(f'exec "$0" -m {__name__} --node "$SLURMD_NODENAME" --expect "$1"')
     done = subprocess.run(

@@ -1,0 +1,102 @@
+"""W&B and trackio, where they are installed: what they keep of a training that was interrupted and went on.
+
+It is the signal of a time limit that interrupts it. A kill loses what a tracker has not written yet: seconds in trackio, a
+block of its file in W&B; `metrics.jsonl` has it.
+"""
+
+import json
+import os
+import signal
+import sqlite3
+import struct
+
+import pytest
+
+from .test_crash import LONG, attempts, checkpoint_of
+from .workspace import wait_for
+
+pytestmark = pytest.mark.slow
+BLOCK, FULL, LAST = 1 << 15, 1, 4
+SECRET = "0123456789abcdef" * 2 + "01234567"  # 40 digits, as W&B's keys have
+
+
+def train_with(finished, folder, tracker):
+    """A training that a signal ends once and that goes on; its workspace and its state folder."""
+    workspace = finished.copy_to(folder)
+    workspace.extra_environment = {
+        "WANDB_API_KEY": SECRET,
+        "HF_TOKEN": SECRET,
+        "TRACKIO_DIR": str(folder / "trackio"),
+    }
+    workspace.config["experiments"] = {"long": {"finetune": {**LONG, "report_to": [tracker]}}}
+    process = workspace.start(workspace.plan().run("finetune", "long").manifest)
+    state = wait_for(lambda: checkpoint_of(workspace), 120, "the first checkpoint", process)
+    os.kill(json.loads((state / "owner.json").read_text())["trainer"], signal.SIGTERM)
+    assert process.wait(timeout=300) == 0, (folder / "snakemake.out").read_text()[-4000:]
+    assert [row["outcome"] for row in attempts(state)] == ["interrupted", "finished"]
+    return workspace, state
+
+
+def losses(state):
+    rows = [json.loads(line) for line in (state / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["loss"] for row in rows}
+
+
+def assert_no_secret(folder):
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            assert SECRET.encode() not in path.read_bytes(), path
+
+
+def wandb_records(path):
+    """The records of W&B's own file: LevelDB's log format, behind a head of 7 bytes."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, place, whole = path.read_bytes(), 7, b""
+    while place + 7 <= len(data):
+        length, kind = struct.unpack_from("<HB", data, place + 4)
+        if BLOCK - place % BLOCK < 7 or kind == 0:  # the rest of a block is padding
+            place += BLOCK - place % BLOCK
+            continue
+        whole += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (FULL, LAST):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(whole)
+            whole = b""
+            yield record
+
+
+def wandb_losses(path):
+    found = {}
+    for record in wandb_records(path):
+        items = {(item.key or ".".join(item.nested_key)): item.value_json for item in record.history.item}
+        if "train/loss" in items:
+            found[int(json.loads(items["train/global_step"]))] = json.loads(items["train/loss"])
+    return found
+
+
+def test_wandb_keeps_all_attempts_as_one_run(finished, tmp_path):
+    pytest.importorskip("wandb")
+    workspace, state = train_with(finished, tmp_path / "w", "wandb")
+    files = sorted(state.glob("wandb/offline-run-*/run-*.wandb"))
+    assert len(files) == 2 and len({path.name for path in files}) == 1, "both attempts have one id"
+    found = {step: loss for path in files for step, loss in wandb_losses(path).items()}
+    assert found == pytest.approx(losses(state))
+    runs = [record.run for path in files for record in wandb_records(path) if record.run.run_id]
+    assert {run.project for run in runs} == {"llava"}
+    assert {run.display_name for run in runs} == {f"finetune-{state.parent.name}-{state.name}"}
+    assert not (workspace.folder / "wandb").exists()
+    assert_no_secret(workspace.folder)
+
+
+def test_trackio_goes_on_in_the_same_run(finished, tmp_path):
+    pytest.importorskip("trackio")
+    workspace, state = train_with(finished, tmp_path / "w", "trackio")
+    with sqlite3.connect(workspace.folder / "trackio" / "llava.db") as database:
+        rows = database.execute("select run_name, metrics from metrics order by id").fetchall()
+    assert {name for name, _ in rows} == {f"finetune-{state.parent.name}-{state.name}"}
+    contents = [json.loads(text) for _, text in rows]
+    found = {row["train/global_step"]: row["train/loss"] for row in contents if "train/loss" in row}
+    assert found == pytest.approx(losses(state))
+    assert_no_secret(workspace.folder)
