@@ -72,6 +72,7 @@ class Sandbox:
         self.host = socket.gethostname().split(".")[0]
         self.ports = free_ports(5)
         self.daemons: list[subprocess.Popen[bytes]] = []
+        self.nodes: dict[str, subprocess.Popen[bytes]] = {}
         self.environment = {
             **os.environ,
             "SLURM_CONF": str(folder / "slurm.conf"),
@@ -92,12 +93,8 @@ class Sandbox:
         if self.accounting:
             self._start_accounting()
         self._daemon(["slurmctld", "-D"], "slurmctld")
-        for node in ("n1", "n2"):
-            self._daemon(["slurmd", "-D", "-N", node], f"slurmd.{node}")
-        self._wait(
-            lambda: self.output("sinfo", "-hNp", "gpu", "-o", "%t").split() == ["idle", "idle"],
-            "two idle nodes",
-        )
+        self.nodes = {node: self._slurmd(node) for node in ("n1", "n2")}
+        self._wait_for_nodes()
         return self
 
     def stop(self) -> None:
@@ -115,18 +112,55 @@ class Sandbox:
         for device in self.folder.glob("fakegpu*"):
             device.unlink()
 
-    def _daemon(self, command: Sequence[str], name: str) -> None:
-        log = (self.folder / f"{name}.out").open("wb")
-        self.daemons.append(
-            subprocess.Popen(
-                command,
-                env=self.environment,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-                preexec_fn=_end_with_parent,
-            )
+    def lose_node(self, name: str) -> None:
+        """What a power cut does: nothing on the node ends in order, and the controller is told that it is gone."""
+        while found := self._processes_of(name):
+            for pid in found:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            self.nodes[name].wait()
+        self.output("scontrol", "update", f"NodeName={name}", "State=DOWN", "Reason=lost")
+
+    def return_node(self, name: str) -> None:
+        """Switches a lost node on again and waits until it is idle."""
+        self.nodes[name] = self._slurmd(name)
+        self.output("scontrol", "update", f"NodeName={name}", "State=RESUME")
+        self._wait_for_nodes()
+
+    def _processes_of(self, node: str) -> list[int]:
+        """The node's daemons, which write its log, and everything that they started, which is told the node's name."""
+        log, marks = str(self.folder / f"slurmd.{node}.log"), (f"SLURMD_NODENAME={node}\0", str(self.folder))
+        found = []
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):
+                if entry.name.isdigit() and (
+                    any(str(file.readlink()) == log for file in (entry / "fd").iterdir())
+                    or all(mark in (entry / "environ").read_text(errors="replace") for mark in marks)
+                ):
+                    found.append(int(entry.name))
+        return found
+
+    def _slurmd(self, node: str) -> subprocess.Popen[bytes]:
+        return self._daemon(["slurmd", "-D", "-N", node], f"slurmd.{node}")
+
+    def _wait_for_nodes(self) -> None:
+        self._wait(
+            lambda: self.output("sinfo", "-hNp", "gpu", "-o", "%t").split() == ["idle", "idle"],
+            "two idle nodes",
         )
+
+    def _daemon(self, command: Sequence[str], name: str) -> subprocess.Popen[bytes]:
+        log = (self.folder / f"{name}.out").open("wb")
+        daemon = subprocess.Popen(
+            command,
+            env=self.environment,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            preexec_fn=_end_with_parent,
+        )
+        self.daemons.append(daemon)
+        return daemon
 
     def _wait(self, condition: Callable[[], bool], what: str, seconds: float = 60) -> None:
         deadline = time.monotonic() + seconds

@@ -162,11 +162,15 @@ def test_a_node_that_lacks_something_is_named_before_the_model_loads(finished_on
 # ---------------------------------------------------------------- interruptions
 
 
-def test_a_cancelled_job_and_a_killed_snakemake_continue(finished_on_slurm, slurm, tmp_path):
-    straight = training(finished_on_slurm, tmp_path / "straight")
-    straight.run(TRAINED)
-    expected = losses(straight.state("finetune", "long")), straight.json(TRAINED)["digest"]
+@pytest.fixture(scope="module")
+def straight(finished_on_slurm, tmp_path_factory):
+    """Losses and digest of the training that nothing interrupts."""
+    workspace = training(finished_on_slurm, tmp_path_factory.mktemp("straight"))
+    workspace.run(TRAINED)
+    return losses(workspace.state("finetune", "long")), workspace.json(TRAINED)["digest"]
 
+
+def test_a_cancelled_job_and_a_killed_snakemake_continue(finished_on_slurm, straight, slurm, tmp_path):
     workspace = training(finished_on_slurm, tmp_path)
     process = workspace.start(TRAINED)
     state = wait_for(lambda: checkpoint_of(workspace), 120, "a checkpoint", process)
@@ -191,7 +195,35 @@ def test_a_cancelled_job_and_a_killed_snakemake_continue(finished_on_slurm, slur
             ).read_text()
         )
     assert rows[-1]["outcome"] == "finished", done.stdout[-2000:]
-    assert (losses(state), workspace.json(TRAINED)["digest"]) == expected
+    assert (losses(state), workspace.json(TRAINED)["digest"]) == straight
+
+
+def test_a_lost_node_costs_the_steps_since_the_last_checkpoint(finished_on_slurm, straight, slurm, tmp_path):
+    workspace = training(finished_on_slurm, tmp_path)
+    process = workspace.start(TRAINED)
+    state = wait_for(lambda: checkpoint_of(workspace), 120, "a checkpoint", process)
+    job = job_of(state)
+    lost = slurm.output("squeue", "-h", "-j", job, "-o", "%N")
+    slurm.lose_node(lost)
+    try:
+        assert not (state / "train_result.json").exists()  # it could not save
+        start_now(slurm, job, process)
+        assert process.wait(timeout=300) == 0
+        assert slurm.output("squeue", "-h", "--states=all", "-j", job, "-o", "%N") in {"n1", "n2"} - {lost}
+    finally:
+        slurm.return_node(lost)
+    first, second = attempts(state)
+    assert "outcome" not in first and second["outcome"] == "finished"
+    assert first["job"] == second["job"] == job and second["from_step"] >= 5
+    assert (losses(state), workspace.json(TRAINED)["digest"]) == straight
+
+
+def start_now(slurm, job, process):
+    """Slurm waits about two minutes before a requeued job may start again; the tests do not."""
+    wait_for(
+        lambda: "PENDING" in slurm.output("squeue", "-h", "-j", job, "-o", "%T"), 60, "the requeue", process
+    )
+    slurm.output("scontrol", "update", f"JobId={job}", "StartTime=now")
 
 
 # PreemptMode=REQUEUE and PreemptMode=CANCEL: there the main Snakemake does what Slurm does not
@@ -206,15 +238,11 @@ def test_a_preempted_job_is_requeued_and_continues(finished_on_slurm, slurm, tmp
     )
     assert hog
     wait_for(
-        lambda: "PENDING" in slurm.output("squeue", "-h", "-j", job, "-o", "%T"), 60, "the requeue", process
-    )
-    # Slurm waits about two minutes before a requeued job may start again; the test does not
-    wait_for(
         lambda: "COMPLETED" in slurm.output("squeue", "-h", "--states=all", "-j", hog, "-o", "%T"),
         60,
         "the other job",
     )
-    slurm.output("scontrol", "update", f"JobId={job}", "StartTime=now")
+    start_now(slurm, job, process)
     assert process.wait(timeout=300) == 0
     rows = attempts(state)
     assert [row["job"] for row in rows] == [job] * len(rows) and len(rows) >= 2

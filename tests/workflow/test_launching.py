@@ -214,6 +214,14 @@ def test_an_owner_on_an_unreachable_machine_is_not_overrun(tmp_path):
         Ownership(tmp_path).claim()
 
 
+def test_a_requeued_job_takes_over_from_itself_on_another_machine(tmp_path, monkeypatch):
+    """Slurm starts a job again only after it has ended, or after its machine was given up."""
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    owner_file(tmp_path, host="elsewhere", job="12")
+    Ownership(tmp_path).claim()
+    assert json.loads((tmp_path / "owner.json").read_text())["host"] == socket.gethostname()
+
+
 def test_a_training_outlives_nobody(tmp_path):
     """A launcher that is killed takes its training with it: it gets the signal to save."""
     code = (

@@ -72,6 +72,7 @@ def requeue(job: str) -> str | None:
 
 def cancel(job: str, patience_s: float) -> bool:
     """Asks the job to save and end, then insists. True when it is gone."""
+    _output(["scancel", "--state=PENDING", job])  # it waits, perhaps preempted: there is nothing to save
     _output(["scancel", "--signal=TERM", job])
     deadline = time.monotonic() + patience_s
     while time.monotonic() < deadline:
