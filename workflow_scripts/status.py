@@ -1,24 +1,36 @@
 """Shows what the trainings are doing, from their folders alone: `python -m workflow_scripts.status [--watch]`.
 
-One line a training: run, state, step, loss, tokens a second, time left, attempts, processes, last saved step.
+One line a training: stage, run, state, step, loss, tokens a second, time left, time since the last step, attempts, GPUs, last
+saved step, machine or job, and the finished experiments that use it. Below one that failed: why, and where its log is.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
+import shutil
+import socket
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from workflow_scripts.io import UserError, read_json, user_errors
+from workflow_scripts.launching import slurm
 from workflow_scripts.launching.attempts import read_attempts, saved_step
 from workflow_scripts.launching.ownership import OWNER, alive
+from workflow_scripts.reporting.status_table import table
 
+STAGES = ("pretrain", "finetune")
 TAIL = 1 << 16
+# A training whose machine can't be asked counts as running while it wrote something so recently.
+FRESH_S = 900.0
+# What a library raises; torchrun's own summary says only that some process failed.
+RAISED = re.compile(r"^(?!.*ChildFailedError)(?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b.*")
 
 
 @dataclass(frozen=True)
@@ -28,20 +40,25 @@ class Status:
     stage: str
     run: str
     state: str
-    step: int
-    steps: int | None
-    loss: float | None
-    tokens_per_s: float | None
-    eta_s: float | None
-    attempts: int
-    processes: int
-    saved_step: int
-    where: str
-    folder: str
+    step: int = 0
+    steps: int | None = None
+    loss: float | None = None
+    tokens_per_s: float | None = None
+    eta_s: float | None = None
+    attempts: int = 0
+    processes: int = 0
+    saved_step: int = 0
+    where: str = ""
+    folder: str = ""
+    gpus: str = ""
+    idle_s: float | None = None
+    experiments: list[str] = field(default_factory=list)
+    reason: str = ""
+    log: str = ""
 
 
-def last_metrics(path: Path) -> list[dict[str, Any]]:
-    """The last rows of `metrics.jsonl`, read from the end; a half-written last line is left out."""
+def _tail(path: Path) -> list[str]:
+    """The last whole lines of a file; none where it does not exist."""
     try:
         with path.open("rb") as stream:
             size = stream.seek(0, 2)
@@ -49,71 +66,153 @@ def last_metrics(path: Path) -> list[dict[str, Any]]:
             lines = stream.read().decode("utf-8", errors="replace").splitlines()
     except FileNotFoundError:
         return []
+    return lines[1:] if size > TAIL else lines
+
+
+def last_metrics(path: Path) -> list[dict[str, Any]]:
+    """The last rows of `metrics.jsonl`, read from the end; a half-written last line is left out."""
     rows = []
-    for line in lines[1:] if size > TAIL else lines:
+    for line in _tail(path):
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
             continue
+        if isinstance(row, dict) and "step" in row:
+            rows.append(row)
     return rows
 
 
-def total_steps(folder: Path, spec: dict[str, Any]) -> int | None:
+def _content(path: Path) -> dict[str, Any]:
+    """A small JSON file; empty where it is absent, vanishes meanwhile, or is damaged."""
+    try:
+        found = read_json(path)
+    except (UserError, OSError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def total_steps(folder: Path, spec: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> int | None:
     """Steps of the whole training: from the recipe, or from the state that the trainer saved."""
     steps = spec["recipe"].get("max_steps")
     if steps:
         return int(steps)
-    for path in sorted(folder.glob("checkpoint-*/trainer_state.json")):
-        return int(read_json(path)["max_steps"])
-    rows = last_metrics(folder / "metrics.jsonl")
+    for path in sorted([*folder.glob("checkpoint-*/trainer_state.json"), folder / "trainer_state.json"]):
+        if found := _content(path).get("max_steps"):
+            return int(found)
     epochs = spec["recipe"].get("epochs")
     if rows and epochs and rows[-1].get("epoch"):
         return round(rows[-1]["step"] * epochs / rows[-1]["epoch"])
     return None
 
 
+def shape(compute: Mapping[str, Any]) -> str:
+    """The GPUs of a training: `8`, `2x8` for two machines, `cpu x2` for two processes without."""
+    nodes, gpus = compute["nodes"], compute["gpus_per_node"]
+    if gpus:
+        return f"{nodes}x{gpus}" if nodes > 1 else str(gpus)
+    processes = _processes(compute)
+    return f"cpu x{processes}" if processes > 1 else "cpu"
+
+
+def _processes(compute: Mapping[str, Any]) -> int:
+    return int(compute["nodes"] * (compute["processes_per_node"] or max(1, compute["gpus_per_node"])))
+
+
 def read_status(folder: Path) -> Status:
-    """What the state folder ``runs/<stage>/<run>/<key>`` shows."""
+    """What the state folder ``runs/<stage>/<run>/<key>`` shows. Raises UserError when its `spec.json` can't be read."""
     spec = read_json(folder / "spec.json")["spec"]
     rows = last_metrics(folder / "metrics.jsonl")
-    result = read_json(folder / "train_result.json") if (folder / "train_result.json").is_file() else {}
-    owner = read_json(folder / OWNER) if (folder / OWNER).is_file() else {}
+    last = rows[-1] if rows else {}
+    result, owner = _content(folder / "train_result.json"), _content(folder / OWNER)
     attempts = read_attempts(folder)
-    state = _state(result, owner, attempts)
-    step = int(rows[-1]["step"]) if rows else int(result.get("step", 0))
-    steps = total_steps(folder, spec)
-    compute = spec["compute"]
+    idle = _idle(last, attempts)
+    state = _state(result, owner, attempts, idle)
+    steps = total_steps(folder, spec, rows)
+    reason, log = _trouble(folder, state, attempts)
     return Status(
         stage=spec["stage"],
         run=spec["run"],
         state=state,
-        step=step,
+        step=int(last.get("step", result.get("step", 0))),
         steps=steps,
-        loss=rows[-1].get("loss") if rows else None,
-        tokens_per_s=rows[-1].get("tokens_per_s") if rows else None,
+        loss=last.get("loss"),
+        tokens_per_s=last.get("tokens_per_s"),
         eta_s=_eta(rows, steps) if state == "running" else None,
         attempts=len(attempts),
-        processes=compute["nodes"] * (compute["processes_per_node"] or max(1, compute["gpus_per_node"])),
+        processes=_processes(spec["compute"]),
         saved_step=int(result["step"]) if state == "finished" else saved_step(folder),
-        where=f"job {owner['job']}" if owner.get("job") else str(owner.get("host", "")),
+        where=_where(owner or (attempts[-1] if attempts else {})),
         folder=str(folder),
+        gpus=shape(spec["compute"]),
+        idle_s=idle if state == "running" else None,
+        reason=reason,
+        log=log,
     )
 
 
-def _state(result: dict[str, Any], owner: dict[str, Any], attempts: list[dict[str, Any]]) -> str:
+def _where(place: Mapping[str, Any]) -> str:
+    return f"job {place['job']}" if place.get("job") else str(place.get("host", ""))
+
+
+def _idle(last: Mapping[str, Any], attempts: Sequence[Mapping[str, Any]]) -> float | None:
+    """Seconds since the last step, or since the attempt began when it has made none."""
+    times = [row["time"] for row in (last,) if "time" in row]
+    times += [row["started"] for row in attempts[-1:] if "started" in row]
+    return max(0.0, time.time() - max(times)) if times else None
+
+
+def _trouble(folder: Path, state: str, attempts: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    """Why a training failed and the log that says so; of a running one, why the attempt before failed."""
+    if state == "running" and len(attempts) > 1 and attempts[-2].get("outcome") != "interrupted":
+        log = folder / attempts[-2]["log"]
+        return f"attempt {attempts[-2]['attempt']}: {_reason(attempts[-2], log)}", str(log)
+    if state not in ("failed", "killed"):
+        return "", ""
+    log = folder / attempts[-1]["log"]
+    return _reason(attempts[-1], log), str(log)
+
+
+def _reason(attempt: Mapping[str, Any], log: Path) -> str:
+    """Why an attempt ended: the last `error:` of its log, else what was raised, else how it ended."""
+    lines = _tail(log)
+    said = [line for line in lines if line.startswith("error: ")] or [
+        line for line in lines if RAISED.match(line)
+    ]
+    if said:
+        return said[-1].removeprefix("error: ").strip()
+    if "outcome" not in attempt:
+        return "it ended without a word (kill -9, out of memory, or the machine)"
+    return f"it {attempt['outcome']}, without a message"
+
+
+def _state(
+    result: Mapping[str, Any],
+    owner: dict[str, Any],
+    attempts: Sequence[Mapping[str, Any]],
+    idle: float | None,
+) -> str:
     if result.get("status") == "finished":
         return "finished"
+    outcome = attempts[-1].get("outcome") if attempts else None
     if owner and alive(owner):
         return "running"
+    if owner and outcome is None and _cannot_be_asked(owner):
+        return "running" if idle is not None and idle < FRESH_S else "unknown"
     if not attempts:
         return "not started"
-    outcome = attempts[-1].get("outcome")
     if outcome is None:
         return "killed"
     return "interrupted" if outcome == "interrupted" else "failed"
 
 
-def _eta(rows: list[dict[str, Any]], steps: int | None) -> float | None:
+def _cannot_be_asked(owner: Mapping[str, Any]) -> bool:
+    """Whether nobody here can say if the owner lives: another machine's process, or a job while Slurm does not answer."""
+    if owner.get("host") == socket.gethostname():
+        return False
+    return not owner.get("job") or slurm.job_is_alive(str(owner["job"])) is None
+
+
+def _eta(rows: Sequence[Mapping[str, Any]], steps: int | None) -> float | None:
     """Seconds to the end at the pace of the last rows."""
     if steps is None or len(rows) < 2:
         return None
@@ -122,38 +221,77 @@ def _eta(rows: list[dict[str, Any]], steps: int | None) -> float | None:
     return (steps - recent[-1]["step"]) * seconds / passed if passed > 0 and seconds > 0 else None
 
 
+def users(root: Path) -> dict[tuple[str, str], list[str]]:
+    """The finished experiments that use a run: (stage, run) to their names."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for path in sorted(root.glob("experiments/*/checkpoint.json")):
+        for stage, run in _content(path).get("runs", {}).items():
+            found.setdefault((stage, run), []).append(path.parent.name)
+    return found
+
+
 def all_statuses(root: Path) -> list[Status]:
-    """All trainings below the working folder ``root``, newest last."""
-    folders = [
-        path.parent for stage in ("pretrain", "finetune") for path in root.glob(f"runs/{stage}/*/*/spec.json")
+    """All trainings below the working folder ``root``, newest last. Folders that vanish meanwhile are left out."""
+    names = users(root)
+    found = [
+        entry
+        for stage in STAGES
+        for path in root.glob(f"runs/{stage}/*/*/spec.json")
+        for entry in _entry(path)
     ]
-    folders.sort(key=lambda folder: (folder / "spec.json").stat().st_mtime)
-    return [read_status(folder) for folder in folders]
+    found.sort(key=lambda pair: pair[0])
+    return [replace(item, experiments=names.get((item.stage, item.run), [])) for _, item in found]
 
 
-def duration(seconds: float | None) -> str:
-    """`3:05:09`, or nothing."""
-    if seconds is None:
-        return ""
-    whole = int(seconds)
-    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+def _entry(path: Path) -> Iterator[tuple[float, Status]]:
+    """When a training was last started, and its status; nothing when its folder vanishes meanwhile."""
+    folder = path.parent
+    try:
+        yield path.stat().st_mtime, read_status(folder)
+    except (UserError, OSError, KeyError, TypeError) as error:
+        if path.is_file():
+            stage, run = folder.parts[-3:-1]
+            yield (
+                0.0,
+                Status(
+                    stage, run, "unreadable", folder=str(folder), reason=f"{type(error).__name__}: {error}"
+                ),
+            )
 
 
-HEAD = f"{'stage':<9} {'run':<34} {'state':<12} {'step':>13} {'loss':>8} {'tok/s':>8} {'left':>9} {'try':>3} {'proc':>4} {'saved':>7} where"
+@contextmanager
+def redrawing() -> Iterator[None]:
+    """Hides the cursor of a terminal, and ends with Ctrl-C without a traceback, the cursor back."""
+    shown = sys.stdout.isatty()
+    print("\033[?25l\033[2J" if shown else "", end="")
+    try:
+        yield
+    except KeyboardInterrupt:
+        pass
+    finally:
+        print("\033[?25h" if shown else "", end="", flush=True)
 
 
-def table(statuses: Sequence[Status]) -> str:
-    """The statuses as text, one line each."""
-    lines = [HEAD]
-    for item in statuses:
-        step = f"{item.step}/{item.steps}" if item.steps else str(item.step)
-        loss = "" if item.loss is None else f"{item.loss:.4f}"
-        speed = "" if item.tokens_per_s is None else f"{item.tokens_per_s:.0f}"
-        lines.append(
-            f"{item.stage:<9} {item.run:<34} {item.state:<12} {step:>13} {loss:>8} {speed:>8} "
-            f"{duration(item.eta_s):>9} {item.attempts:>3} {item.processes:>4} {item.saved_step:>7} {item.where}"
-        )
-    return "\n".join(lines)
+def draw(text: str) -> None:
+    """Writes over what stands on a terminal, line by line, so that it does not flicker; elsewhere writes below it."""
+    if not sys.stdout.isatty():
+        print(text, flush=True)
+        return
+    width, height = shutil.get_terminal_size()
+    lines = [line[:width] for line in text.splitlines()]
+    height -= 1
+    if len(lines) > height:  # the newest are last, and the sum
+        lines = [lines[0], f"... {len(lines) - height + 1} lines more", *lines[len(lines) - height + 2 :]]
+    sys.stdout.write("\033[H" + "".join(f"{line}\033[K\n" for line in lines) + "\033[J")
+    sys.stdout.flush()
+
+
+def render(root: Path, as_json: bool) -> str:
+    """All trainings as text, as wide as the terminal allows, or one JSON object a line."""
+    found = all_statuses(root)
+    if as_json:
+        return "\n".join(json.dumps(asdict(item)) for item in found)
+    return table(found, shutil.get_terminal_size().columns if sys.stdout.isatty() else None)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -170,13 +308,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(
                 f"{options.directory.absolute()}: no folder runs/ here; give the working folder with --directory"
             )
-        while True:
-            found = all_statuses(options.directory)
-            text = "\n".join(json.dumps(asdict(item)) for item in found) if options.json else table(found)
-            print(("\033[2J\033[H" if options.watch and sys.stdout.isatty() else "") + text, flush=True)
-            if not options.watch:
-                return
-            time.sleep(options.watch)
+        if not options.watch:
+            print(render(options.directory, options.json), flush=True)
+            return
+        with redrawing():
+            while True:
+                draw(render(options.directory, options.json))
+                time.sleep(options.watch)
 
 
 if __name__ == "__main__":
