@@ -226,6 +226,39 @@ def start_now(slurm, job, process):
     slurm.output("scontrol", "update", f"JobId={job}", "StartTime=now")
 
 
+@pytest.mark.parametrize("parallel", ["ddp", "zero2"])
+def test_a_job_on_two_nodes_saves_when_told_to_end_and_when_cancelled(
+    finished_on_slurm, slurm, tmp_path, parallel
+):
+    compute = {"nodes": 2, "parallel": parallel, "per_device_batch_size": 4, "gres": "gpu:1", "mem_mb": 3000}
+    # no checkpoint is ever due: what is saved is saved because of a signal
+    workspace = training(finished_on_slurm, tmp_path, compute, max_steps=100, save_steps=1000)
+    process = workspace.start(TRAINED)
+    state = wait_for(lambda: workspace.state("finetune", "long"), 120, "the state folder", process)
+    for attempt, signal in enumerate((["--signal=TERM"], []), start=1):  # ahead of the time limit; scancel
+        wait_for(
+            lambda n=attempt: steps_since_start(state, n) >= 2, 120, f"steps of attempt {attempt}", process
+        )
+        slurm.output("scancel", *signal, job_of(state))
+        wait_for(lambda n=attempt: len(attempts(state)) > n, 120, "the next attempt", process)
+    assert process.wait(timeout=300) == 0
+    first, second, third = attempts(state)
+    assert first["outcome"] == "interrupted" and third["outcome"] == "finished"
+    # scancel leaves KillWait seconds for the save; on a slow machine that may be too few
+    assert 0 < first["to_step"] == second["from_step"] <= third["from_step"] < 100
+    assert len({row["job"] for row in (first, second, third)}) == 3
+    assert len(losses(state)) == 100
+
+
+def steps_since_start(state, attempt):
+    """How many steps an attempt has logged."""
+    rows = attempts(state) if (state / "attempts.jsonl").exists() else []
+    if len(rows) < attempt or not (state / "metrics.jsonl").exists():
+        return 0
+    logged = (state / "metrics.jsonl").read_text().splitlines()
+    return json.loads(logged[-1])["step"] - rows[-1]["from_step"] if logged else 0
+
+
 # PreemptMode=REQUEUE and PreemptMode=CANCEL: there the main Snakemake does what Slurm does not
 @pytest.mark.parametrize("partition", ["gpu", "cheap"])
 def test_a_preempted_job_is_requeued_and_continues(finished_on_slurm, slurm, tmp_path, partition):
