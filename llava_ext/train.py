@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import elastic, ranks, resume
+from . import elastic, offload, ranks, resume
 from .callbacks import FewLabels, Interruption, Metrics, NoStep, StuckAtZero, listen, world_size
 from .resume import TrainingError, say
 
@@ -189,6 +189,8 @@ def _start_distributed(arguments: Arguments) -> None:
     training = arguments.training
     if training.deepspeed:
         elastic.only_tensors()
+        if offload.offloads_optimizer(training.hf_deepspeed_config.config):
+            offload.build_cpu_adam()
     if training.deepspeed and training.device.type == "cpu":
         import deepspeed
         from deepspeed.ops import __compatible_ops__

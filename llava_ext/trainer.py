@@ -23,6 +23,7 @@ from .arguments import LlavaTrainingArguments, sampling_strategy
 from .callbacks import any_rank, finite, world_size
 from .conversation import IGNORE_INDEX
 from .elastic import load_universal
+from .offload import replay_steps
 from .optimizer import parameter_groups, trainable_names
 from .resume import TrainingError
 from .sampler import EpochSampler
@@ -266,13 +267,15 @@ class LlavaTrainer(Trainer):
 
     def _load_engine(self, engine: Any, folder: str, **kwargs: Any) -> Any:
         """DeepSpeed's state from ``folder``, or from what was made of it for this number of processes."""
-        if self.universal is not None:
+        if self.universal is None:
+            loaded = type(engine).load_checkpoint(engine, folder, **kwargs | {"load_module_strict": False})
+        else:
             loaded = load_universal(engine, self.universal)
             self._barrier()
             if self.args.should_save:
                 shutil.rmtree(self.universal, ignore_errors=True)
-            return loaded
-        return type(engine).load_checkpoint(engine, folder, **kwargs | {"load_module_strict": False})
+        replay_steps(engine.optimizer.optimizer)
+        return loaded
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """As transformers', but with FSDP no second file of all weights: ``save_model`` writes those that train."""

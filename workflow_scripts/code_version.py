@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 CODE_VERSION = 2
-CODE_DIGEST = "782fd3609b63c02e"
+CODE_DIGEST = "fe00530d21c055d6"
 
 # The modules whose code decides what a training computes.
 NUMERIC = (

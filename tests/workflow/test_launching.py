@@ -7,14 +7,16 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
+import llava_ext
 from workflow_scripts.config.compute import ComputeSpec
 from workflow_scripts.config.load import load_file
 from workflow_scripts.io import UserError
 from workflow_scripts.launch import complete
-from workflow_scripts.launching import attempts, ownership, preflight
+from workflow_scripts.launching import attempts, command, ownership, preflight
 from workflow_scripts.launching.command import (
     Inputs,
     Nodes,
@@ -332,3 +334,16 @@ def test_visible_gpus_are_counted_as_the_job_sees_them(tmp_path, monkeypatch):
     assert len(preflight.gpu_names()) == 3
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,GPU-c")
     assert len(preflight.gpu_names()) == 2
+
+
+@pytest.mark.parametrize("pair", command.DEEPSPEED_FILES, ids="-".join)
+def test_a_deepspeed_file_moves_what_the_config_says_and_no_more(pair):
+    parallel, offload = pair
+    compute = ComputeSpec.model_validate({"parallel": parallel, "offload": offload, "processes_per_node": 2})
+    path = Path(llava_ext.__file__).parent / "deepspeed" / (command.deepspeed_file(compute) or "none")
+    zero = json.loads(path.read_text())["zero_optimization"]
+    assert f"zero{zero['stage']}" == parallel
+    moved = {name for name in ("offload_optimizer", "offload_param") if name in zero}
+    assert moved == {"none": set(), "optimizer": {"offload_optimizer"}, "parameters": {"offload_optimizer", "offload_param"}}[
+        offload
+    ]  # fmt: skip

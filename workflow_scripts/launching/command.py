@@ -15,6 +15,14 @@ from workflow_scripts.config.stages import StageSpec
 from workflow_scripts.io import UserError, digest
 
 TRAIN = "llava_ext.train"
+# LLaVA's file names where it has one: its zero3_offload.json moves the parameters too.
+DEEPSPEED_FILES = {
+    ("zero2", "none"): "zero2.json",
+    ("zero2", "optimizer"): "zero2_offload.json",
+    ("zero3", "none"): "zero3.json",
+    ("zero3", "optimizer"): "zero3_offload_optimizer.json",
+    ("zero3", "parameters"): "zero3_offload.json",
+}
 # What trackers file the runs under, unless the user's environment says otherwise (WANDB_PROJECT).
 PROJECT = "llava"
 
@@ -155,7 +163,7 @@ def deepspeed_file(compute: ComputeSpec) -> str | None:
         return str(Path(compute.deepspeed_config).expanduser().absolute())
     if compute.parallel not in ("zero2", "zero3"):
         return None
-    return f"{compute.parallel}.json" if compute.offload == "none" else f"{compute.parallel}_offload.json"
+    return DEEPSPEED_FILES[compute.parallel, compute.offload]
 
 
 def training_command(
