@@ -301,6 +301,18 @@ def test_too_few_labels_stop_before_training(tmp_path, train_here):
     )
 
 
+def test_too_few_labels_stop_wherever_in_the_data_they_begin(tmp_path, train_here):
+    """The look before training may have missed them: here it is switched off, and the bound is one that no data keep."""
+    flags = {"preflight_samples": 0, "supervised_share_bound": 0.5, "watchdog_zero_steps": 2, "max_steps": 6}
+    text = stopped(
+        train_here(short(2, tmp_path / "out", save_strategy="steps", save_steps=1, **flags)),
+        "text tokens carried a label in the last 2 logged steps up to step 2",
+        "--supervised_share_bound: 50.00%",
+        "id 's2_",
+    )
+    assert "the last checkpoint is kept" in text and (tmp_path / "out/checkpoint-1/complete.json").is_file()
+
+
 def test_zero_loss_stops_with_the_samples(tmp_path, samples, train_here):
     data = samples([question(number, "") for number in range(40)])
     flags = {"mismatch_bound": 1, "supervised_share_bound": 0, "watchdog_zero_steps": 3, "max_steps": 8}
@@ -345,6 +357,19 @@ def test_a_batch_without_labels_changes_nothing(tmp_path, samples, train_here):
 
 
 @pytest.mark.slow
+def test_a_start_that_hangs_is_ended_too(tmp_path):
+    """The model lies on a disk that does not answer: no step is ever due, and yet it stops with the reason."""
+    shutil.copytree(GOLDEN / "llm", tmp_path / "llm")
+    (tmp_path / "llm/config.json").unlink()
+    os.mkfifo(tmp_path / "llm/config.json")
+    argv = short(2, tmp_path / "out", model_name_or_path=tmp_path / "llm", watchdog_minutes=0.2)
+    text = run(argv, tmp_path / "log", expect=75)
+    assert "nothing has gone on for 0.2 minutes while loading the model" in text
+    assert "make_trainer" in text
+    assert result(tmp_path / "out")["status"] == "stopped"
+
+
+@pytest.mark.slow
 def test_no_step_for_too_long(tmp_path, samples):
     """A read that never returns, as from a network disk that hangs: a named pipe that nobody writes."""
     folder = tmp_path / "images"
@@ -352,9 +377,9 @@ def test_no_step_for_too_long(tmp_path, samples):
     os.mkfifo(folder / "stuck.png")
     data = samples([question(number, "A circle.", "stuck.png") for number in range(8)])
     text = run(
-        short(2, tmp_path / "out", data_path=data, image_folder=folder, watchdog_minutes=0.05),
+        short(2, tmp_path / "out", data_path=data, image_folder=folder, watchdog_minutes=0.2),
         tmp_path / "log",
         expect=75,
     )
-    assert "no step has ended for 0.05 minutes" in text and "image_bytes" in text
+    assert "no step has ended for 0.2 minutes" in text and "image_bytes" in text
     assert result(tmp_path / "out")["status"] == "stopped"
