@@ -223,24 +223,27 @@ def _data_lines(items: Iterable[Item]) -> list[str]:
     return [*lines, f"  {'to fetch in all':<{width}}  {_size(missing)}{more}", ""]
 
 
-def _disk_lines(plan: Plan, items: Iterable[Item], folder: Path) -> list[str]:
-    fetch, mixtures = sum(item.missing for item in items), annotation_bytes(plan)
+def disk_needs(plan: Plan, items: Iterable[Item]) -> list[tuple[str, float]]:
+    """What takes space, and how many bytes of it, as far as the configuration says."""
     finished, state = checkpoint_bytes(plan)
     models = sum(getattr(plan.config.models[name], "bytes", None) or 0 for name in used_models(plan))
-    needed = fetch + mixtures + models + finished + state
+    return [
+        ("downloads", sum(item.missing for item in items)),
+        ("merged mixtures", annotation_bytes(plan)),
+        ("prepared models, at most", models),
+        ("finished checkpoints and exports, about", finished),
+        ("training state while a finetune runs", state),
+    ]
+
+
+def _disk_lines(plan: Plan, items: Iterable[Item], folder: Path) -> list[str]:
+    needs = disk_needs(plan, items)
+    needed = sum(size for _, size in needs)
     free = shutil.disk_usage(folder).free
     if needed == 0:
         return [f"  disk: {free / GB:.1f} GB are free in {folder}", ""]
     lines = ["  disk                                       GB"]
-    for what, value in (
-        ("downloads", fetch),
-        ("merged mixtures", mixtures),
-        ("prepared models, at most", models),
-        ("finished checkpoints and exports, about", finished),
-        ("training state while a finetune runs", state),
-        ("needed", needed),
-        ("free here", free),
-    ):
+    for what, value in (*needs, ("needed", needed), ("free here", free)):
         lines.append(f"  {what:<40} {value / GB:7.1f}")
     if needed > free:
         lines.append(
