@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 
 import pytest
-from trainings import command_line, losses, result, rows, run, start, wait_for
+from trainings import GOLDEN, command_line, losses, result, rows, run, start, wait_for
 
 pytestmark = pytest.mark.slow
 WEIGHTS = {1: "mm_projector.safetensors", 2: "model.safetensors"}
@@ -133,3 +134,25 @@ def test_a_full_disk_during_a_save_loses_nothing(tmp_path, uninterrupted):
     assert not list((tmp_path / "out").glob(".saving*"))
     run(argv, tmp_path / "log")
     assert_same(2, tmp_path / "out", uninterrupted(2))
+
+
+def test_what_was_seen_is_not_read_again(tmp_path):
+    """Going on at step N must not cost the reading of N steps: their images may even be gone."""
+    records = json.loads((GOLDEN / "train" / "stage2.json").read_text())
+    records = [record for record in records if "image" in record][:32]
+    for number, record in enumerate(records):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        shutil.copy(GOLDEN / "images" / record["image"], tmp_path / "images" / f"{number}.png")
+        record["image"] = f"{number}.png"
+    (tmp_path / "samples.json").write_text(json.dumps(records))
+    flags = {"group_by_modality_length": None, "sampling": "sequential", "max_steps": 4, "save_steps": 3}
+    flags |= {"data_path": tmp_path / "samples.json", "image_folder": tmp_path / "images"}
+    run(command_line(2, tmp_path / "out", **flags), tmp_path / "log")
+    expected = losses(tmp_path / "out")
+    for name in ("train_result.json", "model.safetensors"):
+        (tmp_path / "out" / name).unlink()
+    shutil.rmtree(tmp_path / "out/checkpoint-4")
+    for number in range(3 * 8):
+        (tmp_path / "images" / f"{number}.png").unlink()
+    assert "continuing from" in run(command_line(2, tmp_path / "out", **flags), tmp_path / "log")
+    assert losses(tmp_path / "out") == expected
