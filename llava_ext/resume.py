@@ -1,7 +1,7 @@
 """Checkpoints that are complete or absent, and the run's identity.
 
-A checkpoint is written to ``.saving-checkpoint-N`` by all ranks; then one rank lists every file with size and
-CRC-32 in ``complete.json``, flushes all to disk and renames the folder to ``checkpoint-N``. A folder without a
+A checkpoint is written to ``.saving-checkpoint-N`` by all ranks, which then share the work of listing every file with
+size and CRC-32 and forcing it to the disk; one of them writes ``complete.json`` and renames the folder to ``checkpoint-N``. A folder without a
 valid list is never resumed from, and is never counted when old ones are pruned.
 """
 
@@ -17,6 +17,7 @@ import socket
 import sys
 import time
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -152,15 +153,29 @@ def clear_staging(output_dir: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def seal(folder: Path, target: Path, step: int, **facts: Any) -> None:
-    """Lists and flushes what ``folder`` holds, then gives it its final name."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    listing = {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "crc32": crc32(path)} for path in files
-    }
-    for path in files:
+def listing(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Size and CRC-32 of files in ``folder``, each forced to the disk."""
+    found = {}
+    for name in names:
+        path = folder / name
+        found[name] = {"bytes": path.stat().st_size, "crc32": crc32(path)}
         flush(path)
-    write_json(folder / MARKER, {"step": step, "files": listing, **facts})
+    return found
+
+
+def file_names(folder: Path) -> list[str]:
+    """All files below ``folder``, largest first."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    files.sort(key=lambda path: (-path.stat().st_size, str(path)))
+    return [str(path.relative_to(folder)) for path in files]
+
+
+def seal(
+    folder: Path, target: Path, step: int, files: dict[str, dict[str, Any]] | None = None, **facts: Any
+) -> None:
+    """Lists what ``folder`` holds (``files``, where it has been listed already), then gives it its final name."""
+    files = listing(folder, file_names(folder)) if files is None else files
+    write_json(folder / MARKER, {"step": step, "files": files, **facts})
     flush(folder)
     if target.exists():
         shutil.rmtree(target)

@@ -214,8 +214,9 @@ class LlavaTrainer(Trainer):
         try:
             super()._save_checkpoint(model, trial)
             self._barrier()
+            files = self._list_together(root / f"checkpoint-{step}")
             if self.args.should_save:
-                self._seal(root, output_dir, step)
+                self._seal(root, output_dir, step, files)
         except (OSError, RuntimeError, SafetensorError) as error:
             raise self._save_failure(root, error) from error
         finally:
@@ -225,7 +226,18 @@ class LlavaTrainer(Trainer):
         if self.watchdog is not None:
             self.watchdog.beat()
 
-    def _seal(self, root: Path, output_dir: Path, step: int) -> None:
+    def _list_together(self, folder: Path) -> dict[str, dict[str, Any]]:
+        """Size and CRC of every file of a checkpoint. Each rank reads its share: one alone would need minutes for a
+        large state, in the time between a signal and the job's end."""
+        if world_size() == 1:
+            return resume.listing(folder, resume.file_names(folder))
+        box: list[Any] = [resume.file_names(folder) if self.args.should_save else None]
+        dist.broadcast_object_list(box, src=0)
+        found: list[Any] = [None] * world_size()
+        dist.all_gather_object(found, resume.listing(folder, box[0][dist.get_rank() :: world_size()]))
+        return {name: facts for part in found for name, facts in part.items()}
+
+    def _seal(self, root: Path, output_dir: Path, step: int, files: dict[str, dict[str, Any]]) -> None:
         args = self.args
         facts = {
             "world_size": args.world_size,
@@ -233,7 +245,7 @@ class LlavaTrainer(Trainer):
             "engine": self.engine,
         }
         name = f"checkpoint-{step}"
-        resume.seal(root / name, output_dir / name, step, **facts)
+        resume.seal(root / name, output_dir / name, step, files, **facts)
         shutil.rmtree(root, ignore_errors=True)
         resume.prune(output_dir, args.save_total_limit)
 

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
         ("merge", ["--scale", "0.0005", "--repeats", "1"], "this merge"),
         ("loading", ["--records", "2000", "--repeats", "1"], "this store"),
         ("preprocess", ["--images", "2", "--repeats", "1"], "llava_ext"),
+        ("checkpoint", ["--hidden", "64", "--layers", "1", "--repeats", "1"], "llava_ext"),
         ("download", ["--mb", "3", "--repeats", "1"], "this download"),
     ],
 )
