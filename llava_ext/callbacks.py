@@ -72,11 +72,24 @@ class Interruption(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        if any_rank(bool(_received), args.device) and state.global_step < state.max_steps:
-            self.stopped = True
+        if self._is_due(args, state):
             control.should_save = True
             control.should_training_stop = True
         return control
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """A signal that came during a save: what was saved is all there is to do; no further step, no second save."""
+        if self._is_due(args, state):
+            control.should_training_stop = True
+        return control
+
+    def _is_due(self, args: TrainingArguments, state: TrainerState) -> bool:
+        self.stopped = self.stopped or (
+            any_rank(bool(_received), args.device) and state.global_step < state.max_steps
+        )
+        return self.stopped
 
 
 # ---- metrics ----------------------------------------------------------------------------------------------------

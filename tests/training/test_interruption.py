@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import subprocess
+import sys
 
 import pytest
-from trainings import GOLDEN, command_line, losses, result, rows, run, start, wait_for
+from trainings import GOLDEN, command_line, environment, losses, result, rows, run, start, wait_for
 
 pytestmark = pytest.mark.slow
 WEIGHTS = {1: "mm_projector.safetensors", 2: "model.safetensors"}
@@ -26,6 +28,27 @@ def interrupt(argv, folder, step, number):
     wait_for(lambda: len(rows(folder / "out")) >= step, process)
     process.send_signal(number)
     return process.wait(60)
+
+
+def run_with(function, then, argv, folder):
+    """A training in which the first call of ``function`` is followed by the statements ``then``."""
+    module = function.split(".")[0]
+    script = folder / "script.py"
+    script.write_text(
+        "import os, resource, signal\n"
+        f"from llava_ext import {module}, train\n"
+        f"original = {function}\n"
+        "def once(*args, **kwargs):\n"
+        "    original(*args, **kwargs)\n"
+        f"    {function} = original\n"
+        f"    {then}\n"
+        f"{function} = once\n"
+        "train.main()\n"
+    )
+    command = [sys.executable, str(script), *argv]
+    return subprocess.run(
+        command, cwd=GOLDEN, env=environment(), capture_output=True, text=True, timeout=120, check=False
+    )
 
 
 @pytest.mark.parametrize(("stage", "step"), [(1, 6), (2, 6), (2, 13)])
@@ -48,6 +71,15 @@ def test_signal_saves_at_the_end_of_the_step(stage, number, tmp_path, uninterrup
     assert (tmp_path / "out" / f"checkpoint-{stopped['step']}" / "complete.json").is_file()
     run(argv, tmp_path / "log")
     assert_same(stage, tmp_path / "out", uninterrupted(stage))
+
+
+def test_signal_during_a_save_needs_no_second_one(tmp_path, uninterrupted):
+    argv = command_line(2, tmp_path / "out")
+    done = run_with("resume.seal", "os.kill(os.getpid(), signal.SIGTERM)", argv, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert result(tmp_path / "out")["status"] == "interrupted" and result(tmp_path / "out")["step"] == 4
+    run(argv, tmp_path / "log")
+    assert_same(2, tmp_path / "out", uninterrupted(2))
 
 
 def test_damaged_newest_checkpoint(tmp_path, uninterrupted):
@@ -102,32 +134,9 @@ def test_stage_1_checkpoints_hold_the_projector_only(uninterrupted):
 def test_a_full_disk_during_a_save_loses_nothing(tmp_path, uninterrupted):
     """A quota that the second checkpoint does not fit into; then the same command goes on."""
     argv = command_line(2, tmp_path / "out")
-    limited = tmp_path / "limit.py"
     # The first save succeeds; then files may not grow beyond a few kB, as on a full disk.
-    limited.write_text(
-        "import resource, signal\n"
-        "from llava_ext import resume, train\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "seal = resume.seal\n"
-        "def sealed(*args, **kwargs):\n"
-        "    seal(*args, **kwargs)\n"
-        "    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-        "resume.seal = sealed\n"
-        "train.main()\n"
-    )
-    import subprocess
-    import sys
-
-    from trainings import GOLDEN, environment
-
-    done = subprocess.run(
-        [sys.executable, str(limited), *argv],
-        cwd=GOLDEN,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    full = "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))"
+    done = run_with("resume.seal", full, argv, tmp_path)
     assert done.returncode == 1
     assert "checkpoint-8: could not be saved" in done.stderr and "checkpoint-4" in done.stderr
     assert "Traceback" not in done.stderr
