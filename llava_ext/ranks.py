@@ -7,9 +7,11 @@ between the GPUs does; started without torchrun, there is none, and the check is
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import socket
+import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -154,8 +156,17 @@ def check_traffic(device: Any) -> None:
 
 
 def leave() -> None:
-    """Ends the process group in order; a process that only exits may abort in a thread of its own."""
+    """Ends this process, after all is written, where it is one of several.
+
+    Python's own end would now and then abort in a thread of the communication library, and torchrun would report a
+    training that has finished as failed. What packages registered for the end (W&B's last upload) is run.
+    """
     import torch.distributed as dist
 
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        dist.destroy_process_group()
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() < 2:
+        return
+    dist.barrier()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

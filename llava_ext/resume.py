@@ -224,7 +224,8 @@ def claim(output_dir: Path, patience_s: float = 30.0) -> None:
                     f"{output_dir}: another training runs here ({stream.read().strip()}); stop that one"
                 ) from None
             time.sleep(0.5)
-        except OSError:
+        except OSError as error:
+            say(f"{output_dir}: no locks here ({error}): see to it yourself that no second training starts in it")
             break
     stream.truncate(0)
     stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")

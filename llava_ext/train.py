@@ -5,11 +5,13 @@ Takes the flags of LLaVA's own scripts; see docs/training.md. Writes into ``--ou
 
 from __future__ import annotations
 
+import faulthandler
 import itertools
 import json
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,6 +102,7 @@ WITHOUT_INFLUENCE = frozenset(
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains. Exit status 0 when finished or interrupted (the result file says which), 1 for anything else."""
     listen()
+    faulthandler.enable()  # a crash in native code says where
     _quiet(sys.argv[1:] if argv is None else argv)
     from .arguments import parse
 
@@ -114,7 +117,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _quiet(argv: Sequence[str]) -> None:
-    """No network when every model is a folder, no progress bars in log files. Before anything heavy is imported."""
+    """No network when every model is a folder, no bars and repeated warnings in log files. Before anything heavy is imported."""
+    # once for each call of every rank, otherwise
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     names = [
