@@ -50,8 +50,8 @@ def named_by_experiments(root: Path, forget: Sequence[str]) -> dict[str, str]:
 
 
 def is_computing(folder: Path) -> bool:
-    """Whether some process or job owns a state in the folder."""
-    return any(alive(read_json(path)) for path in folder.glob(f"*/{OWNER}"))
+    """Whether some process or job owns a state in the folder, or may own it for all that can be asked here."""
+    return any(alive(read_json(path)) is not False for path in folder.glob(f"*/{OWNER}"))
 
 
 def _measures(folder: Path, kept: set[str]) -> bool:

@@ -10,7 +10,6 @@ import argparse
 import json
 import re
 import shutil
-import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from workflow_scripts.io import UserError, read_json, user_errors
-from workflow_scripts.launching import slurm
 from workflow_scripts.launching.attempts import read_attempts, saved_step
 from workflow_scripts.launching.ownership import OWNER, alive
 from workflow_scripts.reporting.status_table import table
@@ -194,22 +192,16 @@ def _state(
     if result.get("status") == "finished":
         return "finished"
     outcome = attempts[-1].get("outcome") if attempts else None
-    if owner and alive(owner):
+    lives = alive(owner) if owner else False
+    if lives:
         return "running"
-    if owner and outcome is None and _cannot_be_asked(owner):
+    if lives is None and outcome is None:
         return "running" if idle is not None and idle < FRESH_S else "unknown"
     if not attempts:
         return "not started"
     if outcome is None:
         return "killed"
     return "interrupted" if outcome == "interrupted" else "failed"
-
-
-def _cannot_be_asked(owner: Mapping[str, Any]) -> bool:
-    """Whether nobody here can say if the owner lives: another machine's process, or a job while Slurm does not answer."""
-    if owner.get("host") == socket.gethostname():
-        return False
-    return not owner.get("job") or slurm.job_is_alive(str(owner["job"])) is None
 
 
 def _eta(rows: Sequence[Mapping[str, Any]], steps: int | None) -> float | None:

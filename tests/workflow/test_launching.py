@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import llava_ext
+from workflow_scripts.clean import find_unused
 from workflow_scripts.config.compute import ComputeSpec
 from workflow_scripts.config.load import load_file
 from workflow_scripts.io import UserError
@@ -347,3 +348,15 @@ def test_a_deepspeed_file_moves_what_the_config_says_and_no_more(pair):
     assert moved == {"none": set(), "optimizer": {"offload_optimizer"}, "parameters": {"offload_optimizer", "offload_param"}}[
         offload
     ]  # fmt: skip
+
+
+def test_a_run_that_may_still_be_computed_is_not_removed(tmp_path, monkeypatch):
+    """The job that owns it runs elsewhere, and Slurm does not answer here."""
+    monkeypatch.setenv("SLURM_CONF", "/dev/null")
+    for name in ("mine", "forgotten"):
+        (tmp_path / "runs/finetune" / name / "state").mkdir(parents=True)
+    owner = tmp_path / "runs/finetune/mine/state" / ownership.OWNER
+    owner.write_text(json.dumps({"host": "elsewhere", "job": "7", "pid": 1}))
+    assert [unused.path.name for unused in find_unused(tmp_path, [])] == ["forgotten"]
+    owner.unlink()
+    assert len(list(find_unused(tmp_path, []))) == 2

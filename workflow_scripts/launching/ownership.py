@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -139,11 +140,11 @@ class Ownership:
             time.sleep(0.2)
 
 
-def alive(owner: dict[str, Any]) -> bool:
-    """Whether an owner is known to be computing: on this machine by its process, elsewhere by its Slurm job."""
+def alive(owner: Mapping[str, Any]) -> bool | None:
+    """Whether an owner computes: on this machine by its process, elsewhere by its Slurm job; None when nobody here can say."""
     if owner.get("host") == socket.gethostname():
         pairs = ((owner.get("pid"), owner.get("start")), (owner.get("trainer"), owner.get("trainer_start")))
         return any(
             isinstance(pid, int) and process_start(pid) == start and start is not None for pid, start in pairs
         )
-    return bool(owner.get("job")) and slurm.job_is_alive(str(owner["job"])) is True
+    return slurm.job_is_alive(str(owner["job"]), tries=1) if owner.get("job") else None

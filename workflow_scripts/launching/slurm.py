@@ -43,15 +43,22 @@ def _output(command: Sequence[str], timeout: float = 30) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def job_is_alive(job: str) -> bool | None:
+def job_is_alive(job: str, tries: int = 3) -> bool | None:
     """Whether the job still runs or waits; None when Slurm does not answer."""
-    for _ in range(3):
-        # A job that squeue no longer knows makes it fail with "Invalid job id": ask for all and look.
-        states = _output(["squeue", "--noheader", "--states=all", "--format=%A %T"])
-        if states is not None:
-            found = [line.split()[1] for line in states.splitlines() if line.split()[0] == job]
-            return any(state not in GONE for state in found)
-        time.sleep(2)
+    command = ["squeue", "--noheader", f"--jobs={job}", "--states=all", "--format=%T"]
+    for again in range(tries):
+        if again:
+            time.sleep(2)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+        except FileNotFoundError:
+            return None
+        except subprocess.TimeoutExpired:
+            continue
+        if done.returncode == 0:
+            return any(state not in GONE for state in done.stdout.split())
+        if "Invalid job id" in done.stderr:  # it ended so long ago that Slurm has forgotten it
+            return False
     return None
 
 
