@@ -1,6 +1,4 @@
 # What all rules share: the checked configuration, the plan of runs, the command that starts a step.
-import os
-import shlex
 import sys
 
 from snakemake.exceptions import WorkflowError
@@ -18,6 +16,7 @@ from workflow_scripts.runs import (
     recipe,
     resources_of,
 )
+from workflow_scripts.step import command
 
 try:
     plan = Plan(load_config(config, workflow.configfiles))
@@ -38,16 +37,12 @@ def interpreter():
     return config.get("python") or ("python" if inside else sys.executable)
 
 
-# `exec`, so that Slurm's signals reach the step itself.
-STEP = (
-    f'export PYTHONPATH={shlex.quote(str(HERE))}"${{PYTHONPATH:+:$PYTHONPATH}}"; '
-    f"exec {shlex.quote(interpreter())} -m workflow_scripts.step"
-)
+STEP = command(interpreter(), HERE, plan.config.setup)
 
 
 def step(wildcards, output):
-    """The command that starts a step. It takes `output`, so Snakemake does not track it: another interpreter or a
-    moved clone is no reason to rerun."""
+    """The command that starts a step. It takes `output`, so Snakemake does not track it: another interpreter,
+    another setup or a moved clone is no reason to rerun."""
     return STEP
 
 

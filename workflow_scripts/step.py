@@ -8,10 +8,23 @@ from __future__ import annotations
 
 import importlib
 import os
+import shlex
 import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+
+
+def command(python: str, home: Path, setup: str = "") -> str:
+    """The shell command that starts a step, to be followed by its arguments.
+
+    ``home`` is the folder of the code, ``setup`` what the site wants to happen first. The step replaces the shell, so that
+    Slurm's signals reach it.
+    """
+    path = f'export PYTHONPATH={shlex.quote(str(home))}"${{PYTHONPATH:+:$PYTHONPATH}}"; '
+    script = shlex.quote(str(home / "workflow_scripts/setup.sh"))
+    before = f"setup={shlex.quote(setup)}; . {script}; " if setup.strip() else ""
+    return f"{before}{path}exec {shlex.quote(python)} -m workflow_scripts.step"
 
 
 def _tee(log: Path) -> tuple[threading.Thread, int]:

@@ -140,6 +140,17 @@ def test_a_job_on_two_nodes_gives_the_same_losses_as_one_process(finished_on_slu
     assert losses(state) == pytest.approx(expected, abs=1e-4)
 
 
+def test_the_sites_setup_runs_inside_every_job(finished_on_slurm, tmp_path):
+    workspace = finished_on_slurm.copy_to(tmp_path / "w")
+    workspace.config["mixtures"]["finetune"]["parts"][0]["weight"] = 0.5
+    (workspace.folder / "setup.sh").write_text('echo "setup of $SLURM_JOB_ID" >> setup.txt\n')
+    with (workspace.folder / "slurm/config.yaml").open("a") as profile:
+        profile.write("config: {setup: source setup.sh && ulimit -n 512}\n")
+    done = workspace.run("data/mixtures/finetune/manifest.json")
+    (job,) = submitted(done.stdout, "mixture")
+    assert (workspace.folder / "setup.txt").read_text() == f"setup of {job}\n"
+
+
 def test_a_node_that_lacks_something_is_named_before_the_model_loads(finished_on_slurm, tmp_path):
     compute = {"nodes": 2, "gpus_per_node": 1, "parallel": "ddp", "per_device_batch_size": 4, "attempts": 1}
     workspace = training(finished_on_slurm, tmp_path, compute)

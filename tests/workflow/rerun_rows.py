@@ -1,6 +1,7 @@
 """The table of docs/reruns.md as tests: what was changed, what runs again. Used on one machine and on Slurm."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,11 @@ def number_of_gpus(workspace):
     return set()
 
 
+def site(workspace):
+    workspace.config.update(setup="export NCCL_DEBUG=WARN", python=sys.executable)
+    return set()
+
+
 def description(workspace):
     workspace.config["experiments"]["vanilla"]["description"] = "as it was"
     return {"checkpoint: experiments/vanilla/checkpoint.json", "report: report/index.html"}
@@ -138,6 +144,7 @@ ROWS = {
     "a comment in code": comment_in_code,
     "number of processes": number_of_gpus,
     "logging and saving": mirrors_and_logging,
+    "setup and interpreter": site,
     "an experiment's description": description,
 }
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from .base import StrictModel
 from .compute import ComputeSpec
@@ -40,6 +40,21 @@ class Config(StrictModel):
     """What is measured on the finished checkpoints; left out, nothing is."""
     python: str | None = None
     """The interpreter of the jobs. Left out: the one that runs Snakemake, or `python` inside conda and containers."""
+    setup: str = ""
+    """Shell commands on one line that run before every step, inside its job (and its container): `module load cuda/12.4`.
+    For the profile of a site, see docs/slurm.md; a change reruns nothing."""
+
+    @field_validator("setup")
+    @classmethod
+    def _survives_its_way(cls, value: str) -> str:
+        """Snakemake passes it to jobs through YAML and two shells, which would change it without a word."""
+        found = sorted(set(value) & set("'\"$`\\\n"))
+        if found:
+            raise ValueError(
+                f"{value!r} has {' '.join(map(repr, found))}: quotes, $, ` and \\ and line breaks don't reach a job as they "
+                "are; write the commands into a file and set setup to: source FILE"
+            )
+        return value
 
 
 @dataclass(frozen=True)
