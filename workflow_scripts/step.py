@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 
-def command(python: str, home: Path, setup: str = "") -> str:
-    """The shell command that starts a step, to be followed by its arguments.
+def command(python: str, home: Path, setup: str = "", module: str = "workflow_scripts.step") -> str:
+    """The shell command that starts a step (or another ``module``), to be followed by its arguments.
 
     ``home`` is the folder of the code, ``setup`` what the site wants to happen first. The step replaces the shell, so that
     Slurm's signals reach it.
@@ -24,7 +24,7 @@ def command(python: str, home: Path, setup: str = "") -> str:
     path = f'export PYTHONPATH={shlex.quote(str(home))}"${{PYTHONPATH:+:$PYTHONPATH}}"; '
     script = shlex.quote(str(home / "workflow_scripts/setup.sh"))
     before = f"setup={shlex.quote(setup)}; . {script}; " if setup.strip() else ""
-    return f"{before}{path}exec {shlex.quote(python)} -m workflow_scripts.step"
+    return f"{before}{path}exec {shlex.quote(python)} -m {module}"
 
 
 def _tee(log: Path) -> tuple[threading.Thread, int]:

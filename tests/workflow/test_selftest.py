@@ -138,6 +138,15 @@ def test_one_small_job_for_each_kind_with_the_sites_options(tmp_path):
     assert list(same) == ["compute.pretrain_8gpu, compute.finetune_8gpu"], "equal jobs are run once"
 
 
+def test_it_starts_as_a_step_does_with_the_sites_interpreter_after_its_setup(tmp_path):
+    site = {"config": {"setup": "ulimit -n 77", "python": "echo"}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(site))
+    command = nodes.site_test(load_files([FULL]), tmp_path, ["--directory", "a b"])
+    command[2] = command[2].replace("exec", "ulimit -n; exec")
+    done = subprocess.run([*command, "--gpus", "8"], capture_output=True, text=True, check=True)
+    assert done.stdout == "77\n-m workflow_scripts.selftest --directory a b --gpus 8\n"
+
+
 def test_the_profile_as_it_comes_can_be_read():
     assert nodes.site_options(ROOT / "slurm", "finetune") == []
 

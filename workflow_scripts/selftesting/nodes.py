@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from workflow_scripts import step
 from workflow_scripts.config.compute import ComputeSpec
 from workflow_scripts.io import UserError
 from workflow_scripts.launching.provenance import ROOT
@@ -31,14 +32,30 @@ MINUTES = 10
 
 def site_options(profile: Path, stage: str) -> list[str]:
     """srun's options for a rule, from the block "your site" of ``slurm/config.yaml``; none where there is no profile."""
-    path = profile / "config.yaml"
-    if not path.is_file():
-        return []
-    content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    content = _profile(profile)
     found: dict[str, Any] = {}
     for section in (content.get("default-resources"), (content.get("set-resources") or {}).get(stage)):
         found |= section if isinstance(section, Mapping) else {}
     return [f"{option}={found[key]}" for key, option in SITE.items() if found.get(key)]
+
+
+def _profile(folder: Path) -> dict[str, Any]:
+    path = folder / "config.yaml"
+    return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {}
+
+
+def site_test(plan: Plan, profile: Path, arguments: Sequence[str]) -> list[str]:
+    """The self-test as a step would start: with the site's interpreter, after its setup."""
+    site = {
+        "setup": plan.config.setup,
+        "python": plan.config.python,
+        **(_profile(profile).get("config") or {}),
+    }
+    start = step.command(
+        site["python"] or sys.executable, ROOT, site["setup"] or "", "workflow_scripts.selftest"
+    )
+    # what `node_command` adds to it arrives as "$@"
+    return ["bash", "-c", f'{start} {shlex.join(arguments)} "$@"', "selftest"]
 
 
 def node_command(compute: ComputeSpec, site: Sequence[str], test: Sequence[str]) -> list[str]:
@@ -77,8 +94,8 @@ def check_nodes(plan: Plan, configfiles: Sequence[Path], folder: Path) -> Iterat
     """Runs the self-test in Slurm jobs and shows what it says there; they wait in the queue like any other."""
     if shutil.which("srun") is None:
         raise UserError("--slurm: there is no srun here; run it on a machine that can submit Slurm jobs")
-    test = [sys.executable, "-m", "workflow_scripts.selftest"]
-    test += ["--configfile", *(str(path.absolute()) for path in configfiles), "--directory", str(folder)]
+    arguments = ["--configfile", *(str(path.absolute()) for path in configfiles), "--directory", str(folder)]
+    test = site_test(plan, ROOT / "slurm", arguments)
     for names, command in commands(plan, ROOT / "slurm", test).items():
         print(f"\n{names}: {shlex.join(command)}", flush=True)
         status = subprocess.run(command, cwd=ROOT, check=False).returncode
