@@ -211,10 +211,25 @@ def test_a_living_owner_may_save_before_it_is_replaced(tmp_path):
     assert other.wait() == 0, "it was not given the time to end by itself"
 
 
-def test_an_owner_on_an_unreachable_machine_is_not_overrun(tmp_path):
-    owner_file(tmp_path, host="elsewhere")
-    with pytest.raises(UserError, match=r"elsewhere .* may still be computing this training"):
+@pytest.mark.parametrize(
+    "who", [{"host": "elsewhere"}, {"host": "elsewhere", "job": "7"}], ids=["no Slurm", "job"]
+)
+def test_an_owner_that_nobody_can_ask_is_watched(tmp_path, monkeypatch, who):
+    """It is on another machine, and there is no Slurm, or none that answers: it keeps the training while it shows life."""
+    monkeypatch.setenv("SLURM_CONF", "/dev/null")
+    monkeypatch.setattr(ownership, "SILENCE_S", 1.0)
+    monkeypatch.setattr(ownership, "BEAT_S", 0.1)
+    monkeypatch.setattr(time, "sleep", lambda seconds, sleep=time.sleep: sleep(min(seconds, 0.2)))
+    living = Ownership(tmp_path)
+    living.mine |= who
+    living.claim()
+    with pytest.raises(UserError, match="is still computing this training"):
         Ownership(tmp_path).claim()
+    assert json.loads((tmp_path / "owner.json").read_text())["host"] == "elsewhere"
+
+    living.released.set()  # as kill -9 does
+    Ownership(tmp_path).claim()
+    assert json.loads((tmp_path / "owner.json").read_text())["host"] == socket.gethostname()
 
 
 def test_a_requeued_job_takes_over_from_itself_on_another_machine(tmp_path, monkeypatch):

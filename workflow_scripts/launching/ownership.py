@@ -1,14 +1,17 @@
 """One training, one owner: who computes a run, whether it is still alive, and how it is taken over.
 
 After a crash of Snakemake its jobs go on; the same training is then started again while the old one runs. The new
-one asks the old one to save, waits until it is gone, and continues from what it saved.
+one asks the old one to save, waits until it is gone, and continues from what it saved. Where nobody can be asked (another
+machine without Slurm, or inside a container without its commands) a former owner that shows no life is taken for dead.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +23,9 @@ from . import slurm
 
 OWNER = "owner.json"
 PATIENCE_S = 300.0
+# An owner says so often that it lives. Shared file systems show a change within a minute or so.
+BEAT_S = 20.0
+SILENCE_S = 150.0
 
 
 def process_start(pid: int) -> str | None:
@@ -73,6 +79,7 @@ class Ownership:
             "trainer": None,
             "trainer_start": None,
         }
+        self.released = threading.Event()
 
     def claim(self) -> None:
         """Becomes the owner, after the former one has saved and ended. Raises UserError when it can't be reached."""
@@ -86,6 +93,12 @@ class Ownership:
             raise UserError(
                 f"{self.path}: two jobs started this training at the same time; the other one has it"
             )
+        threading.Thread(target=self._beat, name="owner's heartbeat", daemon=True).start()
+
+    def _beat(self) -> None:
+        while not self.released.wait(BEAT_S):
+            with contextlib.suppress(OSError):
+                os.utime(self.path)
 
     def record_trainer(self, pid: int) -> None:
         """Notes the training process, which may outlive the launcher."""
@@ -94,6 +107,7 @@ class Ownership:
 
     def release(self) -> None:
         """Gives the claim up, if it is still this process's."""
+        self.released.set()
         if self.path.is_file() and self._is_me(read_json(self.path)):
             self.path.unlink(missing_ok=True)
 
@@ -108,23 +122,43 @@ class Ownership:
             for key in ("pid", "trainer"):
                 self._end_local(other.get(key), other.get(f"{key}_start" if key == "trainer" else "start"))
         elif not job:
-            raise UserError(
-                f"{self.path}: {other.get('host')} (process {other.get('pid')}) may still be computing this training; "
-                f"end it there, or delete the file when that machine is gone"
-            )
+            self._wait_for_silence(f"process {other.get('pid')} on {other.get('host')}")
 
     def _take_over_job(self, job: str) -> None:
         alive = slurm.job_is_alive(job)
         if alive is None:
-            raise UserError(
-                f"{self.path}: Slurm job {job} owns this training and Slurm does not answer; try again later"
-            )
+            self._wait_for_silence(f"Slurm job {job} (squeue does not answer here)")
         if alive:
             print(f"Slurm job {job} is still computing this training: asking it to save and end", flush=True)
             if not slurm.cancel(job, PATIENCE_S):
                 raise UserError(
                     f"{self.path}: Slurm job {job} does not end; cancel it (scancel {job}) and start again"
                 )
+
+    def _wait_for_silence(self, who: str) -> None:
+        """Goes on when the former owner shows no life; by watching, because the clocks of machines differ.
+
+        Raises:
+            UserError: it does.
+        """
+        print(f"{who} owned this training; watching for {SILENCE_S:g} s whether it lives", flush=True)
+        before = self._signs_of_life()
+        deadline = time.monotonic() + SILENCE_S
+        while time.monotonic() < deadline:
+            time.sleep(min(2.0, SILENCE_S / 4))
+            if self._signs_of_life() != before:
+                raise UserError(
+                    f"{self.path}: {who} is still computing this training; end it there, or wait for its end"
+                )
+
+    def _signs_of_life(self) -> dict[Path, int]:
+        """When the owner's record, the metrics and the logs were last written."""
+        found = {}
+        state = self.path.parent
+        for path in (self.path, state / "metrics.jsonl", *sorted(state.glob("logs/*"))):
+            with contextlib.suppress(OSError):
+                found[path] = path.stat().st_mtime_ns
+        return found
 
     def _end_local(self, pid: Any, start: Any) -> None:
         """Lets a process of this machine save and end."""
