@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 
 import pytest
 
@@ -294,6 +295,35 @@ def test_a_preempted_job_is_requeued_and_continues(finished_on_slurm, slurm, tmp
     assert len(losses(state)) == 120
     said = (workspace.folder / "snakemake.out").read_text()
     assert (f"Slurm job {job} was preempted and is in the queue again" in said) == (partition == "cheap")
+
+
+def test_snakemake_itself_may_be_a_job(finished_on_slurm, slurm, tmp_path):
+    workspace = training(finished_on_slurm, tmp_path)
+
+    def submit():
+        line = shlex.join(["env", "OMP_NUM_THREADS=1", *workspace.command(TRAINED)])
+        options = [
+            "--no-requeue",
+            "--mem=1000",
+            "--signal=B:INT@300",
+            f"--output={workspace.folder}/main.log",
+        ]
+        return slurm.output(
+            "sbatch", "--parsable", *options, "-D", str(workspace.folder), "--wrap", f"exec {line}"
+        )
+
+    def ended(job):
+        listed = slurm.output("squeue", "-h", "--states=all", "-j", job, "-o", "%T")
+        return listed in ("COMPLETED", "FAILED") and listed
+
+    main = submit()
+    state = wait_for(lambda: checkpoint_of(workspace), 120, "a checkpoint")
+    slurm.output("scancel", "--batch", "--signal=INT", main)  # what Slurm does ahead of the time limit
+    wait_for(lambda: ended(main), 90, "the end of Snakemake")
+    wait_for(lambda: not (state / "owner.json").exists(), 60, "the end of its job")
+    again = submit()  # nothing has to be unlocked
+    assert wait_for(lambda: ended(again), 240, "the second Snakemake") == "COMPLETED"
+    assert attempts(state)[-1]["from_step"] >= 5 and len(losses(state)) == 60
 
 
 def test_only_preempted_jobs_of_this_name_are_requeued_and_a_refusal_is_said_once(
