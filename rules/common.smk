@@ -10,6 +10,7 @@ from workflow_scripts.runs import (
     STAGES,
     Plan,
     announce,
+    check_containers,
     check_targets,
     compact,
     plain,
@@ -22,6 +23,8 @@ try:
     plan = Plan(load_config(config, workflow.configfiles))
     if workflow.modifier.is_main_snakefile():
         check_targets(plan, sys.argv[1:])
+    if DeploymentMethod.APPTAINER in workflow.deployment_settings.deployment_method:
+        check_containers(plan)
 except UserError as error:
     raise WorkflowError(str(error)) from None
 

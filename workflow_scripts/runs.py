@@ -335,6 +335,20 @@ def check_targets(plan: Plan, targets: Iterable[str]) -> None:
                 )
 
 
+def check_containers(plan: Plan) -> None:
+    """Raises UserError when a training on several nodes is to run in a container, before a job waits in a queue for that."""
+    for stage in STAGES:
+        for run in plan.names(stage):
+            nodes = plan.compute(stage, run).nodes
+            if nodes > 1:
+                name = plan.experiment_of(stage, run).stage(stage).compute
+                raise UserError(
+                    f"compute.{name}.nodes: found {nodes}, for runs/{stage}/{run}; inside a container it must be 1: a job on several "
+                    "nodes starts its processes with Slurm's srun, which would start them outside of the container. Use a virtual "
+                    "environment or conda for it (docs/slurm.md)"
+                )
+
+
 def slug(experiment: Experiment) -> str:
     """A readable beginning of a run's folder: its flags, not its experiment's name, since runs are shared."""
     flags = experiment.flags
