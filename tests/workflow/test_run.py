@@ -109,6 +109,13 @@ def test_an_unknown_target_names_the_known_ones(finished):
     assert "Traceback" not in done.stdout
 
 
+def test_several_nodes_in_a_container_are_refused_before_anything_waits_in_a_queue(tmp_path):
+    workspace = Workspace(tmp_path).draw()
+    workspace.config["compute"]["small"].update(nodes=2, parallel="ddp", per_device_batch_size=4)
+    done = workspace.run("-n", "--sdm", "apptainer", check=False)
+    assert "compute.small.nodes: found 2" in done.stdout and "inside a container it must be 1" in done.stdout
+
+
 DOWNSTREAM = """
 module llava:
     snakefile: "{root}/Snakefile"
@@ -123,13 +130,6 @@ rule summary:
     default_target: True
     shell: "python -c 'import json; print(json.load(open(\\"{{input}}\\"))[\\"experiment\\"])' > {{output}}"
 """
-
-
-def test_several_nodes_in_a_container_are_refused_before_anything_waits_in_a_queue(finished, tmp_path):
-    workspace = Workspace(tmp_path)
-    workspace.config["compute"]["small"].update(nodes=2, parallel="ddp", per_device_batch_size=4)
-    done = workspace.run("-n", "--sdm", "apptainer", check=False)
-    assert "compute.small.nodes: found 2" in done.stdout and "inside a container it must be 1" in done.stdout
 
 
 def test_another_workflow_imports_this_one_as_a_module(finished, tmp_path):
