@@ -551,8 +551,9 @@ def _adjust(training: LlavaTrainingArguments) -> None:
     training._n_gpu = min(training.n_gpu, 1)  # several GPUs are for torchrun, never for DataParallel
     given = training.report_to if isinstance(training.report_to, list) else [training.report_to]
     reports = [name for text in given if text for name in text.split(",") if name != "none"]
-    training.own_tensorboard = bool(reports)
     training.report_to = [name for name in reports if name != "tensorboard" and _installed(name)]
+    # also in the place of a tracker that is not installed
+    training.own_tensorboard = "all" in reports or len(training.report_to) < len(reports)
 
 
 def _installed(reporter: str) -> bool:

@@ -199,7 +199,7 @@ def _board(folder: Path, step: int) -> Any:
     except ImportError:
         say("tensorboard is not installed: metrics go to metrics.jsonl only")
         return None
-    return SummaryWriter(str(folder), purge_step=step + 1, max_queue=1000)
+    return SummaryWriter(str(folder), purge_step=step + 1, max_queue=1000, flush_secs=20)
 
 
 # ---- watchdogs --------------------------------------------------------------------------------------------------

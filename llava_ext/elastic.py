@@ -75,8 +75,10 @@ def start_conversion(checkpoint: Path, folder: Path) -> subprocess.Popen[str]:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     command = [sys.executable, "-m", __name__, str(checkpoint), str(folder)]
+    # it computes nothing: the GPUs stay with the training
+    without_gpus = os.environ | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     with (folder / LOG).open("w", encoding="utf-8") as stream:
-        return subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, text=True)
+        return subprocess.Popen(command, env=without_gpus, stdout=stream, stderr=subprocess.STDOUT, text=True)
 
 
 def convert_patiently(

@@ -35,7 +35,7 @@ def describe(local_rank: int, on_gpus: bool) -> dict[str, Any]:
         "host": socket.gethostname(),
         "local_rank": local_rank,
         "gpus": gpus,
-        "gpu": str(gpu.uuid) if gpu else None,
+        "gpu": str(getattr(gpu, "uuid", f"cuda:{local_rank}")) if gpu else None,
         "model": gpu.name if gpu else None,
         "versions": {name: _version(name) for name in PACKAGES},
     }

@@ -225,7 +225,9 @@ def claim(output_dir: Path, patience_s: float = 30.0) -> None:
                 ) from None
             time.sleep(0.5)
         except OSError as error:
-            say(f"{output_dir}: no locks here ({error}): see to it yourself that no second training starts in it")
+            say(
+                f"{output_dir}: no locks here ({error}): see to it yourself that no second training starts in it"
+            )
             break
     stream.truncate(0)
     stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")

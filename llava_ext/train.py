@@ -332,7 +332,7 @@ def _prepare_to_continue(trainer: LlavaTrainer, checkpoint: Path, watchdog: NoSt
     if facts.get("engine") != trainer.engine:
         raise TrainingError(
             f"{checkpoint}: was saved with {facts.get('engine')}, this run uses {trainer.engine}; "
-            "continue with the same --deepspeed or --fsdp setting, or start in a new --output_dir"
+            "continue with the same --deepspeed or --fsdp setting (FSDP needs at least two processes), or start in a new --output_dir"
         )
     say(f"continuing from {checkpoint}" + (f", saved by {then} processes, now {now}" if then != now else ""))
     if then != now and trainer.engine.startswith("deepspeed"):

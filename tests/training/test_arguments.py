@@ -303,6 +303,13 @@ def test_several_trackers_and_those_that_are_not_installed(base, capfd, given, b
     assert ("--report_to notinstalled: the package is not installed" in capfd.readouterr().err) == board
 
 
+def test_tensorboard_is_written_only_when_it_is_asked_for(base):
+    """`json` stands for a tracker that is installed."""
+    training = parse([*base, "--report_to", "json"]).training
+    assert not training.own_tensorboard and training.report_to == ["json"]
+    assert parse([*base, "--report_to", "json", "tensorboard"]).training.own_tensorboard
+
+
 def test_a_folder_of_a_trackers_name_is_not_the_package(base, tmp_path, monkeypatch, capfd):
     (tmp_path / "notatracker").mkdir()
     monkeypatch.syspath_prepend(str(tmp_path))
