@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .resume import RESULT, TrainingError, say, write_result
+from .resume import RESULT, TrainingError, check_claim, say, write_result
 
 if TYPE_CHECKING:
     from .trainer import LlavaTrainer
@@ -156,6 +156,7 @@ class Metrics(TrainerCallback):
             self._line(row, state)
 
     def _write(self, row: dict[str, Any]) -> None:
+        check_claim(self.path.parent)
         if self.stream is not None:
             self.stream.write(json.dumps(row) + "\n")
         if self.board is not None:

@@ -27,6 +27,7 @@ RESULT = "train_result.json"
 IDENTITY = "run_identity.json"
 STAGING = ".saving-"
 DAMAGED = "damaged-"
+LOCK = ".training.lock"
 CHUNK = 1 << 22
 
 
@@ -211,7 +212,7 @@ def claim(output_dir: Path, patience_s: float = 30.0) -> None:
     Raises:
         TrainingError: another living process holds it, after waiting ``patience_s`` for it to end.
     """
-    stream = (output_dir / ".training.lock").open("a+", encoding="utf-8")
+    stream = (output_dir / LOCK).open("a+", encoding="utf-8")
     end = time.monotonic() + patience_s
     while True:
         try:
@@ -230,9 +231,29 @@ def claim(output_dir: Path, patience_s: float = 30.0) -> None:
             )
             break
     stream.truncate(0)
-    stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    stream.write(_me())
     stream.flush()
     _held.append(stream)
+
+
+def _me() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}\n"
+
+
+def check_claim(output_dir: Path) -> None:
+    """Stops this process when the training was given to another one: a machine that was cut off for a while, say.
+
+    Raises:
+        TrainingError: another process has claimed ``output_dir`` since; nothing must be written there any more.
+    """
+    try:
+        owner = (output_dir / LOCK).read_text(encoding="utf-8")
+    except OSError:
+        return
+    if owner and owner != _me():
+        raise TrainingError(
+            f"{output_dir}: {owner.strip()} has taken this training over; this process ({_me().strip()}) stops without writing"
+        )
 
 
 # ---- identity ---------------------------------------------------------------------------------------------------

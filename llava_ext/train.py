@@ -350,6 +350,8 @@ def _conclude(
 ) -> None:
     """Writes the final weights and the result; after a signal only the result."""
     step = trainer.state.global_step
+    if trainer.is_world_process_zero():
+        resume.check_claim(output_dir)
     if interruption.stopped:
         if trainer.is_world_process_zero():
             resume.write_result(output_dir, "interrupted", step)

@@ -207,6 +207,7 @@ class LlavaTrainer(Trainer):
         output_dir = Path(self.args.output_dir)
         root = resume.staging(output_dir, step)
         if self.args.should_save:
+            resume.check_claim(output_dir)
             shutil.rmtree(root, ignore_errors=True)
             root.mkdir(parents=True)
         self._barrier()

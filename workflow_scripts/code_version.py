@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 CODE_VERSION = 2
-CODE_DIGEST = "f6a5ae6844f14652"
+CODE_DIGEST = "074870f86a98e5b8"
 
 # The modules whose code decides what a training computes.
 NUMERIC = (

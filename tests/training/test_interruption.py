@@ -11,6 +11,8 @@ import sys
 import pytest
 from trainings import GOLDEN, command_line, environment, losses, result, rows, run, start, wait_for
 
+from llava_ext import resume
+
 pytestmark = pytest.mark.slow
 WEIGHTS = {1: "mm_projector.safetensors", 2: "model.safetensors"}
 
@@ -80,6 +82,17 @@ def test_signal_during_a_save_needs_no_second_one(tmp_path, uninterrupted):
     assert result(tmp_path / "out")["status"] == "interrupted" and result(tmp_path / "out")["step"] == 4
     run(argv, tmp_path / "log")
     assert_same(2, tmp_path / "out", uninterrupted(2))
+
+
+def test_a_process_whose_training_was_taken_over_writes_nothing_more(tmp_path):
+    """Its machine was cut off, Slurm gave the job to another one, and now it is back."""
+    argv = command_line(2, tmp_path / "out", save_steps=4)
+    lock = (tmp_path / "out" / resume.LOCK).as_posix()
+    done = run_with("resume.seal", f"open({lock!r}, 'w').write('process 7 on elsewhere')", argv, tmp_path)
+    assert done.returncode == 1
+    assert "process 7 on elsewhere has taken this training over" in done.stderr
+    assert rows(tmp_path / "out")[-1]["step"] == 4
+    assert [item.step for item in resume.checkpoints(tmp_path / "out")] == [4]
 
 
 def test_damaged_newest_checkpoint(tmp_path, uninterrupted):

@@ -292,6 +292,19 @@ def test_attempts_without_progress_are_stopped_and_progress_starts_the_count_aga
     attempts.refuse_if_stuck(tmp_path, attempts.read_attempts(tmp_path), 3)
 
 
+def test_preemptions_before_the_first_save_are_not_taken_for_a_fault(tmp_path, monkeypatch):
+    """Slurm ends a job and starts it again under the same number; that is let pass many times, but not for ever."""
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    for _ in range(3 * attempts.REQUEUED_IN_VAIN):
+        attempts.refuse_if_stuck(tmp_path, attempts.read_attempts(tmp_path), 3)
+        attempts.begin(tmp_path, attempts.read_attempts(tmp_path))
+    with pytest.raises(UserError, match=r"the last 30 attempts .* time between preemptions"):
+        attempts.refuse_if_stuck(tmp_path, attempts.read_attempts(tmp_path), 3)
+    monkeypatch.setenv("SLURM_JOB_ID", "13")  # another job: the last attempt of the old one did fail, once
+    ended, requeued = attempts.split_requeued(attempts.read_attempts(tmp_path), "13")
+    assert (len(ended), len(requeued)) == (1, 29)
+
+
 def test_half_written_lines_are_left_out(tmp_path):
     attempts.begin(tmp_path, [])
     with (tmp_path / "attempts.jsonl").open("a") as stream:

@@ -6,7 +6,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from workflow_scripts.io import UserError
 from . import slurm
 
 ATTEMPTS = "attempts.jsonl"
+REQUEUED_IN_VAIN = 10
 
 
 def read_attempts(state: Path) -> list[dict[str, Any]]:
@@ -51,21 +52,42 @@ def saved_step(state: Path) -> int:
     return max(steps)
 
 
+def split_requeued(
+    attempts: list[dict[str, Any]], job: str
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Attempts that ended by themselves, and those that Slurm ended and put back (the next one has the same job)."""
+    following = [row.get("job") for row in attempts[1:]] + [job] * bool(attempts)
+    ended: list[dict[str, Any]] = []
+    requeued: list[dict[str, Any]] = []
+    for row, next_job in zip(attempts, following, strict=True):
+        by_slurm = "outcome" not in row and row.get("job") and row["job"] == next_job
+        (requeued if by_slurm else ended).append(row)
+    return ended, requeued
+
+
 def refuse_if_stuck(state: Path, attempts: list[dict[str, Any]], allowed: int) -> None:
-    """Raises UserError when the last ``allowed`` attempts failed without saving anything new."""
+    """Raises UserError when the last ``allowed`` attempts failed without saving anything new.
+
+    Preemptions are no fault of the training; of them `REQUEUED_IN_VAIN` times as many are let pass.
+    """
     step = saved_step(state)
-    last = attempts[-allowed:]
-    stuck = [
-        row for row in last if row.get("outcome", "killed") != "finished" and row.get("from_step") == step
-    ]
-    if len(last) < allowed or len(stuck) < allowed:
-        return
-    logs = last[-1].get("log", "")
-    causes = ", ".join(str(row.get("outcome", "killed")) for row in last)
-    raise UserError(
-        f"{state}: the last {allowed} attempts ({causes}) saved nothing beyond step {step}, so no further one is started. "
-        f"The last one's log: {state / logs}. Mend the cause (memory? time limit shorter than save_steps?), "
-        f"then delete {state / ATTEMPTS} and start again"
+    ended, requeued = split_requeued(attempts, slurm.job_id())
+    for rows, limit in ((ended, allowed), (requeued, allowed * REQUEUED_IN_VAIN)):
+        last = rows[-limit:]
+        if len(last) == limit and all(_is_in_vain(row, step) for row in last):
+            raise UserError(_stuck(state, last, step))
+
+
+def _is_in_vain(row: Mapping[str, Any], step: int) -> bool:
+    return row.get("outcome", "killed") != "finished" and row.get("from_step") == step
+
+
+def _stuck(state: Path, last: Sequence[Mapping[str, Any]], step: int) -> str:
+    causes = ", ".join(str(row.get("outcome", "killed")) for row in last[-5:])
+    return (
+        f"{state}: the last {len(last)} attempts ({causes}) saved nothing beyond step {step}, so no further one is started. "
+        f"The last one's log: {state / last[-1].get('log', '')}. Mend the cause (memory? time limit or the time between "
+        f"preemptions shorter than save_steps?), then delete {state / ATTEMPTS} and start again"
     )
 
 
