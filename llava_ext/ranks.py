@@ -23,6 +23,10 @@ from .resume import TrainingError, say
 
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed")
 VERDICT = "verdict"
+NO_TRAFFIC = (
+    "the processes of this training can't reach each other (NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME names the network to use, "
+    "NCCL_DEBUG=INFO shows more)"
+)
 
 
 def describe(local_rank: int, on_gpus: bool) -> dict[str, Any]:
@@ -136,11 +140,11 @@ def _collect(store: Any, size: int, timeout_s: float) -> dict[int, dict[str, Any
     return said
 
 
-def check_traffic(device: Any) -> None:
-    """One small sum over all processes, before a model is loaded: a network that does not work shows here.
+def check_traffic(device: Any, timeout_s: float) -> None:
+    """One small sum over all processes, before a model is loaded: a network that does not work shows here, and soon.
 
     Raises:
-        TrainingError: the sum is wrong. A network that hangs ends by the process group's time-out or the watchdog.
+        TrainingError: it fails, takes longer than ``timeout_s`` (with NCCL that ends the process), or is wrong.
     """
     import torch
     import torch.distributed as dist
@@ -148,11 +152,15 @@ def check_traffic(device: Any) -> None:
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() < 2:
         return
     ones = torch.ones(1, device=device)
-    dist.all_reduce(ones)
-    if int(ones.item()) != dist.get_world_size():
-        raise TrainingError(
-            f"a sum over all processes gives {ones.item():g} instead of {dist.get_world_size()}: their network does not work"
-        )
+    try:
+        group = dist.new_group(timeout=timedelta(seconds=timeout_s))
+        dist.all_reduce(ones, group=group)
+        found = int(ones.item())
+        dist.destroy_process_group(group)
+    except RuntimeError as error:
+        raise TrainingError(f"{NO_TRAFFIC}: {str(error).strip()}") from error
+    if found != dist.get_world_size():
+        raise TrainingError(f"{NO_TRAFFIC}: a sum over all gives {found} instead of {dist.get_world_size()}")
 
 
 def leave() -> None:

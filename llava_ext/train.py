@@ -167,7 +167,7 @@ def _run(arguments: Arguments, watchdog: NoStep) -> None:
     output_dir = Path(arguments.training.output_dir)
     watchdog.beat("the processes try their network")
     _start_distributed(arguments)
-    ranks.check_traffic(arguments.training.device)
+    ranks.check_traffic(arguments.training.device, arguments.training.meeting_timeout_s)
     watchdog.beat("opening data and checkpoints")
     store, folders = _open_inputs(arguments)
     state = _on_first_rank(lambda: _look_around(arguments, store, folders, output_dir))

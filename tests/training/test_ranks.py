@@ -85,3 +85,38 @@ def test_all_go_on_when_all_have_come(store):
     for process in [meet(store, rank, 3, 100) for rank in range(3)]:
         text = process.communicate(timeout=100)[1]
         assert process.returncode == 0, text
+
+
+def test_a_network_that_does_not_answer_is_said_soon(store):
+    """Two processes have met, and then nothing comes through: the second one is silent."""
+    script = (
+        "import sys, time, torch, torch.distributed as dist\n"
+        "from datetime import timedelta\n"
+        "from llava_ext import ranks, resume\n"
+        "rank, port = map(int, sys.argv[1:])\n"
+        "there = dist.TCPStore('127.0.0.1', port, is_master=False)\n"
+        "dist.init_process_group('gloo', store=there, rank=rank, world_size=2)\n"
+        "if rank == 1:\n"
+        "    dist.new_group(timeout=timedelta(seconds=3)); time.sleep(60)\n"
+        "try: ranks.check_traffic(torch.device('cpu'), 3.0)\n"
+        "except resume.TrainingError as error: raise SystemExit(str(error))"
+    )
+    first, second = (
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(rank), str(store.port)],
+            cwd=REPOSITORY,
+            env=environment(),
+            stderr=-1,
+            text=True,
+        )
+        for rank in range(2)
+    )
+    try:
+        text = first.communicate(timeout=100)[1]
+        assert first.returncode == 1
+        assert (
+            "can't reach each other (NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME" in text and "Timed out" in text
+        )
+    finally:
+        second.kill()
+        second.wait()
