@@ -23,7 +23,7 @@ from .arguments import LlavaTrainingArguments, sampling_strategy
 from .callbacks import any_rank, finite, world_size
 from .conversation import IGNORE_INDEX
 from .elastic import load_universal
-from .offload import replay_steps
+from .offload import offloads_optimizer, replay_steps
 from .optimizer import parameter_groups, trainable_names
 from .resume import TrainingError
 from .sampler import EpochSampler
@@ -266,8 +266,9 @@ class LlavaTrainer(Trainer):
     def engine(self) -> str:
         """What owns the optimizer's state, because checkpoints of different engines can't be mixed."""
         if self.is_deepspeed_enabled:
-            stage = self.accelerator.state.deepspeed_plugin.zero_stage
-            return f"deepspeed-zero{stage}"
+            plugin = self.accelerator.state.deepspeed_plugin
+            offload = "-offload" if offloads_optimizer(plugin.deepspeed_config) else ""
+            return f"deepspeed-zero{plugin.zero_stage}{offload}"
         return "fsdp" if self.is_fsdp_enabled else "ddp"
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:

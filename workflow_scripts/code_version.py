@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 CODE_VERSION = 2
-CODE_DIGEST = "074870f86a98e5b8"
+CODE_DIGEST = "87c7a0730ce2da78"
 
 # The modules whose code decides what a training computes.
 NUMERIC = (

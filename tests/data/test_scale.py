@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -59,19 +59,22 @@ def work(tmp_path_factory, archives, scale):
 
 
 def run(folder, module, *arguments):
-    """Runs a step as the workflow does; returns its seconds and its peak memory in MB."""
+    """Runs a step as the workflow does; returns its peak memory in MB, its own children included."""
     start = time.monotonic()
-    process = subprocess.Popen(
-        [sys.executable, "-m", f"workflow_scripts.{module}", *arguments],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors.decode()
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1000
-    print(f"{module} {' '.join(arguments)[:60]}: {time.monotonic() - start:.1f} s, peak so far {peak:.0f} MB")
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", f"workflow_scripts.{module}", *arguments],
+            cwd=folder,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        errors.seek(0)
+        assert status == 0, errors.read().decode()
+    peak = usage.ru_maxrss / 1000
+    print(f"{module} {' '.join(arguments)[:60]}: {time.monotonic() - start:.1f} s, peak {peak:.0f} MB")
     return peak
 
 

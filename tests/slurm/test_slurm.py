@@ -367,7 +367,10 @@ def test_only_preempted_jobs_of_this_name_are_requeued_and_a_refusal_is_said_onc
 
 def test_a_time_limit_saves_in_time_and_the_next_attempt_continues(finished_on_slurm, slurm, tmp_path):
     compute = {"runtime_min": 2, "save_before_end_s": 90, "attempts": 12}
-    workspace = training(finished_on_slurm, tmp_path, compute, max_steps=1200, save_steps=1100)
+    # longer than the limit on the fastest machine
+    workspace = training(
+        finished_on_slurm, tmp_path, compute, max_steps=1200, save_steps=1100, global_batch_size=40
+    )
     done = workspace.run(TRAINED, check=False, timeout=900)
     state = workspace.state("finetune", "long")
     rows = attempts(state)

@@ -30,6 +30,8 @@ def test_two_processes(config, data, alone, tmp_path):
     assert_close(tmp_path / "out", alone, bound=2e-5)
     assert_loads_in_stock_transformers(tmp_path / "out")
     again = unfinished(tmp_path, tmp_path / "again")
+    other = two(data, again, deepspeed=config.replace("_offload", ""))
+    assert "-offload, this run uses deepspeed-zero" in run(other, again / "log", processes=2, expect=1)
     assert "checkpoint-2" in run(two(data, again, deepspeed=config), again / "log", processes=2)
     assert losses(again / "out") == losses(tmp_path / "out")
     assert (again / "out/model.safetensors").read_bytes() == (tmp_path / "out/model.safetensors").read_bytes()
