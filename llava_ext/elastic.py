@@ -15,7 +15,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from enum import Enum
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -38,9 +40,15 @@ LOG = "conversion.log"
 def only_tensors() -> None:
     """Makes every ``torch.load`` of this process one with ``weights_only``, DeepSpeed's own included."""
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
-    torch.serialization.add_safe_globals(
-        [getattr(importlib.import_module(module), name) for module, name in PICKLED]
-    )
+    known = [getattr(importlib.import_module(module), name) for module, name in PICKLED]
+    torch.serialization.add_safe_globals([*known, (_member, "builtins.getattr")])
+
+
+def _member(kind: Any, name: str) -> Any:
+    """A member of an enumeration, which Python 3.11.0 to 3.11.3 pickle as ``getattr(kind, name)``; nothing else has to be read."""
+    if isinstance(kind, type) and issubclass(kind, Enum) and name in kind.__members__:
+        return kind[name]
+    raise UnpicklingError(f"getattr({kind!r}, {name!r}) in a checkpoint")
 
 
 def state_folder(checkpoint: Path) -> Path:
