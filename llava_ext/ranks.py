@@ -58,7 +58,7 @@ def problems(said: Mapping[int, Mapping[str, Any]]) -> list[str]:
     for rank, facts in sorted(said.items()):
         if facts["gpus"] and facts["gpu"] is None:
             found.append(
-                f"rank {rank} on {facts['host']} is the {facts['local_rank'] + 1}th process there and sees {facts['gpus']} GPUs: "
+                f"rank {rank} on {facts['host']} is process number {facts['local_rank'] + 1} there and sees {facts['gpus']} GPUs: "
                 "start as many processes as GPUs"
             )
     with_gpu = {rank: facts for rank, facts in said.items() if facts["gpu"]}
@@ -96,13 +96,19 @@ def meet(timeout_s: float, on_gpus: bool) -> None:
     from torch.distributed import PrefixStore, TCPStore
 
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    patience = timedelta(seconds=timeout_s + 60)
+    # the first rank may come later than the others, and then waits for all
+    patience = timedelta(seconds=timeout_s + min(60.0, timeout_s))
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = PrefixStore("llava_ext/meet", TCPStore(address, port, is_master=False, timeout=patience))
     store.set(str(rank), json.dumps(describe(int(os.environ.get("LOCAL_RANK", "0")), on_gpus)))
     if rank == 0:
         store.set(VERDICT, json.dumps(_verdict(store, size, timeout_s)))
-    store.wait([VERDICT], patience)
+    try:
+        store.wait([VERDICT], patience)
+    except RuntimeError as error:
+        raise TrainingError(
+            f"nothing was heard of rank 0 within {patience.total_seconds():g} s; the log of the first machine says why"
+        ) from error
     found = json.loads(store.get(VERDICT))
     if found:
         raise TrainingError("the processes of this training do not fit together:\n  " + "\n  ".join(found))

@@ -40,7 +40,7 @@ def test_processes_that_fit_have_no_problems():
     ("change", "message"),
     [
         ({"local_rank": 1}, "2 ranks share the GPU GPU-a on n1"),
-        ({"local_rank": 2, "gpu": None}, "rank 1 on n1 is the 3th process there and sees 2 GPUs"),
+        ({"local_rank": 2, "gpu": None}, "rank 1 on n1 is process number 3 there and sees 2 GPUs"),
         ({"host": "n2", "gpus": 0, "gpu": None}, "some ranks have a GPU and others none: 1 on n2"),
         (
             {"host": "n2", "versions": FACTS["versions"] | {"torch": "2.12.0"}},
@@ -79,6 +79,13 @@ def test_a_missing_process_is_named_by_all_that_came(store):
         assert process.returncode == 1
         assert "nothing was heard of rank 1, 3 within 15 s; 2 of 4 are there" in text
         assert f"2 on {os.uname().nodename}" in text
+
+
+def test_a_missing_first_process_is_named_too(store):
+    process = meet(store, 1, 2, 1)
+    text = process.communicate(timeout=100)[1]
+    assert process.returncode == 1 and "nothing was heard of rank 0 within 2 s" in text
+    assert "Traceback" not in text
 
 
 def test_all_go_on_when_all_have_come(store):
