@@ -250,7 +250,7 @@ def test_a_training_outlives_nobody(tmp_path):
     ).format(root=str(ROOT), slow=SLOW_TO_END, log=str(tmp_path / "log"))
     launcher = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     pid = int(launcher.stdout.readline())
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while "up" not in (tmp_path / "log").read_text():
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -264,7 +264,7 @@ def test_a_training_outlives_nobody(tmp_path):
 def test_signals_to_the_launcher_reach_all_processes_of_a_training(tmp_path):
     tree = f"import subprocess, sys; sys.exit(subprocess.call([sys.executable, '-c', {SLOW_TO_END!r}], start_new_session=True))"
     training = Training([sys.executable, "-c", tree], dict(os.environ), tmp_path / "log", "x", True, "")
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while "up" not in (tmp_path / "log").read_text():
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -280,7 +280,8 @@ def test_attempts_without_progress_are_stopped_and_progress_starts_the_count_aga
         row = attempts.begin(tmp_path, attempts.read_attempts(tmp_path))
         attempts.end(tmp_path, row, "failed (1)")
     attempts.refuse_if_stuck(tmp_path, attempts.read_attempts(tmp_path), 3)
-    attempts.begin(tmp_path, attempts.read_attempts(tmp_path))  # killed: no end is recorded
+    killed = attempts.begin(tmp_path, attempts.read_attempts(tmp_path))  # no end is recorded
+    assert (tmp_path / killed["log"]).is_file()  # who reads the row can read the log at once
     with pytest.raises(
         UserError, match=r"the last 3 attempts \(failed \(1\), failed \(1\), killed\)"
     ) as caught:

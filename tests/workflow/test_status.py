@@ -50,7 +50,6 @@ class Folder:
         """A training whose one attempt has ended, with that log."""
         state = self.training(experiment, **options)
         row = attempts.begin(state, [])
-        (state / "logs").mkdir()
         (state / row["log"]).write_text(log)
         if outcome:
             attempts.end(state, row, outcome)

@@ -195,7 +195,8 @@ def wait_for(condition, seconds, what, process=None):
         value = condition()
         if value:
             return value
-        assert process is None or process.poll() is None, f"snakemake ended while waiting for {what}"
+        if process is not None and process.poll() is not None:
+            assert condition(), f"snakemake ended while waiting for {what}"  # it may have come true just then
         time.sleep(0.1)
     raise AssertionError(f"{what} did not happen within {seconds} s")
 

@@ -92,15 +92,18 @@ def _stuck(state: Path, last: Sequence[Mapping[str, Any]], step: int) -> str:
 
 
 def begin(state: Path, attempts: list[dict[str, Any]], host: str | None = None) -> dict[str, Any]:
-    """Records the start of an attempt and returns its row."""
+    """Records the start of an attempt and returns its row; the log that the row names exists from then on."""
     number = max((row["attempt"] for row in attempts), default=0) + 1
+    log = state / "logs" / f"attempt-{number:03d}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.touch()
     row = {
         "attempt": number,
         "started": time.time(),
         "host": host or socket.gethostname(),
         "job": slurm.job_id(),
         "from_step": saved_step(state),
-        "log": f"logs/attempt-{number:03d}.log",
+        "log": str(log.relative_to(state)),
     }
     append(state, row)
     return row
