@@ -166,28 +166,33 @@ def launch(job: Job) -> None:
 
 def attempt(job: Job, owner: Ownership) -> dict[str, Any]:
     """One attempt: checks, starts, waits, judges by the result file."""
-    state, compute = job.state, job.compute
+    state = job.state
     history = attempts.read_attempts(state)
-    attempts.refuse_if_stuck(state, history, compute.max_stuck_attempts)
-    nodes = slurm.job_nodes(slurm.job_id(), compute.nodes) if compute.nodes > 1 else Nodes()
-    paths = [
-        path
-        for path in (job.inputs.samples, job.inputs.llm, job.inputs.vision_tower, job.inputs.projector)
-        if path
-    ]
-    check_all(job.spec, compute, nodes, paths, state)
-    command = training_command(training_flags(job.spec, job.inputs, state), compute, nodes)
+    with attempts.recorded_refusal(state):
+        command, nodes = admit(job, history)
     (state / RESULT).unlink(missing_ok=True)  # an older attempt's "interrupted" says nothing about this one
-    write_json(state / "spec.json", {"spec": job.spec, "inputs": job.digests, "command": command})
     row = attempts.begin(state, history)
     trackers = tracking_environment(job.spec, state, [*history, row][0]["started"])
-    environment = training_environment({**trackers, **os.environ}, compute)
+    environment = training_environment({**trackers, **os.environ}, job.compute)
     log = state / row["log"]
     print(f"{job.label}: attempt {row['attempt']} from step {row['from_step']}; log: {log}", flush=True)
-    training = Training(command, environment, log, job.label, compute.processes > 1, nodes.job)
+    training = Training(command, environment, log, job.label, job.compute.processes > 1, nodes.job)
     owner.record_trainer(training.child.pid)
     status = training.wait()
     return judge(job, row, status, log)
+
+
+def admit(job: Job, history: list[dict[str, Any]]) -> tuple[list[str], Nodes]:
+    """The command and the nodes of the next attempt. Raises UserError when a check before the start fails."""
+    state, compute, inputs = job.state, job.compute, job.inputs
+    nodes = slurm.job_nodes(slurm.job_id(), compute.nodes) if compute.nodes > 1 else Nodes()
+    command = training_command(training_flags(job.spec, inputs, state), compute, nodes)
+    # before the checks: from then on the training is seen by `status`, also when it is refused
+    write_json(state / "spec.json", {"spec": job.spec, "inputs": job.digests, "command": command})
+    attempts.refuse_if_stuck(state, history, compute.max_stuck_attempts)
+    paths = [inputs.samples, inputs.llm, inputs.vision_tower, *filter(None, [inputs.projector])]
+    check_all(job.spec, compute, nodes, paths, state)
+    return command, nodes
 
 
 def judge(job: Job, row: Mapping[str, Any], status: int, log: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Shows what the trainings are doing, from their folders alone: `python -m workflow_scripts.status [--watch]`.
 
 One line a training: stage, run, state, step, loss, tokens a second, time left, time since the last step, attempts, GPUs, last
-saved step, machine or job, and the finished experiments that use it. Below one that failed: why, and where its log is.
+saved step, machine or job, and the finished experiments that use it. Below one that failed, or that a check refused to start: why, and where its log is.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from workflow_scripts.io import UserError, read_json, user_errors
-from workflow_scripts.launching.attempts import read_attempts, saved_step
+from workflow_scripts.launching.attempts import REFUSAL, read_attempts, saved_step
 from workflow_scripts.launching.ownership import OWNER, alive
 from workflow_scripts.reporting.status_table import table
 
@@ -124,9 +124,10 @@ def read_status(folder: Path) -> Status:
     result, owner = _content(folder / "train_result.json"), _content(folder / OWNER)
     attempts = read_attempts(folder)
     idle = _idle(last, attempts)
-    state = _state(result, owner, attempts, idle)
+    refusal = _content(folder / REFUSAL)
+    state = _state(result, owner, attempts, idle, refusal)
     steps = total_steps(folder, spec, rows)
-    reason, log = _trouble(folder, state, attempts)
+    reason, log = _refused(folder, refusal) if state == "refused" else _trouble(folder, state, attempts)
     return Status(
         stage=spec["stage"],
         run=spec["run"],
@@ -139,7 +140,7 @@ def read_status(folder: Path) -> Status:
         attempts=len(attempts),
         processes=_processes(spec["compute"]),
         saved_step=int(result["step"]) if state == "finished" else saved_step(folder),
-        where=_where(owner or (attempts[-1] if attempts else {})),
+        where=_where(owner or refusal or (attempts[-1] if attempts else {})),
         folder=str(folder),
         gpus=shape(spec["compute"]),
         idle_s=idle if state == "running" else None,
@@ -157,6 +158,13 @@ def _idle(last: Mapping[str, Any], attempts: Sequence[Mapping[str, Any]]) -> flo
     times = [row["time"] for row in (last,) if "time" in row]
     times += [row["started"] for row in attempts[-1:] if "started" in row]
     return max(0.0, time.time() - max(times)) if times else None
+
+
+def _refused(folder: Path, refusal: Mapping[str, Any]) -> tuple[str, str]:
+    """Which check refused the start, and the log of the step that made it, where there is one."""
+    root, (stage, run) = folder.parents[3], folder.parts[-3:-1]
+    log = root / "logs" / stage / f"{run}.log"
+    return " ".join(str(refusal["error"]).split()), str(log) if log.is_file() else ""
 
 
 def _trouble(folder: Path, state: str, attempts: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
@@ -188,6 +196,7 @@ def _state(
     owner: dict[str, Any],
     attempts: Sequence[Mapping[str, Any]],
     idle: float | None,
+    refusal: Mapping[str, Any],
 ) -> str:
     if result.get("status") == "finished":
         return "finished"
@@ -195,6 +204,8 @@ def _state(
     lives = alive(owner) if owner else False
     if lives:
         return "running"
+    if refusal:
+        return "refused"
     if lives is None and outcome is None:
         return "running" if idle is not None and idle < FRESH_S else "unknown"
     if not attempts:

@@ -10,7 +10,7 @@ from tests.workflow.rerun_rows import check_raised_version, check_row, rows
 from tests.workflow.test_crash import attempts, losses
 from tests.workflow.workspace import kill_group, wait_for
 from workflow_scripts.launching.requeue import requeue_preempted
-from workflow_scripts.status import all_statuses
+from workflow_scripts.status import all_statuses, read_status
 
 from .conftest import clone
 from .sandbox import running
@@ -164,11 +164,10 @@ def test_a_node_that_lacks_something_is_named_before_the_model_loads(finished_on
     assert "n2: 0 GPUs are visible, 1 are needed" in log
     # the error names the logs
     assert "logs/slurm/rule_finetune/" in done.stdout and "logs/finetune/" in done.stdout
-    assert (
-        not (workspace.state("finetune", "long") or workspace.folder / "none")
-        .joinpath("metrics.jsonl")
-        .exists()
-    )
+    state = workspace.state("finetune", "long")
+    assert not (state / "metrics.jsonl").exists()
+    shown = read_status(state)
+    assert shown.state == "refused" and "n1: 0 GPUs are visible" in shown.reason
 
 
 # ---------------------------------------------------------------- interruptions

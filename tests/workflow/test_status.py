@@ -12,7 +12,7 @@ import time
 import pytest
 
 from workflow_scripts.config.load import load_file
-from workflow_scripts.io import write_json
+from workflow_scripts.io import UserError, write_json
 from workflow_scripts.launch import complete
 from workflow_scripts.launching import attempts
 from workflow_scripts.launching.ownership import Ownership
@@ -101,6 +101,20 @@ def test_a_running_training_says_why_its_last_attempt_failed(folder):
     item = folder.one("vanilla")
     assert (item.state, item.reason) == ("running", "attempt 1: disk full")
     assert item.log.endswith("attempt-001.log")
+
+
+def test_what_a_check_refused_is_shown_until_the_next_attempt(folder):
+    state = folder.ended("vanilla", "interrupted")
+    with pytest.raises(UserError), attempts.recorded_refusal(state):
+        raise UserError("what is lacking:\n  n1: 0 GPUs are visible")
+    item = folder.one("vanilla")
+    assert (item.state, item.reason, item.log) == ("refused", "what is lacking: n1: 0 GPUs are visible", "")
+    log = folder.root / "logs/finetune" / f"{item.run}.log"
+    log.parent.mkdir(parents=True)
+    log.touch()
+    assert folder.one("vanilla").log == str(log)
+    attempts.begin(state, attempts.read_attempts(state))
+    assert folder.one("vanilla").state == "killed"  # nobody computes it
 
 
 @pytest.mark.parametrize(

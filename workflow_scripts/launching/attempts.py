@@ -6,15 +6,17 @@ import json
 import os
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from workflow_scripts.io import UserError
+from workflow_scripts.io import UserError, write_json
 
 from . import slurm
 
 ATTEMPTS = "attempts.jsonl"
+REFUSAL = "refused.json"
 REQUEUED_IN_VAIN = 10
 
 
@@ -91,6 +93,18 @@ def _stuck(state: Path, last: Sequence[Mapping[str, Any]], step: int) -> str:
     )
 
 
+@contextmanager
+def recorded_refusal(state: Path) -> Iterator[None]:
+    """Leaves a UserError of the checks before a start in `refused.json`, until the next attempt begins."""
+    try:
+        yield
+    except UserError as error:
+        place = {"time": time.time(), "host": socket.gethostname(), "job": slurm.job_id()}
+        with suppress(OSError):  # what went wrong first is what is said
+            write_json(state / REFUSAL, {**place, "error": str(error)})
+        raise
+
+
 def begin(state: Path, attempts: list[dict[str, Any]], host: str | None = None) -> dict[str, Any]:
     """Records the start of an attempt and returns its row; the log that the row names exists from then on."""
     number = max((row["attempt"] for row in attempts), default=0) + 1
@@ -106,6 +120,7 @@ def begin(state: Path, attempts: list[dict[str, Any]], host: str | None = None) 
         "log": str(log.relative_to(state)),
     }
     append(state, row)
+    (state / REFUSAL).unlink(missing_ok=True)
     return row
 
 

@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from workflow_scripts.status import Status
 
-STATES = ("running", "unknown", "not started", "interrupted", "killed", "failed", "unreadable", "finished")
+STATES = (
+    "running",
+    "unknown",
+    "not started",
+    "interrupted",
+    "killed",
+    "failed",
+    "refused",
+    "unreadable",
+    "finished",
+)
 # What a narrow terminal goes without, first of all the first.
 EXPENDABLE = ("experiments", "where", "saved", "try", "tok/s", "gpus", "stage")
 SHORTEST_NAME = 12
