@@ -395,6 +395,12 @@ def _fit_machine(argv: list[str], notices: list[str]) -> list[str]:
     """Adds ``--use_cpu`` where there is no GPU, so that bf16 and everything else run on the CPU."""
     import torch
 
+    if not torch.cuda.is_available() and any(
+        name == "use_cpu" and not is_on(values) for name, values in split_flags(argv)
+    ):
+        raise TrainingError(
+            f"--use_cpu False: torch {torch.__version__} can use no GPU here; {_cuda_error()}"
+        )
     cpu = not torch.cuda.is_available() or _given_switch(argv, "use_cpu")
     argv = _fit_fsdp(argv, cpu and torch.cuda.is_available(), notices)
     if not cpu:
@@ -406,6 +412,17 @@ def _fit_machine(argv: list[str], notices: list[str]) -> list[str]:
     if _given_switch(argv, "bf16"):
         notices.append("no GPU here: --bf16 runs on the CPU")
     return argv if _given_switch(argv, "use_cpu") else [*argv, "--use_cpu", "True"]
+
+
+def _cuda_error() -> str:
+    """Why CUDA can't be used, in torch's words."""
+    import torch
+
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return f"it says: {str(error).splitlines()[0]}"
+    return "it gives no reason"
 
 
 def _fit_fsdp(argv: list[str], beside_gpu: bool, notices: list[str]) -> list[str]:

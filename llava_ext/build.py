@@ -252,10 +252,16 @@ def without_zero3() -> Any:
 
 
 def reset_projector(projector: nn.Module) -> None:
-    """LLaVA's initialisation: PyTorch's default for linear layers, ones for the normalisation's weight."""
+    """LLaVA's initialisation: PyTorch's default for linear layers, ones for the normalisation's weight.
+
+    The numbers are drawn on the CPU in float32, so that they depend neither on the device nor on the precision.
+    """
     for module in projector.modules():
         if isinstance(module, nn.Linear):
-            module.reset_parameters()
+            drawn = nn.Linear(
+                module.in_features, module.out_features, module.bias is not None, "cpu", torch.float32
+            )
+            module.load_state_dict(drawn.state_dict())
     norm = getattr(projector, "norm", None)
     if norm is not None:
         nn.init.ones_(norm.weight)

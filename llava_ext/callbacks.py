@@ -11,7 +11,8 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,14 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     return bool(votes.item())
 
 
+def from_all(value: Any) -> list[Any]:
+    """The values of all ranks, in their order; every rank must ask."""
+    found = [value] * world_size()
+    if len(found) > 1:
+        dist.all_gather_object(found, value)
+    return found
+
+
 # ---- signals ----------------------------------------------------------------------------------------------------
 
 _received: list[int] = []
@@ -53,6 +62,12 @@ def listen() -> None:
         return
     for number in SIGNALS:
         signal.signal(number, _note)
+
+
+def leave_signals_to_the_trainer() -> None:
+    """For dataset workers: Slurm signals every process of a job, and a batch that a worker owes is needed until the save."""
+    for signal_number in (*SIGNALS, signal.SIGINT):
+        signal.signal(signal_number, signal.SIG_IGN)
 
 
 def _note(number: int, frame: Any) -> None:
@@ -201,6 +216,38 @@ def _board(folder: Path, step: int) -> Any:
         say("tensorboard is not installed: metrics go to metrics.jsonl only")
         return None
     return SummaryWriter(str(folder), purge_step=step + 1, max_queue=1000, flush_secs=20)
+
+
+# ---- trackers ---------------------------------------------------------------------------------------------------
+
+
+def let_fail(tracker: TrainerCallback) -> None:
+    """From its first event after the start on, a tracker that fails is said once and left out; the training goes on.
+
+    W&B's own process, say, dies of the signal that tells the job to save, and the next log line raises.
+    """
+    events = [name for name in dir(TrainerCallback) if name.startswith("on_")]
+    for name in set(events) - {"on_init_end", "on_train_begin"}:
+        setattr(tracker, name, partial(_try_event, tracker, getattr(tracker, name), events))
+
+
+def _try_event(
+    tracker: TrainerCallback, event: Callable[..., Any], events: Sequence[str], *args: Any, **kwargs: Any
+) -> Any:
+    try:
+        return event(*args, **kwargs)
+    except Exception as error:  # noqa: BLE001 - a tracker may raise anything
+        name = type(tracker).__name__.removesuffix("Callback")
+        say(
+            f"{name} has failed ({type(error).__name__}: {error}) and gets nothing more; metrics.jsonl has every step"
+        )
+        for silenced in events:
+            setattr(tracker, silenced, _do_nothing)
+        return None
+
+
+def _do_nothing(*args: Any, **kwargs: Any) -> None:
+    pass
 
 
 # ---- watchdogs --------------------------------------------------------------------------------------------------

@@ -113,10 +113,11 @@ def read_projector(path: Path) -> State:
     return projector
 
 
-def tensor_names(path: Path) -> list[str]:
-    """Names in a safetensors file, from its header alone."""
+def tensor_shapes(path: Path) -> dict[str, list[int]]:
+    """Names and shapes in a safetensors file, from its header alone."""
     with safe_open(path, framework="pt") as stream:
-        return list(stream.keys())
+        names = stream.keys()
+        return {name: stream.get_slice(name).get_shape() for name in names}
 
 
 # ---- projector --------------------------------------------------------------------------------------------------

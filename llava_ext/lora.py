@@ -87,6 +87,6 @@ def merged_state(model: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.
     return found
 
 
-def save_adapters(model: Any, folder: Path) -> None:
-    """The adapters alone, in peft's layout."""
-    model.save_pretrained(str(folder))
+def save_adapters(model: Any, state: dict[str, torch.Tensor], folder: Path) -> None:
+    """The adapters alone, in peft's layout. ``state``: gathered tensors under the adapted model's names."""
+    model.save_pretrained(str(folder), state_dict=state)

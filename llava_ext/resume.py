@@ -17,8 +17,9 @@ import socket
 import sys
 import time
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ IDENTITY = "run_identity.json"
 STAGING = ".saving-"
 DAMAGED = "damaged-"
 LOCK = ".training.lock"
+# Who holds the lock, in a file of its own: a process loses a lock when it closes any descriptor of the locked file.
+HOLDER = ".training.holder"
 CHUNK = 1 << 22
 
 
@@ -99,20 +102,30 @@ class Checkpoint:
     path: Path
     step: int
 
-    def problem(self, contents: bool = True) -> str | None:
-        """Why it can't be resumed from, or None if every listed file is there, whole, and unchanged."""
+    def problem(self, contents: bool = True, share: tuple[int, int] = (0, 1)) -> str | None:
+        """Why it can't be resumed from, or None if every listed file is there, whole, and unchanged.
+
+        ``share``: (2, 8) reads the third of eight shares of the contents, the rest is left to others.
+        """
         listing = read_json(self.path / MARKER)
         if not isinstance(listing, dict) or not isinstance(listing.get("files"), dict):
             return f"{MARKER} is missing or damaged, so the save was not finished"
-        for name, facts in listing["files"].items():
+        for place, (name, facts) in enumerate(listing["files"].items()):
             file = self.path / name
             if not file.is_file():
                 return f"{name} is missing"
             if file.stat().st_size != facts["bytes"]:
                 return f"{name} has {file.stat().st_size} bytes instead of {facts['bytes']}"
-            if contents and crc32(file) != facts["crc32"]:
+            if contents and place % share[1] == share[0] and crc32(file) != facts["crc32"]:
                 return f"{name} has changed since it was saved (its CRC-32 is different)"
         return None
+
+    def set_aside(self, problem: str) -> None:
+        """Gives it a name that nothing continues from, and says why."""
+        aside = self.path.with_name(DAMAGED + self.path.name)
+        say(f"{self.path}: not usable: {problem}; set aside as {aside.name}, looking for an older one")
+        shutil.rmtree(aside, ignore_errors=True)
+        self.path.rename(aside)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -130,16 +143,22 @@ def checkpoints(output_dir: Path) -> list[Checkpoint]:
     return sorted(found, key=lambda item: -item.step)
 
 
-def last_good(output_dir: Path) -> Checkpoint | None:
-    """The newest checkpoint that is whole. Damaged newer ones are set aside under ``damaged-checkpoint-N``."""
-    for checkpoint in checkpoints(output_dir):
-        problem = checkpoint.problem()
+def last_good(
+    output_dir: Path,
+    share: tuple[int, int] = (0, 1),
+    on_first: Callable[[Callable[[], Any]], Any] = lambda work: work(),
+    from_all: Callable[[Any], list[Any]] = lambda value: [value],
+) -> Checkpoint | None:
+    """The newest checkpoint that is whole. Damaged newer ones are set aside under ``damaged-checkpoint-N``.
+
+    Several ranks share the reading: every rank calls, with its ``share``, with ``on_first``, which does something on the
+    first rank and gives the result to all, and with ``from_all``, which gives the values of all ranks to all.
+    """
+    while checkpoint := on_first(lambda: next(iter(checkpoints(output_dir)), None)):
+        problem = next(filter(None, from_all(checkpoint.problem(share=share))), None)
         if problem is None:
             return checkpoint
-        aside = checkpoint.path.with_name(DAMAGED + checkpoint.path.name)
-        say(f"{checkpoint.path}: not usable: {problem}; set aside as {aside.name}, looking for an older one")
-        shutil.rmtree(aside, ignore_errors=True)
-        checkpoint.path.rename(aside)
+        on_first(partial(checkpoint.set_aside, problem))
     return None
 
 
@@ -169,6 +188,15 @@ def file_names(folder: Path) -> list[str]:
     files = [path for path in folder.rglob("*") if path.is_file()]
     files.sort(key=lambda path: (-path.stat().st_size, str(path)))
     return [str(path.relative_to(folder)) for path in files]
+
+
+def shares(seen: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Deals files to the ranks that see them; ``seen``: each rank's names, largest first. Every file is in one share."""
+    dealt: list[list[str]] = [[] for _ in seen]
+    for name in dict.fromkeys(name for names in seen for name in names):
+        able = [rank for rank, names in enumerate(seen) if name in names]
+        dealt[min(able, key=lambda rank: len(dealt[rank]))].append(name)
+    return dealt
 
 
 def seal(
@@ -204,40 +232,52 @@ def prune(output_dir: Path, keep: int | None) -> None:
 _held: list[Any] = []
 
 
-def claim(output_dir: Path, patience_s: float = 30.0) -> None:
+def claim(output_dir: Path, patience_s: float = 150.0) -> None:
     """Makes this process the only training in ``output_dir`` for as long as it lives.
 
-    The lock goes with the process, also after kill -9; a file system without locks is used as it is.
+    The lock goes with the process, also after kill -9; that of a machine that has died, when the file server's lease ends
+    (NFS: 90 s). A file system without locks is used as it is.
 
     Raises:
         TrainingError: another living process holds it, after waiting ``patience_s`` for it to end.
     """
     stream = (output_dir / LOCK).open("a+", encoding="utf-8")
     end = time.monotonic() + patience_s
+    said = False
     while True:
         try:
             fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
         except (BlockingIOError, PermissionError):
             if time.monotonic() > end:
-                stream.seek(0)
                 raise TrainingError(
-                    f"{output_dir}: another training runs here ({stream.read().strip()}); stop that one"
+                    f"{output_dir}: another training runs here ({holder(output_dir)}); stop that one"
                 ) from None
+            if not said:
+                say(f"{output_dir}: held by {holder(output_dir)}; waiting up to {patience_s:g} s for its end")
+                said = True
             time.sleep(0.5)
         except OSError as error:
             say(
                 f"{output_dir}: no locks here ({error}): see to it yourself that no second training starts in it"
             )
             break
-    stream.truncate(0)
-    stream.write(_me())
-    stream.flush()
     _held.append(stream)
+    temporary = output_dir / f"{HOLDER}.{os.getpid()}.tmp"
+    temporary.write_text(_me(), encoding="utf-8")
+    temporary.replace(output_dir / HOLDER)
 
 
 def _me() -> str:
-    return f"process {os.getpid()} on {socket.gethostname()}\n"
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def holder(output_dir: Path) -> str:
+    """The process that has claimed ``output_dir``, in words; empty where none has."""
+    try:
+        return (output_dir / HOLDER).read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
 
 
 def check_claim(output_dir: Path) -> None:
@@ -246,13 +286,10 @@ def check_claim(output_dir: Path) -> None:
     Raises:
         TrainingError: another process has claimed ``output_dir`` since; nothing must be written there any more.
     """
-    try:
-        owner = (output_dir / LOCK).read_text(encoding="utf-8")
-    except OSError:
-        return
+    owner = holder(output_dir)
     if owner and owner != _me():
         raise TrainingError(
-            f"{output_dir}: {owner.strip()} has taken this training over; this process ({_me().strip()}) stops without writing"
+            f"{output_dir}: {owner} has taken this training over; this process ({_me()}) stops without writing"
         )
 
 
@@ -275,26 +312,32 @@ def folder_digest(folder: Path) -> str:
     return whole.hexdigest()
 
 
-def check_identity(output_dir: Path, identity: dict[str, Any]) -> None:
+def check_identity(
+    output_dir: Path, identity: dict[str, Any], rounding: frozenset[str] = frozenset()
+) -> None:
     """Refuses to continue a run with another configuration; records the identity of a new one.
 
+    A changed value of ``rounding`` is said and accepted.
+
     Raises:
-        TrainingError: names each key whose value differs from the recorded one.
+        TrainingError: names each other key whose value differs from the recorded one.
     """
     path = output_dir / IDENTITY
     recorded = read_json(path)
-    if isinstance(recorded, dict):
-        differing = [
-            f"  {key}: {recorded.get(key)!r} when it was started, now {identity.get(key)!r}"
+    if isinstance(recorded, dict) and (checkpoints(output_dir) or (output_dir / RESULT).exists()):
+        changed = {
+            key: f"{key}: {recorded.get(key)!r} when it was started, now {identity.get(key)!r}"
             for key in sorted(recorded.keys() | identity.keys())
             if recorded.get(key) != identity.get(key)
-        ]
-        if differing and (checkpoints(output_dir) or (output_dir / RESULT).exists()):
+        }
+        if not changed.keys() <= rounding:
             raise TrainingError(
-                f"--output_dir {output_dir}: holds a training with another configuration:\n"
-                + "\n".join(differing)
+                f"--output_dir {output_dir}: holds a training with another configuration:\n  "
+                + "\n  ".join(changed.values())
                 + "\nChoose another --output_dir, or undo the change, or delete the folder to start over."
             )
+        for line in changed.values():
+            say(f"{line}: the same steps, rounded otherwise from here on")
     write_json(path, identity)
 
 

@@ -6,6 +6,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,22 +63,28 @@ def make_trainer(arguments: Arguments, store: SampleStore, folders: dict[str, Pa
     )
 
 
+@dataclass(frozen=True)
+class ReadImage:
+    """From an image file's bytes to pixels, ``(3, height, width)``. A class, so that it can be sent to dataset workers."""
+
+    preprocess: ImagePreprocessor
+
+    def __call__(self, data: bytes, tolerant: bool) -> torch.Tensor:
+        return self.preprocess(decode(data, tolerant))
+
+
 def make_samples(
     arguments: Arguments, store: SampleStore, folders: dict[str, Path], tokenizer: Any
 ) -> EncodedSamples:
     """The training set, with LLaVA's preprocessing for this vision tower."""
     processor = load_image_processor(folders["vision_tower"])
     pixels = ImagePreprocessor.from_processor(processor, arguments.data.image_aspect_ratio)
-
-    def read_image(data: bytes, tolerant: bool) -> torch.Tensor:
-        return pixels(decode(data, tolerant))
-
     return EncodedSamples(
         store,
         tokenizer,
         arguments.model.version,
         arguments.training.model_max_length,
-        read_image,
+        ReadImage(pixels),
         arguments.data.cache_pixels,
     )
 
@@ -299,7 +306,7 @@ def write_final(
     model = trainer.plain_model
     if is_adapted(model):
         if not arguments.training.lora_merge:
-            save_adapters(model, folder / "adapters")
+            save_adapters(model, state, folder / "adapters")
         state = merged_state(model, state)
         model = model.get_base_model()
     half = _half(arguments.training)
@@ -368,16 +375,19 @@ def _read_back(folder: Path) -> None:
     """Proves that what was written can be read: every header, and every name that an index lists."""
     for path in folder.rglob("*.safetensors"):
         try:
-            names = formats.tensor_names(path)
+            shapes = formats.tensor_shapes(path)
         except Exception as error:
             raise TrainingError(f"{path}: was written but can't be read: {error}") from error
-        if not names:
-            raise TrainingError(f"{path}: was written but holds no tensors")
+        empty = [name for name, shape in shapes.items() if 0 in shape]
+        if not shapes or empty:
+            raise TrainingError(
+                f"{path}: was written but {f'{empty[:3]} hold nothing' if empty else 'holds no tensors'}"
+            )
     index = resume.read_json(folder / "model.safetensors.index.json")
     if index:
         for shard in set(index["weight_map"].values()):
             listed = {name for name, place in index["weight_map"].items() if place == shard}
-            missing = listed - set(formats.tensor_names(folder / shard))
+            missing = listed - formats.tensor_shapes(folder / shard).keys()
             if missing:
                 raise TrainingError(f"{folder / shard}: lacks {sorted(missing)[:3]}")
 

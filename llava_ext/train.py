@@ -17,7 +17,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import elastic, offload, ranks, resume
-from .callbacks import FewLabels, Interruption, Metrics, NoStep, StuckAtZero, listen, world_size
+from .callbacks import (
+    FewLabels,
+    Interruption,
+    Metrics,
+    NoStep,
+    StuckAtZero,
+    from_all,
+    listen,
+    world_size,
+)
 from .resume import TrainingError, say
 
 if TYPE_CHECKING:
@@ -95,8 +104,15 @@ WITHOUT_INFLUENCE = frozenset(
         "trackio_static_space_id",
         "accelerator_config",
         "parallelism_config",
+        "activation_checkpointing",
+        "activation_checkpointing_kwargs",
+        "gradient_checkpointing",
+        "gradient_checkpointing_kwargs",
+        "torch_empty_cache_steps",
     ]
 )
+# How the same steps are computed: what helps against too little memory may change on the way, and is said.
+ROUNDING = frozenset(["micro_batch_size", "attn_implementation", "pack", "tf32"])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -170,19 +186,20 @@ def _run(arguments: Arguments, watchdog: NoStep) -> None:
     ranks.check_traffic(arguments.training.device, arguments.training.meeting_timeout_s)
     watchdog.beat("opening data and checkpoints")
     store, folders = _open_inputs(arguments)
-    state = _on_first_rank(lambda: _look_around(arguments, store, folders, output_dir))
-    if state["finished"]:
-        say(f"{output_dir}: this training is finished (step {state['finished']['step']}); nothing to do")
+    finished = _on_first_rank(lambda: _look_around(arguments, store, folders, output_dir))
+    if finished:
+        say(f"{output_dir}: this training is finished (step {finished['step']}); nothing to do")
         return
+    share = (arguments.training.process_index, arguments.training.world_size)
+    good = resume.last_good(output_dir, share, _on_first_rank, from_all)
     from .setup_run import make_trainer
 
     watchdog.beat("loading the model")
     trainer = make_trainer(arguments, store, folders)
     interruption = _watch(trainer, arguments, output_dir, watchdog)
-    checkpoint = state["checkpoint"]
-    if checkpoint:
-        _prepare_to_continue(trainer, Path(checkpoint), watchdog)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    if good:
+        _prepare_to_continue(trainer, good, watchdog)
+    trainer.train(resume_from_checkpoint=str(good.path) if good else None)
     _conclude(trainer, interruption, arguments, folders, output_dir)
 
 
@@ -263,20 +280,19 @@ def _on_first_rank(work: Any) -> Any:
 
 def _look_around(
     arguments: Arguments, store: SampleStore, folders: dict[str, Path], output_dir: Path
-) -> dict[str, Any]:
-    """What is in the output folder already: a finished training, a checkpoint to continue from, or nothing."""
+) -> dict[str, Any] | None:
+    """Claims the output folder, checks what is in it, and gives the result of a training that is finished."""
     output_dir.mkdir(parents=True, exist_ok=True)
     resume.claim(output_dir)
     if arguments.training.resume == "never" and any(output_dir.glob("checkpoint-*")):
         raise TrainingError(f"--resume never: {output_dir} holds checkpoints; delete it to start over")
-    resume.check_identity(output_dir, identity(arguments, store, folders))
+    resume.check_identity(output_dir, identity(arguments, store, folders), ROUNDING)
     finished = resume.finished(output_dir)
     if finished:
-        return {"finished": finished, "checkpoint": None}
+        return finished
     resume.clear_staging(output_dir)
     (output_dir / resume.RESULT).unlink(missing_ok=True)
-    good = resume.last_good(output_dir)
-    return {"finished": None, "checkpoint": str(good.path) if good else None}
+    return None
 
 
 def identity(arguments: Arguments, store: SampleStore, folders: dict[str, Path]) -> dict[str, Any]:
@@ -325,9 +341,9 @@ def _watch(trainer: LlavaTrainer, arguments: Arguments, output_dir: Path, watchd
     return interruption
 
 
-def _prepare_to_continue(trainer: LlavaTrainer, checkpoint: Path, watchdog: NoStep) -> None:
+def _prepare_to_continue(trainer: LlavaTrainer, good: resume.Checkpoint, watchdog: NoStep) -> None:
     """Says what continuing changes, converts what another number of processes needs, refuses another engine."""
-    facts = resume.Checkpoint(checkpoint, 0).facts
+    checkpoint, facts = good.path, good.facts
     then, now = facts.get("world_size"), trainer.args.world_size
     if facts.get("engine") != trainer.engine:
         raise TrainingError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -15,12 +16,13 @@ from accelerate.utils import save_fsdp_optimizer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import Trainer
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback
 
 from . import resume
 from .arguments import LlavaTrainingArguments, sampling_strategy
-from .callbacks import any_rank, finite, world_size
+from .callbacks import any_rank, finite, from_all, leave_signals_to_the_trainer, let_fail, world_size
 from .conversation import IGNORE_INDEX
 from .elastic import load_universal
 from .offload import offloads_optimizer, replay_steps
@@ -57,6 +59,10 @@ class LlavaTrainer(Trainer):
         self.mm_projector_lr = mm_projector_lr
         self.watchdog: NoStep | None = None
         self.remove_callback(PrinterCallback)
+        trackers = tuple(get_reporting_integration_callbacks(self.args.report_to))
+        for callback in self.callback_handler.callbacks:
+            if trackers and isinstance(callback, trackers):
+                let_fail(callback)
         if self.args.loss_normalization == "micro_batch":
             # transformers would weight every token of the step alike; LLaVA averages the micro-batches' means.
             self.model_accepts_loss_kwargs = False
@@ -96,6 +102,13 @@ class LlavaTrainer(Trainer):
             args.seed if args.data_seed is None else args.data_seed,
         )
         return self.sampler
+
+    def get_train_dataloader(self) -> Any:
+        """As transformers', with workers that outlive a signal to the whole job."""
+        loader = super().get_train_dataloader()
+        base = getattr(loader, "base_dataloader", loader)  # accelerate's own is a shell around it
+        base.worker_init_fn = partial(_start_worker, base.worker_init_fn)
+        return loader
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
         # accelerate does not reach the sampler through its own wrappers in every case.
@@ -229,14 +242,14 @@ class LlavaTrainer(Trainer):
 
     def _list_together(self, folder: Path) -> dict[str, dict[str, Any]]:
         """Size and CRC of every file of a checkpoint. Each rank reads its share: one alone would need minutes for a
-        large state, in the time between a signal and the job's end."""
-        if world_size() == 1:
-            return resume.listing(folder, resume.file_names(folder))
-        box: list[Any] = [resume.file_names(folder) if self.args.should_save else None]
-        dist.broadcast_object_list(box, src=0)
-        found: list[Any] = [None] * world_size()
-        dist.all_gather_object(found, resume.listing(folder, box[0][dist.get_rank() :: world_size()]))
-        return {name: facts for part in found for name, facts in part.items()}
+        large state, in the time between a signal and the job's end.
+
+        Every rank says which files it sees: on a shared file system a machine may see another's only later.
+        """
+        seen = from_all(resume.file_names(folder))
+        mine = resume.shares(seen)[dist.get_rank() if world_size() > 1 else 0]
+        parts = from_all(resume.listing(folder, mine))
+        return {name: facts for part in parts for name, facts in part.items()}
 
     def _seal(self, root: Path, output_dir: Path, step: int, files: dict[str, dict[str, Any]]) -> None:
         args = self.args
@@ -351,6 +364,13 @@ class LlavaTrainer(Trainer):
         for name, tensor in rest.items():
             state[name] = state[tied] if name == "lm_head.weight" and tied in state else tensor.detach().cpu()
         return state
+
+
+def _start_worker(prepare: Callable[[int], None] | None, number: int) -> None:
+    """The beginning of a dataset worker, as transformers wants it and deaf to signals."""
+    leave_signals_to_the_trainer()
+    if prepare is not None:
+        prepare(number)
 
 
 def gathered(model: Any, names: set[str], keep: bool) -> dict[str, torch.Tensor]:

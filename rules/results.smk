@@ -57,6 +57,9 @@ rule evaluate:
         mem_mb=lambda wildcards: plan.single_job("evaluate", wildcards.run)["mem_mb"],
         runtime=120,
         gres=lambda wildcards: plan.single_job("evaluate", wildcards.run)["gres"],
+        train_slots=lambda wildcards: plan.single_job("evaluate", wildcards.run)[
+            "train_slots"
+        ],
     params:
         step=step,
         spec=lambda wildcards, resources: compact(plan.evaluation_spec(wildcards.run)),

@@ -62,14 +62,29 @@ def _measures(folder: Path, kept: set[str]) -> bool:
     return f"runs/export/{read_json(manifest).get('checkpoint', {}).get('run')}" in kept
 
 
+def parents_in_use(root: Path, kept: set[str]) -> set[str]:
+    """Stage-1 runs that a stage-2 training needs which is kept or is being computed, whatever configuration asked for it."""
+    wanted = {
+        read_json(path).get("inputs", {}).get("parent")
+        for path in root.glob("runs/finetune/*/*/spec.json")
+        if str(path.parents[1].relative_to(root)) in kept or is_computing(path.parents[1])
+    }
+    return {
+        str(path.parent.relative_to(root))
+        for path in root.glob("runs/pretrain/*/manifest.json")
+        if read_json(path).get("digest") in wanted
+    }
+
+
 def find_unused(root: Path, used: Sequence[str], forget: Sequence[str] = ()) -> Iterator[Unused]:
     """The folders below ``root`` that can go."""
-    named = named_by_experiments(root, forget)
+    kept = {*used, *named_by_experiments(root, forget)}
+    kept |= parents_in_use(root, kept)
     for folder in sorted(path for path in root.glob("runs/*/*") if path.is_dir()):
         name = str(folder.relative_to(root))
         if is_computing(folder):
             continue
-        if name not in used and name not in named and not _measures(folder, {*used, *named}):
+        if name not in kept and not _measures(folder, kept):
             yield Unused(folder, "no experiment uses it", folder_bytes(folder))
         elif (folder / "manifest.json").is_file():
             current = read_json(folder / "manifest.json").get("folder")

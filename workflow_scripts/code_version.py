@@ -15,8 +15,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-CODE_VERSION = 2
-CODE_DIGEST = "87c7a0730ce2da78"
+CODE_VERSION = 3
+CODE_DIGEST = "a64a5a1338778fe9"
 
 # The modules whose code decides what a training computes.
 NUMERIC = (

@@ -34,7 +34,7 @@ from workflow_scripts.launching.command import (
     training_environment,
     training_flags,
 )
-from workflow_scripts.launching.ownership import Ownership
+from workflow_scripts.launching.ownership import PATIENCE_S, Ownership
 from workflow_scripts.launching.preflight import check_all
 from workflow_scripts.launching.process import Training
 from workflow_scripts.launching.provenance import provenance
@@ -152,7 +152,7 @@ def launch(job: Job) -> None:
     """Trains until the result is there, or raises UserError that says why not and where the log is."""
     state = job.state
     state.mkdir(parents=True, exist_ok=True)
-    owner = Ownership(state)
+    owner = Ownership(state, max(PATIENCE_S, job.compute.save_before_end_s))
     result = finished_result(state)
     if result is None:
         owner.claim()

@@ -15,7 +15,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -144,12 +144,7 @@ def convert_shards(shards: dict[str, Path], target: Path) -> None:
         shard = (
             f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
         )
-        # clone: tied weights share memory, which safetensors refuses
-        save_file(
-            {key: item.clone().contiguous() for key, item in state.items()},
-            target / shard,
-            metadata={"format": "pt"},
-        )
+        save_file(_apart(state), target / shard, metadata={"format": "pt"})
         weights |= dict.fromkeys(state, shard)
         total += sum(item.numel() * item.element_size() for item in state.values())
     if len(shards) > 1:
@@ -157,6 +152,21 @@ def convert_shards(shards: dict[str, Path], target: Path) -> None:
             target / "model.safetensors.index.json",
             {"metadata": {"total_size": total}, "weight_map": weights},
         )
+
+
+def _apart(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Contiguous tensors that share no memory (as tied weights do), which safetensors refuses.
+
+    All others stay in the mapped file: a shard of 10 GB needs no 10 GB of memory.
+    """
+    seen: set[int] = set()
+    found = {}
+    for key, item in state.items():
+        place = item.untyped_storage().data_ptr()
+        shared = place in seen or item.untyped_storage().nbytes() != item.numel() * item.element_size()
+        seen.add(place)
+        found[key] = item.clone().contiguous() if shared else item.contiguous()
+    return found
 
 
 def patch_generation_config(folder: Path) -> list[str]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from workflow_scripts.code_version import CODE_VERSION
 from workflow_scripts.config.base import StrictModel
-from workflow_scripts.config.compute import ComputeSpec
+from workflow_scripts.config.compute import ComputeSpec, split_gres
 from workflow_scripts.config.experiments import Experiment
 from workflow_scripts.config.load import Loaded
 from workflow_scripts.config.schema import known, suggestion
@@ -233,11 +233,12 @@ class Plan:
     def single_job(self, stage: str, name: str) -> dict[str, Any]:
         """Resources of an export (CPU) or an evaluation (one GPU where the training has some)."""
         compute = self.config.compute[self.experiment_of(stage, name).finetune.compute]
-        gres = None
-        if stage == "evaluate" and compute.gpus_per_node:
-            kind = (compute.gres or "gpu").split(":")
-            gres = ":".join([*(kind[:2] if len(kind) == 3 else kind[:1]), "1"])
-        return {"mem_mb": min(compute.mem_mb, 64000), "gres": gres}
+        on_gpu = stage == "evaluate" and compute.gpus_per_node > 0
+        return {
+            "mem_mb": min(compute.mem_mb, 64000),
+            "gres": f"{split_gres(compute.gres or 'gpu')[0]}:1" if on_gpu else None,
+            "train_slots": int(on_gpu),
+        }
 
     def export_spec(self, name: str) -> dict[str, Any]:
         """What the export has to know."""

@@ -12,6 +12,8 @@ import shlex
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 
@@ -38,13 +40,13 @@ def _tee(log: Path) -> tuple[threading.Thread, int]:
     os.close(writing)
 
     def copy() -> None:
-        with stream:
-            while piece := os.read(reading, 1 << 16):
-                stream.write(piece)
-                try:
-                    os.write(terminal, piece)
-                except OSError:  # the terminal is gone; the log goes on
-                    continue
+        # Either may fail, the terminal by going away, the log by a full disk; who writes must not be kept waiting.
+        while piece := os.read(reading, 1 << 16):
+            for write in (partial(os.write, terminal), stream.write):
+                with suppress(OSError):
+                    write(piece)
+        with suppress(OSError):
+            stream.close()
 
     thread = threading.Thread(target=copy, daemon=True)
     thread.start()

@@ -18,7 +18,7 @@ from transformers import (
     LlavaProcessor,
 )
 
-from llava_ext.build import load_model, load_tokenizer, save_checkpoint
+from llava_ext.build import load_model, load_tokenizer, reset_projector, save_checkpoint
 from llava_ext.conversation import inference_prompt, prompt_ids
 from llava_ext.generation import answer
 from llava_ext.interventions import FLAGS, Interventions
@@ -297,6 +297,18 @@ def test_a_saved_tokenizer_still_gives_training_ids(vanilla):
     again = load_tokenizer(folder)
     for text in ("plain", " <image> word", "a<image>b</s>c", "▁mark"):
         assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
+
+
+def test_a_new_projector_is_the_same_in_every_precision():
+    """Not drawn in the precision of the engine: DDP keeps float32, DeepSpeed bfloat16, and both start from one projector."""
+    projector = make_model()[0].model.multi_modal_projector
+    drawn = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(3)
+        reset_projector(projector.to(dtype))
+        drawn[dtype] = [parameter.detach().clone() for parameter in projector.parameters()]
+    for single, half in zip(drawn[torch.float32], drawn[torch.bfloat16], strict=True):
+        assert torch.equal(single.bfloat16(), half)
 
 
 def test_bfloat16_models_run_and_answer():

@@ -242,6 +242,7 @@ def test_a_job_on_two_nodes_saves_when_told_to_end_and_when_cancelled(
     finished_on_slurm, slurm, tmp_path, parallel
 ):
     compute = {"nodes": 2, "parallel": parallel, "per_device_batch_size": 4, "gres": "gpu:1", "mem_mb": 3000}
+    compute["dataloader_workers"] = 1  # which Slurm's signal reaches too
     # no checkpoint is ever due: what is saved is saved because of a signal
     workspace = training(finished_on_slurm, tmp_path, compute, max_steps=100, save_steps=1000)
     process = workspace.start(TRAINED)
@@ -365,15 +366,16 @@ def test_only_preempted_jobs_of_this_name_are_requeued_and_a_refusal_is_said_onc
 
 
 def test_a_time_limit_saves_in_time_and_the_next_attempt_continues(finished_on_slurm, slurm, tmp_path):
-    compute = {"runtime_min": 2, "save_before_end_s": 90, "attempts": 12}
+    compute = {"runtime_min": 2, "save_before_end_s": 90, "attempts": 2, "dataloader_workers": 1}
     # longer than the limit on the fastest machine
     workspace = training(
         finished_on_slurm, tmp_path, compute, max_steps=1200, save_steps=1100, global_batch_size=40
     )
-    done = workspace.run(TRAINED, check=False, timeout=900)
+    workspace.run(TRAINED, check=False)
+    workspace.config["compute"]["small"]["runtime_min"] = 20  # the rest in one piece
+    workspace.run(TRAINED)
     state = workspace.state("finetune", "long")
     rows = attempts(state)
-    assert done.returncode == 0, done.stdout[-3000:]
     assert len(rows) >= 2, "the training was too short to meet its limit"
     # No checkpoint was due before the limit: what the next attempt starts from was saved because of the signal.
     assert rows[0]["outcome"] == "interrupted"

@@ -143,6 +143,12 @@ def test_deepspeed_file_of_llava_is_shipped(base):
     assert argv[argv.index("--tf32") + 1] == "True"
 
 
+def test_a_training_that_wants_a_gpu_does_not_fall_back_to_the_cpu(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(TrainingError, match=r"--use_cpu False: torch .* can use no GPU here"):
+        parse(["--use_cpu", "False"])
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

@@ -135,6 +135,20 @@ def test_deepspeed(config, data, alone, tmp_path):
     assert not list((fewer / "out").glob(".saving*"))
 
 
+def test_zero3_leaves_whole_adapters(data, tmp_path):
+    """ZeRO-3 keeps placeholders without elements where the adapters were."""
+    lora = {"lora_enable": True, "lora_merge": False, "lora_r": 4, "lora_dropout": 0.0, "max_steps": 1}
+    flags = SHORT | lora
+    run(command_line(2, tmp_path / "alone", data_path=data, **flags), tmp_path / "log")
+    run(two(data, tmp_path, deepspeed="zero3.json", **lora), tmp_path / "log", processes=2)
+    theirs, ours = (
+        load_file(tmp_path / name / "adapters/adapter_model.safetensors") for name in ("alone", "out")
+    )
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, atol=1e-5, rtol=0)
+
+
 def test_deepspeed_on_more_processes(data, alone, tmp_path):
     """A checkpoint of one process goes on with two."""
     short = SHORT | {"deepspeed": "zero2.json"}

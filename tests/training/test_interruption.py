@@ -12,6 +12,7 @@ import pytest
 from trainings import GOLDEN, command_line, environment, losses, result, rows, run, start, wait_for
 
 from llava_ext import resume
+from workflow_scripts.launching.ownership import descendants, signal_tree
 
 pytestmark = pytest.mark.slow
 WEIGHTS = {1: "mm_projector.safetensors", 2: "model.safetensors"}
@@ -75,6 +76,42 @@ def test_signal_saves_at_the_end_of_the_step(stage, number, tmp_path, uninterrup
     assert_same(stage, tmp_path / "out", uninterrupted(stage))
 
 
+@pytest.mark.parametrize(("context", "number"), [("fork", signal.SIGTERM), ("forkserver", signal.SIGUSR1)])
+def test_a_signal_to_every_process_of_a_job_leaves_the_dataset_workers_at_work(
+    tmp_path, uninterrupted, context, number
+):
+    """Slurm sends it to all; a worker that died of it would take the training with it, ahead of the save."""
+    argv = command_line(
+        2, tmp_path / "out", dataloader_num_workers=2, dataloader_multiprocessing_context=context
+    )
+    process = start(argv, tmp_path / "log")
+    wait_for(lambda: len(rows(tmp_path / "out")) >= 6, process)
+    assert len(descendants(process.pid)) >= 2
+    signal_tree(process.pid, number)
+    assert process.wait(60) == 0, (tmp_path / "log").read_text()[-2000:]
+    stopped = result(tmp_path / "out")
+    assert stopped["status"] == "interrupted" and 6 <= stopped["step"] < 20
+    run(argv, tmp_path / "log")
+    assert_same(2, tmp_path / "out", uninterrupted(2))
+
+
+def test_what_helps_against_too_little_memory_may_change_on_the_way(tmp_path):
+    """The global batch stays: smaller micro-batches and recomputed activations are the same steps."""
+    token = {"loss_normalization": "token", "num_train_epochs": 1}
+    run(command_line(2, tmp_path / "straight", **token), tmp_path / "log")
+    assert (
+        interrupt(command_line(2, tmp_path / "out", **token), tmp_path, 5, signal.SIGTERM) == 0
+        and result(tmp_path / "out")["status"] == "interrupted"
+    )
+    smaller = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    text = run(
+        command_line(2, tmp_path / "out", gradient_checkpointing=True, **smaller, **token), tmp_path / "log"
+    )
+    assert "micro_batch_size: 4 when it was started, now 2: the same steps, rounded otherwise" in text
+    ours, theirs = ([row["loss"] for row in rows(tmp_path / name)] for name in ("out", "straight"))
+    assert ours == pytest.approx(theirs, abs=1e-5)
+
+
 def test_signal_during_a_save_needs_no_second_one(tmp_path, uninterrupted):
     argv = command_line(2, tmp_path / "out")
     done = run_with("resume.seal", "os.kill(os.getpid(), signal.SIGTERM)", argv, tmp_path)
@@ -87,7 +124,7 @@ def test_signal_during_a_save_needs_no_second_one(tmp_path, uninterrupted):
 def test_a_process_whose_training_was_taken_over_writes_nothing_more(tmp_path):
     """Its machine was cut off, Slurm gave the job to another one, and now it is back."""
     argv = command_line(2, tmp_path / "out", save_steps=4)
-    lock = (tmp_path / "out" / resume.LOCK).as_posix()
+    lock = (tmp_path / "out" / resume.HOLDER).as_posix()
     done = run_with("resume.seal", f"open({lock!r}, 'w').write('process 7 on elsewhere')", argv, tmp_path)
     assert done.returncode == 1
     assert "process 7 on elsewhere has taken this training over" in done.stderr

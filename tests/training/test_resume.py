@@ -115,9 +115,29 @@ def test_folder_digest_sees_content_and_not_the_place(tmp_path):
     assert resume.folder_digest(tmp_path / "a") != resume.folder_digest(tmp_path / "b")
 
 
+def test_ranks_share_the_reading_of_a_checkpoint(tmp_path):
+    """Two ranks in step: each reads the files that the other does not, and either finds the damage."""
+    save(tmp_path, 10)
+    flip_a_byte(save(tmp_path, 20))
+    newest = resume.checkpoints(tmp_path)[0]
+    found = [newest.problem(share=(rank, 2)) for rank in range(2)]
+    assert len([text for text in found if text is None]) == 1 and newest.problem() in found
+    gathered = iter([found, [None, None]])
+    good = resume.last_good(tmp_path, (0, 2), lambda work: work(), lambda mine: next(gathered))
+    assert good.step == 10 and (tmp_path / "damaged-checkpoint-20").is_dir()
+
+
+def test_every_file_is_read_by_a_rank_that_sees_it():
+    seen = [["a", "b", "c"], ["a", "c", "d"], []]
+    dealt = resume.shares(seen)
+    assert sorted(name for names in dealt for name in names) == ["a", "b", "c", "d"]
+    assert all(set(mine) <= set(names) for mine, names in zip(dealt, seen, strict=True))
+    assert resume.shares([["a", "b"]]) == [["a", "b"]]
+
+
 def test_one_training_a_folder(tmp_path):
     """Another process is refused while the first lives, and may go on at once when it was killed."""
-    script = f"from pathlib import Path; from llava_ext.resume import claim; claim(Path({str(tmp_path)!r}), 0.1); print('mine', flush=True); input()"
+    script = f"from pathlib import Path; from llava_ext.resume import check_claim, claim; f = Path({str(tmp_path)!r}); claim(f, 0.1); check_claim(f); print('mine', flush=True); input()"
 
     def another():
         return subprocess.Popen(
@@ -128,6 +148,7 @@ def test_one_training_a_folder(tmp_path):
     assert first.stdout.readline() == "mine\n"
     second = another()
     assert second.wait(30) == 1 and f"process {first.pid} on" in second.stderr.read()
+    assert resume.holder(tmp_path).startswith(f"process {first.pid} on")
     first.kill()
     first.wait()
     third = another()

@@ -15,7 +15,7 @@ import llava_ext
 from workflow_scripts.clean import find_unused
 from workflow_scripts.config.compute import ComputeSpec
 from workflow_scripts.config.load import load_file
-from workflow_scripts.io import UserError
+from workflow_scripts.io import UserError, write_json
 from workflow_scripts.launch import complete
 from workflow_scripts.launching import attempts, command, ownership, preflight
 from workflow_scripts.launching.command import (
@@ -355,15 +355,30 @@ def test_a_tracker_that_is_not_installed_is_named_before_anything_is_trained(spe
     assert "names tensorboard" not in message
 
 
-def test_visible_gpus_are_counted_as_the_job_sees_them(tmp_path, monkeypatch):
+def test_gpus_that_the_driver_lists_and_torch_cannot_use_are_no_gpus(tmp_path, monkeypatch):
+    """A torch for another driver, or for the CPU: the training would run on the CPU for days."""
     tool = tmp_path / "nvidia-smi"
-    tool.write_text("#!/bin/sh\nprintf '0, GPU-a, H200\\n1, GPU-b, H200\\n2, GPU-c, H200\\n'\n")
+    tool.write_text("#!/bin/sh\nprintf 'GPU 0: H200 (UUID: GPU-a)\\nGPU 1: H200 (UUID: GPU-b)\\n'\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert len(preflight.gpu_names()) == 3
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,GPU-c")
-    assert len(preflight.gpu_names()) == 2
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # on a machine with GPUs: torch may use none
+    (found,) = preflight.gpu_problems(2, "fp32")
+    assert found.startswith("0 GPUs are visible, 2 are needed (torch ")
+    assert "nvidia-smi lists 2" in found and "CUDA_VISIBLE_DEVICES=" in found
+    assert preflight.gpu_problems(0, "fp32") == []
+
+
+def test_a_gpu_without_bfloat16_and_one_that_hangs_are_named(monkeypatch):
+    monkeypatch.setattr(preflight, "visible_gpus", lambda: preflight.Gpus(("V100",) * 2))
+    assert preflight.gpu_problems(2, "fp16") == []
+    assert preflight.gpu_problems(2, "bf16") == [
+        "precision: bf16 can't be computed by V100; set precision: fp16"
+    ]
+    monkeypatch.undo()
+    monkeypatch.setattr(preflight, "ASK_TORCH", "import time; time.sleep(60)")
+    assert "did not answer within 0.5 s" in preflight.visible_gpus(0.5).why
+    monkeypatch.setattr(preflight, "ASK_TORCH", "raise ImportError('libcudart.so.13: cannot open')")
+    assert preflight.visible_gpus().why == "torch can't be loaded: ImportError: libcudart.so.13: cannot open"
 
 
 @pytest.mark.parametrize("pair", command.DEEPSPEED_FILES, ids="-".join)
@@ -377,6 +392,18 @@ def test_a_deepspeed_file_moves_what_the_config_says_and_no_more(pair):
     assert moved == {"none": set(), "optimizer": {"offload_optimizer"}, "parameters": {"offload_optimizer", "offload_param"}}[
         offload
     ]  # fmt: skip
+
+
+def test_a_stage_1_is_kept_while_the_stage_2_of_another_configuration_trains_on_it(tmp_path):
+    parent, child = tmp_path / "runs/pretrain/theirs", tmp_path / "runs/finetune/theirs/state"
+    write_json(parent / "manifest.json", {"digest": "abc", "folder": "state"})
+    write_json(child / "spec.json", {"inputs": {"parent": "abc"}})
+    owner = ownership.Ownership(child)
+    owner.claim()
+    assert not list(find_unused(tmp_path, []))
+    owner.release()
+    assert [item.path.parent.name for item in find_unused(tmp_path, [])] == ["finetune", "pretrain"]
+    assert not list(find_unused(tmp_path, ["runs/finetune/theirs"]))
 
 
 def test_a_run_that_may_still_be_computed_is_not_removed(tmp_path, monkeypatch):

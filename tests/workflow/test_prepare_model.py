@@ -135,6 +135,28 @@ def test_converted_weights_are_equal(vicuna, tmp_path):
             assert torch.equal(load_file(tmp_path / index[name])[name], tensor)
 
 
+def test_weights_stay_in_the_mapped_file_until_they_are_written(tmp_path):
+    """A shard of 10 GB needs no 10 GB of memory; only what shares memory is copied, which safetensors refuses otherwise."""
+    import torch
+
+    from workflow_scripts.prepare_model import _apart
+
+    whole = torch.arange(12.0)
+    torch.save(
+        {"own": torch.ones(3, 4), "tied": whole, "tie": whole, "part": whole[4:8]}, tmp_path / "shard.bin"
+    )
+    state = torch.load(tmp_path / "shard.bin", weights_only=True, mmap=True)
+    found = _apart(state)
+    assert {name: found[name].data_ptr() == state[name].data_ptr() for name in found} == {
+        "own": True,
+        "tied": True,
+        "tie": False,
+        "part": False,
+    }
+    assert all(torch.equal(found[name], state[name]) for name in state)
+    assert len({item.untyped_storage().data_ptr() for item in found.values()}) == 4
+
+
 class Harmful:
     def __reduce__(self):
         return (os.system, ("touch harmed",))

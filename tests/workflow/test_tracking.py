@@ -12,6 +12,8 @@ import struct
 
 import pytest
 
+from workflow_scripts.launching.ownership import signal_tree
+
 from .test_crash import LONG, attempts, checkpoint_of
 from .workspace import wait_for
 
@@ -20,7 +22,7 @@ BLOCK, FULL, LAST = 1 << 15, 1, 4
 SECRET = "0123456789abcdef" * 2 + "01234567"  # 40 digits, as W&B's keys have
 
 
-def train_with(finished, folder, tracker):
+def train_with(finished, folder, tracker, send=os.kill):
     """A training that a signal ends once and that goes on; its workspace and its state folder."""
     workspace = finished.copy_to(folder)
     workspace.extra_environment = {
@@ -31,7 +33,7 @@ def train_with(finished, folder, tracker):
     workspace.config["experiments"] = {"long": {"finetune": {**LONG, "report_to": [tracker]}}}
     process = workspace.start(workspace.plan().run("finetune", "long").manifest)
     state = wait_for(lambda: checkpoint_of(workspace), 120, "the first checkpoint", process)
-    os.kill(json.loads((state / "owner.json").read_text())["trainer"], signal.SIGTERM)
+    send(json.loads((state / "owner.json").read_text())["trainer"], signal.SIGTERM)
     assert process.wait(timeout=300) == 0, (folder / "snakemake.out").read_text()[-4000:]
     assert [row["outcome"] for row in attempts(state)] == ["interrupted", "finished"]
     return workspace, state
@@ -88,6 +90,16 @@ def test_wandb_keeps_all_attempts_as_one_run(finished, tmp_path):
     assert {run.display_name for run in runs} == {f"finetune-{state.parent.name}-{state.name}"}
     assert not (workspace.folder / "wandb").exists()
     assert_no_secret(workspace.folder)
+
+
+def test_a_signal_that_ends_wandbs_own_process_too_does_not_keep_the_training_from_saving(finished, tmp_path):
+    """Slurm sends it to every process of the job."""
+    pytest.importorskip("wandb")
+    _, state = train_with(finished, tmp_path / "w", "wandb", signal_tree)
+    assert (
+        "and gets nothing more; metrics.jsonl has every step" in (state / "logs/attempt-001.log").read_text()
+    )
+    assert sorted(losses(state)) == list(range(1, 61))
 
 
 def test_trackio_goes_on_in_the_same_run(finished, tmp_path):

@@ -9,6 +9,14 @@ from pydantic import Field, model_validator
 from .base import StrictModel
 from .types import Count, NonNegative, Positive
 
+LEAST_TRAINING_S = 30
+
+
+def split_gres(gres: str) -> tuple[str, int]:
+    """A Slurm request in its kind and its number: `gpu:a100:8` -> (`gpu:a100`, 8), `gpu:a100` -> (`gpu:a100`, 1)."""
+    kind, _, count = gres.rpartition(":")
+    return (kind, int(count)) if kind and count.isdigit() else (gres, 1)
+
 
 class ComputeSpec(StrictModel):
     """A kind of job: what it asks for and how it spreads. Site values (partition, account) belong in `slurm/`."""
@@ -88,6 +96,22 @@ class ComputeSpec(StrictModel):
             raise ValueError(f"offload: {self.offload} needs parallel: zero2 or zero3, found {self.parallel}")
         if self.offload == "parameters" and self.parallel != "zero3":
             raise ValueError("offload: parameters needs parallel: zero3; with zero2 use offload: optimizer")
+        return self
+
+    @model_validator(mode="after")
+    def _fits_slurm(self) -> ComputeSpec:
+        left = self.runtime_min * 60 - self.save_before_end_s
+        if left < LEAST_TRAINING_S:
+            raise ValueError(
+                f"save_before_end_s: {self.save_before_end_s} leaves {max(left, 0)} s of runtime_min: {self.runtime_min} to train "
+                f"in, at least {LEAST_TRAINING_S} are needed; lower it or raise runtime_min"
+            )
+        kind, count = split_gres(self.gres or "gpu")
+        if self.gres and self.gpus_per_node and count != self.gpus_per_node:
+            raise ValueError(
+                f"gres: {self.gres} asks for {count} GPUs, but gpus_per_node is {self.gpus_per_node}; "
+                f"set gres: {kind}:{self.gpus_per_node}"
+            )
         return self
 
     @model_validator(mode="after")

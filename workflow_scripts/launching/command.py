@@ -144,7 +144,7 @@ def _compute_flags(stage: StageSpec, compute: ComputeSpec) -> dict[str, Any]:
         "bf16": True if compute.precision == "bf16" else None,
         "fp16": True if compute.precision == "fp16" else None,
         "tf32": True if compute.tf32 else None,
-        "use_cpu": None if compute.gpus_per_node else True,
+        "use_cpu": not compute.gpus_per_node,  # False: stops where no GPU can be used, instead of computing for days
         "attn_implementation": compute.attention,
         "gradient_checkpointing": True if compute.gradient_checkpointing else None,
         "pack": True if compute.packing else None,

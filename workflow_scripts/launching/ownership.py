@@ -69,7 +69,9 @@ def signal_tree(pid: int, number: int) -> None:
 class Ownership:
     """The claim of this process on a state folder."""
 
-    def __init__(self, state: Path) -> None:
+    def __init__(self, state: Path, patience_s: float = PATIENCE_S) -> None:
+        """``patience_s``: how long a former owner may take for its last save."""
+        self.patience_s = patience_s
         self.path = state / OWNER
         self.mine = {
             "host": socket.gethostname(),
@@ -130,7 +132,7 @@ class Ownership:
             self._wait_for_silence(f"Slurm job {job} (squeue does not answer here)")
         if alive:
             print(f"Slurm job {job} is still computing this training: asking it to save and end", flush=True)
-            if not slurm.cancel(job, PATIENCE_S):
+            if not slurm.cancel(job, self.patience_s):
                 raise UserError(
                     f"{self.path}: Slurm job {job} does not end; cancel it (scancel {job}) and start again"
                 )
@@ -166,7 +168,7 @@ class Ownership:
             return
         print(f"process {pid} is still computing this training: asking it to save and end", flush=True)
         signal_tree(pid, signal.SIGTERM)
-        deadline = time.monotonic() + PATIENCE_S
+        deadline = time.monotonic() + self.patience_s
         while process_start(pid) == start:
             if time.monotonic() > deadline:
                 signal_tree(pid, signal.SIGKILL)

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from workflow_scripts.io import UserError, write_json
 
 from .command import Nodes, srun
 
+ANSWER_S = 300.0
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "safetensors", "numpy")
 
 
@@ -39,26 +41,74 @@ def versions() -> dict[str, str]:
     return found
 
 
-def gpu_names() -> list[str]:
-    """The GPUs that this process may use, by name, without loading torch."""
+@dataclass(frozen=True)
+class Gpus:
+    """The GPUs that torch can use in a process of this environment, by name; ``why``: the reason where there is none."""
+
+    names: tuple[str, ...] = ()
+    bf16: bool = False
+    build: str = "torch"
+    why: str = ""
+
+
+ASK_TORCH = """
+import json, torch
+found = {"names": [], "bf16": False, "build": f"torch {torch.__version__}", "why": ""}
+try:
+    torch.cuda.init()
+    found["names"] = [torch.cuda.get_device_name(place) for place in range(torch.cuda.device_count())]
+    found["bf16"] = torch.cuda.is_bf16_supported(including_emulation=False)
+except Exception as error:
+    found["why"] = str(error).strip().splitlines()[0]
+print(json.dumps(found))
+"""
+
+
+def visible_gpus(timeout_s: float = 180.0) -> Gpus:
+    """Asks torch in a process of its own, which holds no memory of a GPU afterwards and may hang on a sick one.
+
+    A driver's list would not do: the driver may be too old for this torch, torch may be built for the CPU, and a job may
+    hold a part of a GPU (MIG).
+    """
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", ASK_TORCH], capture_output=True, text=True, timeout=timeout_s, check=True
+        )
+        found = json.loads(done.stdout)
+    except subprocess.TimeoutExpired:
+        return Gpus(why=f"torch did not answer within {timeout_s:g} s; is a GPU of this machine ill?")
+    except (subprocess.CalledProcessError, ValueError) as error:
+        said = str(getattr(error, "stderr", error)).strip().splitlines()
+        return Gpus(why=f"torch can't be loaded: {said[-1] if said else error}")
+    return Gpus(tuple(found["names"]), found["bf16"], found["build"], found["why"])
+
+
+def driver_says() -> str:
+    """How many GPUs the driver lists, whatever torch can do with them."""
     if shutil.which("nvidia-smi") is None:
+        return "there is no nvidia-smi"
+    try:
+        done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=False)
+    except subprocess.TimeoutExpired:
+        return "nvidia-smi does not answer"
+    return f"nvidia-smi lists {sum(line.startswith('GPU ') for line in done.stdout.splitlines())}"
+
+
+def gpu_problems(wanted: int, precision: str) -> list[str]:
+    """What the GPUs of this machine lack for ``wanted`` processes in that precision, in words."""
+    if not wanted:
         return []
-    done = subprocess.run(
-        ["nvidia-smi", "--query-gpu=index,uuid,name", "--format=csv,noheader"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    rows = [
-        [cell.strip() for cell in line.split(",")]
-        for line in done.stdout.splitlines()
-        if line.count(",") >= 2
-    ]
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return [row[2] for row in rows]
-    allowed = [item.strip() for item in visible.split(",")]
-    return [row[2] for row in rows if row[0] in allowed or row[1] in allowed]
+    gpus = visible_gpus()
+    if len(gpus.names) < wanted:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        limited = "" if visible is None else f", CUDA_VISIBLE_DEVICES={visible}"
+        why = f": {gpus.why}" if gpus.why else ""
+        return [
+            f"{len(gpus.names)} GPUs are visible, {wanted} are needed ({gpus.build}{why}; {driver_says()}{limited})"
+        ]
+    if precision == "bf16" and not gpus.bf16:
+        return [f"precision: bf16 can't be computed by {gpus.names[0]}; set precision: fp16"]
+    return []
 
 
 def importable(package: str) -> bool:
@@ -86,6 +136,7 @@ def expectations(
     """What each machine must have."""
     return {
         "gpus": compute.gpus_per_node,
+        "precision": compute.precision,
         "versions": versions(),
         "trackers": list(trackers),
         "stage": stage,
@@ -99,11 +150,7 @@ def expectations(
 def problems_here(expected: Mapping[str, Any]) -> list[str]:
     """What this machine lacks, in words."""
     found = []
-    gpus = gpu_names() if expected["gpus"] else []
-    if len(gpus) < expected["gpus"]:
-        found.append(
-            f"{len(gpus)} GPUs are visible, {expected['gpus']} are needed (nvidia-smi, CUDA_VISIBLE_DEVICES)"
-        )
+    found += gpu_problems(expected["gpus"], expected["precision"])
     here = versions()
     for name, wanted in expected["versions"].items():
         if here.get(name) != wanted:
@@ -148,9 +195,17 @@ def check_all(
     expected = json.dumps(expectations(compute, paths, nodes.address, token, *wanted))
     command = [*srun(compute.nodes, 1), "bash", "-c"]
     command.append(f'exec "$0" -m {__name__} --node "$SLURMD_NODENAME" --expect "$1"')
-    done = subprocess.run(
-        [*command, sys.executable, expected], capture_output=True, text=True, timeout=300, check=False
-    )
+    try:
+        done = subprocess.run(
+            [*command, sys.executable, expected],
+            capture_output=True,
+            text=True,
+            timeout=ANSWER_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        late = f"not all machines answered within {ANSWER_S:g} s"
+        done = subprocess.CompletedProcess(command, 1, "", late)
     _judge(nodes, folder, done)
 
 

@@ -11,7 +11,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
-from .preflight import gpu_names, versions
+from .preflight import versions, visible_gpus
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -38,8 +38,8 @@ def git_state(root: Path = ROOT) -> dict[str, Any]:
     }
 
 
-def hardware() -> dict[str, Any]:
-    """The machine: processor, memory, GPUs."""
+def hardware(with_gpus: bool) -> dict[str, Any]:
+    """The machine: processor, memory, and the GPUs where the training used some."""
     model = platform.processor()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -54,7 +54,7 @@ def hardware() -> dict[str, Any]:
         "cpu": model,
         "cpus": os.cpu_count(),
         "memory_bytes": memory,
-        "gpus": gpu_names(),
+        "gpus": list(visible_gpus().names) if with_gpus else [],
     }
 
 
@@ -80,7 +80,7 @@ def provenance(
         "code": {"version": spec["code_version"], **git_state()},
         "versions": versions(),
         "packages": packages(),
-        "hardware": hardware(),
+        "hardware": hardware(bool(spec["compute"]["gpus_per_node"])),
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
         "metrics": result.get("metrics", {}),
         "step": result.get("step"),

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from workflow_scripts.launching.preflight import gpu_names
+from workflow_scripts.launching.preflight import driver_says, visible_gpus
 from workflow_scripts.launching.provenance import ROOT
 
 from .findings import GB, Finding
@@ -63,23 +63,20 @@ def _pinned(name: str, wanted: str) -> Iterator[Finding]:
 
 def check_hardware(wanted: int = 0) -> Iterator[Finding]:
     """GPUs as the driver and as torch see them, ``wanted`` of them or more; shared memory for data workers."""
-    names = gpu_names()
-    found = ", ".join(names) or "none visible (CPU trainings work)"
-    if len(names) < wanted:
-        found = f"{len(names)} of {wanted} are visible (nvidia-smi, CUDA_VISIBLE_DEVICES)"
-    yield Finding("GPUs", bool(names) and len(names) >= wanted, found, needed=wanted > 0)
-    import torch
+    gpus = visible_gpus()
+    found = ", ".join(gpus.names)
+    if len(gpus.names) < max(1, wanted):
+        why = f": {gpus.why}" if gpus.why else ""
+        found = (
+            f"torch can use {len(gpus.names)} of {wanted} wanted ({gpus.build}{why}; {driver_says()})"
+            if wanted
+            else f"none visible (CPU trainings work; {driver_says()})"
+        )
+    yield Finding("GPUs", bool(gpus.names) and len(gpus.names) >= wanted, found, needed=wanted > 0)
+    if gpus.names:
+        import torch
 
-    if names:
-        count = torch.cuda.device_count()
-        yield Finding(
-            "torch sees",
-            count == len(names),
-            f"{count} of {len(names)} GPUs; is it a CUDA build ({torch.__version__})?",
-        )
-        yield Finding(
-            "bf16", torch.cuda.is_bf16_supported(), "set precision: fp16 where this fails", needed=False
-        )
+        yield Finding("bf16", gpus.bf16, "set precision: fp16 where this fails", needed=False)
         yield Finding("NCCL", torch.distributed.is_nccl_available(), "needed for several GPUs")
     if Path("/dev/shm").is_dir():
         free = shutil.disk_usage("/dev/shm").free / GB
