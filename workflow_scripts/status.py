@@ -1,7 +1,8 @@
 """Shows what the trainings are doing, from their folders alone: `python -m workflow_scripts.status [--watch]`.
 
 One line a training: stage, run, state, step, loss, tokens a second, time left, time since the last step, attempts, GPUs, last
-saved step, machine or job, and the finished experiments that use it. Below one that failed, or that a check refused to start: why, and where its log is.
+saved step, machine or job, and the finished experiments that use it. Below one that failed, or that a check refused to start:
+why, and where its log is.
 """
 
 from __future__ import annotations
