@@ -66,12 +66,12 @@ def run_step(name: str, arguments: Sequence[str], log: Path) -> int:
         import traceback
 
         traceback.print_exc()
+    sys.stdout.flush()  # what the step printed comes before what is said about it
     code = status if isinstance(status, int) else 0 if status is None else 1
     if isinstance(status, str):
         print(status, file=sys.stderr)
     if code:
         print(f"the step {name} failed with status {code}; its log: {log}", file=sys.stderr)
-    sys.stdout.flush()
     sys.stderr.flush()
     os.dup2(terminal, 1)
     os.dup2(terminal, 2)

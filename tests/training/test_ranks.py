@@ -32,7 +32,9 @@ def said(*changes):
 def test_processes_that_fit_have_no_problems():
     assert ranks.problems(said({"local_rank": 1, "gpu": "GPU-b"}, {"host": "n2"})) == []
     here = ranks.describe(0, on_gpus=True)
-    assert here["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(
+        here["versions"]["torch"]
+    )  # a CUDA wheel names its build in one of the two only
     assert ranks.problems({0: here, 1: here | {"host": "n2"}}) == []
 
 
