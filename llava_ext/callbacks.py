@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import math
+import multiprocessing
 import os
 import signal
 import sys
@@ -65,9 +66,23 @@ def listen() -> None:
 
 
 def leave_signals_to_the_trainer() -> None:
-    """For dataset workers: Slurm signals every process of a job, and a batch that a worker owes is needed until the save."""
-    for signal_number in (*SIGNALS, signal.SIGINT):
-        signal.signal(signal_number, signal.SIG_IGN)
+    """For dataset workers: Slurm signals every process of a job, and a batch that a worker owes is needed until the save.
+
+    SIGTERM from the trainer itself still ends them: Python sends it to the workers that are left at its end, and waits.
+    """
+    for number in (signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    trainer = multiprocessing.parent_process()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(
+        target=_end_when_told_by, args=(trainer.pid if trainer else None,), name="signals", daemon=True
+    ).start()
+
+
+def _end_when_told_by(trainer: int | None) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
+        pass
+    os._exit(0)
 
 
 def _note(number: int, frame: Any) -> None:

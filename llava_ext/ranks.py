@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, NoReturn
 
 from .resume import TrainingError, say
 
@@ -155,7 +155,7 @@ def check_traffic(device: Any, timeout_s: float) -> None:
     import torch
     import torch.distributed as dist
 
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() < 2:
+    if not _is_one_of_several():
         return
     ones = torch.ones(1, device=device)
     try:
@@ -170,17 +170,31 @@ def check_traffic(device: Any, timeout_s: float) -> None:
 
 
 def leave() -> None:
-    """Ends this process, after all is written, where it is one of several.
+    """Ends this process, after all is written and every other has come this far, where it is one of several."""
+    if _is_one_of_several():
+        import torch.distributed as dist
 
-    Python's own end would now and then abort in a thread of the communication library, and torchrun would report a
-    training that has finished as failed. What packages registered for the end (W&B's last upload) is run.
+        dist.barrier()
+        end(0)
+
+
+def end(status: int) -> NoReturn:
+    """Ends this process with this exit status, said and done as Python would, but without its last steps where it is one of several.
+
+    They would now and then abort in a thread of the communication library: torchrun would report a training that has
+    finished as failed, and one that said its reason as crashed. What packages registered for the end (W&B's last upload) is run.
     """
-    import torch.distributed as dist
-
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() < 2:
-        return
-    dist.barrier()
+    if not _is_one_of_several():
+        raise SystemExit(status)
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(status)
+
+
+def _is_one_of_several() -> bool:
+    if "torch.distributed" not in sys.modules:
+        return False
+    import torch.distributed as dist
+
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -14,7 +14,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import elastic, offload, ranks, resume
 from .callbacks import (
@@ -157,13 +157,13 @@ def _is_readable(error: ValueError) -> bool:
     return type(error).__module__.startswith(__package__ or "llava_ext") and type(error) is not ValueError
 
 
-def _fail(error: Exception) -> None:
+def _fail(error: Exception) -> NoReturn:
     # A dataset worker's error arrives wrapped in the text of its traceback.
     text = str(error).rsplit(f"{TrainingError.__module__}.TrainingError: ", 1)[-1].rstrip()
     rank = os.environ.get("RANK")
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     print(f"error: {text}" + (f" (rank {rank})" if several else ""), file=sys.stderr, flush=True)
-    raise SystemExit(1) from None
+    ranks.end(1)
 
 
 def run(arguments: Arguments) -> None:

@@ -95,6 +95,18 @@ def test_a_signal_to_every_process_of_a_job_leaves_the_dataset_workers_at_work(
     assert_same(2, tmp_path / "out", uninterrupted(2))
 
 
+@pytest.mark.parametrize("error", ["RuntimeError", "resume.TrainingError"])
+def test_an_error_ends_the_dataset_workers_too(tmp_path, error):
+    """They do not heed signals from outside; without an end from the trainer it would wait for them for ever."""
+    workers = {"dataloader_num_workers": 2, "dataloader_persistent_workers": True}
+    argv = command_line(2, tmp_path / "out", **workers)
+    then = f"from llava_ext import resume; raise {error}('it broke')"
+    done = run_with("trainer.LlavaTrainer.take_counts", then, argv, tmp_path)
+    assert done.returncode == 1 and "it broke" in done.stderr
+    run(argv, tmp_path / "log")  # and those that are left at a good end
+    assert result(tmp_path / "out")["status"] == "finished"
+
+
 def test_what_helps_against_too_little_memory_may_change_on_the_way(tmp_path):
     """The global batch stays: smaller micro-batches and recomputed activations are the same steps."""
     token = {"loss_normalization": "token", "num_train_epochs": 1}
