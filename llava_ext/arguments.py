@@ -27,6 +27,7 @@ from . import ranks
 from .interventions import Interventions
 from .resume import TrainingError, say
 
+DEVICES = Path("/dev")
 TRUE, FALSE = ("true", "1", "yes", "t", "y"), ("false", "0", "no", "f", "n")
 
 # LLaVA's (transformers 4.37's) name -> today's.
@@ -395,11 +396,9 @@ def _fit_machine(argv: list[str], notices: list[str]) -> list[str]:
     """Adds ``--use_cpu`` where there is no GPU, so that bf16 and everything else run on the CPU."""
     import torch
 
-    if not torch.cuda.is_available() and any(
-        name == "use_cpu" and not is_on(values) for name, values in split_flags(argv)
-    ):
+    if not torch.cuda.is_available() and (why := _why_a_gpu_is_wanted(argv)):
         raise TrainingError(
-            f"--use_cpu False: torch {torch.__version__} can use no GPU here; {_cuda_error()}"
+            f"{why}, but torch {torch.__version__} can use no GPU here; {_cuda_error()}. --use_cpu True trains on the CPU"
         )
     cpu = not torch.cuda.is_available() or _given_switch(argv, "use_cpu")
     argv = _fit_fsdp(argv, cpu and torch.cuda.is_available(), notices)
@@ -412,6 +411,16 @@ def _fit_machine(argv: list[str], notices: list[str]) -> list[str]:
     if _given_switch(argv, "bf16"):
         notices.append("no GPU here: --bf16 runs on the CPU")
     return argv if _given_switch(argv, "use_cpu") else [*argv, "--use_cpu", "True"]
+
+
+def _why_a_gpu_is_wanted(argv: Sequence[str]) -> str:
+    """In words, or nothing. A machine with GPUs is not meant to compute for days on its CPU because of a driver."""
+    given = [is_on(values) for name, values in split_flags(argv) if name == "use_cpu"]
+    if given:
+        return "" if given[-1] else "--use_cpu False"
+    found = sorted(path.name for path in DEVICES.glob("nvidia[0-9]*"))
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    return f"this machine has {DEVICES / found[0]}" if found and not hidden else ""
 
 
 def _cuda_error() -> str:

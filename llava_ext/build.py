@@ -286,7 +286,8 @@ def mean_token_norm(embedding: nn.Module, vocabulary: int) -> float:
     """Mean Euclidean norm of the used rows of an embedding table; also under ZeRO-3, where every rank must call it."""
     weight: Any = embedding.weight
     with _gathered(weight):
-        norms = weight.detach()[:vocabulary].float().norm(dim=-1)
+        # on the CPU: a GPU adds up in another order
+        norms = weight.detach()[:vocabulary].float().cpu().norm(dim=-1)
         norms = norms[norms > 0]
         if not len(norms) or not torch.isfinite(norms).all():
             raise BuildError(

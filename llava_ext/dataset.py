@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import Dataset
 
-from .conversation import encode
+from .conversation import IGNORE_INDEX, encode
 from .resume import TrainingError
 
 if TYPE_CHECKING:
+    from .assembly import Collator
     from .samples import SampleStore
 
 ImageReader = Callable[[bytes, bool], torch.Tensor]
@@ -94,13 +95,30 @@ class EncodedSamples(Dataset[dict[str, Any]]):
         return f"record {index} (id {record.get('id')!r}, source {self.store.source(index)}, {image})"
 
 
-class IndexedCollator:
-    """A collator whose batches also say which samples they hold (``indices``), for messages."""
+class TrainingCollator:
+    """A collator whose batches also say which samples they hold (``indices``), for messages, and what they hold (``counts``).
 
-    def __init__(self, collate: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
+    Counted here, in the dataset workers: on a GPU each number would cost a wait. Padding on the right needs no mask: attention is
+    causal, so no token sees the padding behind it, and without a mask it is computed by the fastest kernels.
+    """
+
+    def __init__(self, collate: Collator) -> None:
         self.collate = collate
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = self.collate(items)
+        batch: dict[str, Any] = dict(self.collate(items))
         batch["indices"] = [item["index"] for item in items]
+        batch["counts"] = self._count(batch)
+        if self.collate.padding_side == "right":
+            batch.pop("attention_mask", None)
         return batch
+
+    def _count(self, batch: dict[str, Any]) -> dict[str, int]:
+        mask, ids = batch.get("attention_mask"), batch["input_ids"]
+        tokens = ids.numel() if mask is None else int(mask.sum())
+        return {
+            "tokens": tokens,
+            "text": tokens - int((ids == self.collate.image_token_id).sum()),
+            "supervised": int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()),
+            "samples": len(batch["indices"]),
+        }

@@ -338,6 +338,17 @@ def _published_fields(interventions: Interventions, vision_config: Mapping[str, 
     return fields
 
 
+def measured_statistics(described: Any) -> tuple[float, float] | None:
+    """The numbers (max_norm, scale) that `auto` has found, from a ``config.json`` of either layout; None where it says others."""
+    if not isinstance(described, dict):
+        return None
+    values = described.get(OWN_KEY, {}).get("interventions", described)
+    if values.get("normalize_statistics") != "auto":
+        return None
+    found = (values.get("projector_max_norm"), values.get("projector_scale"))
+    return (float(found[0]), float(found[1])) if None not in found else None
+
+
 def interventions_from_original(config: Mapping[str, Any], grid_side: int) -> Interventions:
     """The interventions of an original ``config.json``; what we wrote there ourselves comes first.
 

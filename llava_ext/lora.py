@@ -29,16 +29,21 @@ def add_adapters(
     bias: str,
     weights: str = "",
     train_projector: bool = True,
+    in_float32: bool = True,
 ) -> Any:
     """The model with adapters. Everything is frozen but these and, unless told otherwise, the projector.
 
     Args:
         weights: an adapter folder to start from; empty starts new ones.
+        in_float32: keep adapters in float32 beside a half-precision model. Not for DeepSpeed, which keeps float32 copies itself
+            and whose ZeRO-3 takes one precision only.
     """
     from peft import LoraConfig, PeftModel, get_peft_model
 
     if weights:
-        wrapped = PeftModel.from_pretrained(model, weights, is_trainable=True)
+        wrapped = PeftModel.from_pretrained(
+            model, weights, is_trainable=True, autocast_adapter_dtype=in_float32
+        )
     else:
         config = LoraConfig(
             r=rank,
@@ -48,7 +53,7 @@ def add_adapters(
             target_modules=linear_modules(model),
             task_type="CAUSAL_LM",
         )
-        wrapped = get_peft_model(model, config)
+        wrapped = get_peft_model(model, config, autocast_adapter_dtype=in_float32)
     for name, parameter in wrapped.named_parameters():
         if component(name) == PROJECTOR:
             parameter.requires_grad_(train_projector)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import tempfile
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import set_seed
 
-from . import formats, resume, statistics
+from . import formats, memory, resume, statistics
 from .assembly import Collator
 from .build import (
     build_model,
@@ -24,7 +25,7 @@ from .build import (
     reset_projector,
     save_checkpoint,
 )
-from .dataset import EncodedSamples, IndexedCollator
+from .dataset import EncodedSamples, TrainingCollator
 from .images import ImagePreprocessor, decode
 from .interventions import Interventions
 from .lora import add_adapters, is_adapted, merged_state, save_adapters
@@ -40,9 +41,12 @@ if TYPE_CHECKING:
 # ---- before -----------------------------------------------------------------------------------------------------
 
 
-def make_trainer(arguments: Arguments, store: SampleStore, folders: dict[str, Path]) -> LlavaTrainer:
-    """Everything that a run needs, checked before the first step."""
+def make_trainer(
+    arguments: Arguments, store: SampleStore, folders: dict[str, Path], checkpoint: Path | None = None
+) -> LlavaTrainer:
+    """Everything that a run needs, checked before the first step. ``checkpoint``: what it is going to continue from."""
     training = arguments.training
+    arguments = with_known_statistics(arguments, checkpoint)
     tokenizer = load_tokenizer(folders["llm"], training.model_max_length)
     samples = make_samples(arguments, store, folders, tokenizer)
     _check_lengths(samples, arguments)
@@ -56,11 +60,27 @@ def make_trainer(arguments: Arguments, store: SampleStore, folders: dict[str, Pa
         model=model,
         args=training,
         train_dataset=samples,
-        data_collator=IndexedCollator(collator),
+        data_collator=TrainingCollator(collator),
         lengths=store.lengths,
         describe=samples.describe,
         mm_projector_lr=training.mm_projector_lr,
     )
+
+
+def with_known_statistics(arguments: Arguments, checkpoint: Path | None) -> Arguments:
+    """`normalize_statistics: auto` is measured once: a run that goes on, and stage 2, keep the numbers of the beginning.
+
+    Measured again in another precision or on another device they would differ in the last digits.
+    """
+    mine, adapter = arguments.interventions, arguments.model.pretrain_mm_mlp_adapter
+    if not mine.normalize_projector or mine.fixed_statistics() is not None:
+        return arguments
+    projector = Path(adapter) if adapter else None
+    for folder in (checkpoint, projector if projector is None or projector.is_dir() else projector.parent):
+        known = formats.measured_statistics(resume.read_json(folder / "config.json")) if folder else None
+        if known is not None:
+            return dataclasses.replace(arguments, interventions=mine.with_statistics(*known))
+    return arguments
 
 
 @dataclass(frozen=True)
@@ -128,6 +148,7 @@ def _make_model(arguments: Arguments, folders: dict[str, Path]) -> tuple[Any, An
             bias=training.lora_bias,
             weights=training.lora_weight_path,
             train_projector=not training.freeze_mm_mlp_adapter,
+            in_float32=not training.deepspeed,
         )
     else:
         freeze(
@@ -181,7 +202,8 @@ def _from_checkpoint(arguments: Arguments, folders: dict[str, Path]) -> tuple[An
         tower=folders["vision_tower"] if formats.is_original(folder) else None,
     )
     mine, theirs = arguments.interventions, model.config.interventions
-    if mine.normalize_projector and mine.fixed_statistics() is None and (known := theirs.fixed_statistics()):
+    known = formats.measured_statistics(theirs.to_dict())
+    if mine.normalize_projector and mine.fixed_statistics() is None and known is not None:
         mine = mine.with_statistics(*known)
     formats.check_interventions(mine, theirs, str(folder))
     if model.config.projector_type != model_args.mm_projector_type:
@@ -274,6 +296,7 @@ def _preflight(model: Any, tokenizer: Any, image_processor: Any, arguments: Argu
             f"{arguments.model.model_name_or_path}: a checkpoint of this model could not be saved: {error}"
         ) from error
     _check_disk(model, output_dir)
+    memory.check(model, arguments.training)
 
 
 def _check_disk(model: Any, output_dir: Path) -> None:

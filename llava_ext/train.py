@@ -195,7 +195,7 @@ def _run(arguments: Arguments, watchdog: NoStep) -> None:
     from .setup_run import make_trainer
 
     watchdog.beat("loading the model")
-    trainer = make_trainer(arguments, store, folders)
+    trainer = make_trainer(arguments, store, folders, good.path if good else None)
     interruption = _watch(trainer, arguments, output_dir, watchdog)
     if good:
         _prepare_to_continue(trainer, good, watchdog)

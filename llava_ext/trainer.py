@@ -67,7 +67,6 @@ class LlavaTrainer(Trainer):
             # transformers would weight every token of the step alike; LLaVA averages the micro-batches' means.
             self.model_accepts_loss_kwargs = False
         self.sampler: EpochSampler | None = None
-        self.image_token_id = self.model.config.image_token_id
         self.last_indices: list[int] = []
         self.counts: dict[str, Any] = {"tokens": 0, "text": 0, "supervised": 0, "samples": 0}
         # the same of all ranks, between the last two log lines
@@ -129,12 +128,13 @@ class LlavaTrainer(Trainer):
 
         A micro-batch without any label counts as zero instead of poisoning the weights with NaN.
         """
-        self.last_indices = inputs.pop("indices", [])
+        self.last_indices = inputs.pop("indices")
+        for name, number in inputs.pop("counts").items():
+            self.counts[name] += number
         labels = inputs.pop("labels")
         # (batch, tokens): where the next token is a label
         self._predicting = torch.nn.functional.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1))
         targets = labels[:, 1:][self._predicting[:, :-1]]
-        self._count(inputs, len(targets))
         outputs = model(**inputs)
         logits = outputs["logits"][0]
         if len(targets) == 0:
@@ -156,14 +156,6 @@ class LlavaTrainer(Trainer):
         chosen = args[0][self._predicting.to(args[0].device)]
         self._predicting = None
         return (chosen[None], *args[1:])
-
-    def _count(self, inputs: dict[str, Any], supervised: int) -> None:
-        mask = inputs.get("attention_mask")
-        tokens = inputs["input_ids"].numel() if mask is None else int(mask.sum())
-        self.counts["tokens"] += tokens
-        self.counts["text"] += tokens - int((inputs["input_ids"] == self.image_token_id).sum())
-        self.counts["supervised"] += supervised
-        self.counts["samples"] += len(self.last_indices)
 
     def take_counts(self) -> dict[str, float]:
         """Tokens, text tokens, supervised tokens and samples of all ranks since the last call. Every rank must call."""
@@ -315,15 +307,20 @@ class LlavaTrainer(Trainer):
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Writes the weights that train, whole, under their names in memory, and the config. Every rank must call."""
+        """Writes the weights that train, whole, under their names in memory, and the config. Every rank must call.
+
+        Not with DeepSpeed, whose own files hold them: nobody would read these, and one rank would write 13.5 GB more.
+        """
         model = self.plain_model
-        tensors = gathered(model, set(trainable_names(model)), self.args.should_save)
-        if not self.args.should_save:
-            return
         folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, folder / TRAINED, metadata={"format": "pt"})
-        model.config.save_pretrained(folder)
+        if self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            model.config.save_pretrained(folder)
+        if self.is_deepspeed_enabled:
+            return
+        tensors = gathered(model, set(trainable_names(model)), self.args.should_save)
+        if self.args.should_save:
+            save_file(tensors, folder / TRAINED, metadata={"format": "pt"})
 
     @property
     def plain_model(self) -> Any:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 CODE_VERSION = 3
-CODE_DIGEST = "a64a5a1338778fe9"
+CODE_DIGEST = "97ff08ac390e20fd"
 
 # The modules whose code decides what a training computes.
 NUMERIC = (

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from llava_ext.assembly import Collator
+from llava_ext.dataset import TrainingCollator
 from llava_ext.interventions import FLAGS
 
 from .conftest import RECORDS, flags, make_batch, make_model, make_samples
@@ -43,6 +44,37 @@ def test_a_packed_row_has_the_loss_and_gradients_of_the_padded_batch(attention, 
     assert "attention_mask" not in packed
     assert (packed["position_ids"] == 0).sum() == len(RECORDS)
     assert_same(gradients(model, padded), gradients(model, packed))
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("names", [(), ("interleave", "twoD_vision_embedding")])
+def test_padding_on_the_right_needs_no_mask(attention, names):
+    model, tokenizer, images = make_model(flags(*names), attn_implementation=attention)
+    padded = make_batch(model, tokenizer, images)
+    assert not padded["attention_mask"].all()
+    bare = {name: value for name, value in padded.items() if name != "attention_mask"}
+    assert_same(gradients(model, padded), gradients(model, bare))
+
+
+def test_a_training_batch_says_what_it_holds():
+    """Counted on the rows as the model gets them; padding on the left keeps its mask."""
+    model, tokenizer, images = make_model()
+    samples = [{"index": 7 + number, **item} for number, item in enumerate(make_samples(tokenizer, images))]
+    collate = Collator.for_model(model.config, tokenizer)
+    plain, batch = collate(samples), TrainingCollator(collate)(samples)
+    tokens = int(plain["attention_mask"].sum())
+    pictures = int((plain["input_ids"] == model.config.image_token_id).sum())
+    assert batch["indices"] == [item["index"] for item in samples] and "attention_mask" not in batch
+    assert batch["counts"] == {
+        "tokens": tokens,
+        "text": tokens - pictures,
+        "supervised": int((plain["labels"][:, 1:] != -100).sum()),
+        "samples": len(samples),
+    }
+    left = TrainingCollator(Collator.for_model(model.config, tokenizer, padding_side="left"))(samples)
+    assert "attention_mask" in left and left["counts"] == batch["counts"]
+    packed = TrainingCollator(Collator.for_model(model.config, tokenizer, packed=True))(samples)
+    assert packed["counts"]["tokens"] == tokens
 
 
 def test_packed_samples_do_not_see_each_other():

@@ -143,10 +143,18 @@ def test_deepspeed_file_of_llava_is_shipped(base):
     assert argv[argv.index("--tf32") + 1] == "True"
 
 
-def test_a_training_that_wants_a_gpu_does_not_fall_back_to_the_cpu(monkeypatch):
+def test_a_training_that_wants_a_gpu_does_not_fall_back_to_the_cpu(monkeypatch, tmp_path, base):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(TrainingError, match=r"--use_cpu False: torch .* can use no GPU here"):
+    with pytest.raises(TrainingError, match=r"--use_cpu False, but torch .* can use no GPU here"):
         parse(["--use_cpu", "False"])
+    monkeypatch.setattr("llava_ext.arguments.DEVICES", tmp_path)
+    assert parse(base).training.use_cpu
+    (tmp_path / "nvidia0").touch()
+    with pytest.raises(TrainingError, match=r"has .*nvidia0, but torch .*--use_cpu True trains on the CPU"):
+        parse(base)
+    assert parse([*base, "--use_cpu", "True"]).training.use_cpu
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert parse(base).training.use_cpu
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,9 @@ def test_deepspeed(config, data, alone, tmp_path):
     run(two(data, tmp_path, deepspeed=config), tmp_path / "log", processes=2)
     assert_close(tmp_path / "out", alone)
     assert_loads_in_stock_transformers(tmp_path / "out")
+    assert not list((tmp_path / "out").glob("checkpoint-*/trained.safetensors")), (
+        "DeepSpeed's own files hold the weights"
+    )
 
     again = unfinished(tmp_path, tmp_path / "again")
     assert "checkpoint-2" in run(two(data, again, deepspeed=config), again / "log", processes=2)
@@ -137,7 +140,7 @@ def test_deepspeed(config, data, alone, tmp_path):
 
 def test_zero3_leaves_whole_adapters(data, tmp_path):
     """ZeRO-3 keeps placeholders without elements where the adapters were."""
-    lora = {"lora_enable": True, "lora_merge": False, "lora_r": 4, "lora_dropout": 0.0, "max_steps": 1}
+    lora = {"lora_enable": True, "lora_merge": False, "lora_r": 4, "lora_dropout": 0.0, "max_steps": 2}
     flags = SHORT | lora
     run(command_line(2, tmp_path / "alone", data_path=data, **flags), tmp_path / "log")
     run(two(data, tmp_path, deepspeed="zero3.json", **lora), tmp_path / "log", processes=2)
@@ -147,6 +150,39 @@ def test_zero3_leaves_whole_adapters(data, tmp_path):
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         torch.testing.assert_close(ours[name], tensor, atol=1e-5, rtol=0)
+
+
+def test_adapters_with_zero3_in_half_precision(data, tmp_path):
+    """ZeRO-3 takes one precision only; peft would keep the adapters in float32."""
+    lora = {"lora_enable": True, "lora_merge": False, "lora_r": 4, "max_steps": 2}
+    run(two(data, tmp_path, deepspeed="zero3.json", bf16=True, **lora), tmp_path / "log", processes=2)
+    adapters = load_file(tmp_path / "out/adapters/adapter_model.safetensors")
+    assert all(
+        tensor.isfinite().all() and tensor.count_nonzero()
+        for name, tensor in adapters.items()
+        if "lora_B" in name
+    )
+
+
+def test_measured_statistics_come_along_to_another_engine(tmp_path):
+    """`auto` measures on the language model as the first engine holds it; the second one rounds it otherwise."""
+    auto = {"normalize_projector": True, "normalize_statistics": "auto", "max_steps": 2, "save_steps": 1}
+    first = command_line(
+        1, tmp_path / "first", bf16=True, deepspeed="zero2.json", pretrain_mm_mlp_adapter=None, **auto
+    )
+    run(first, tmp_path / "log")
+    argv = command_line(
+        2, tmp_path / "out", **auto | {"pretrain_mm_mlp_adapter": tmp_path / "first/mm_projector.bin"}
+    )
+    run(argv, tmp_path / "log")
+    stored = json.loads((tmp_path / "first/config.json").read_text())["spatial_llava"]["interventions"]
+    ours = json.loads((tmp_path / "out/config.json").read_text())
+    assert ours["projector_max_norm"] == stored["projector_max_norm"]
+    assert run(
+        [*argv, "--normalize_statistics", "1.5,1.0", "--output_dir", str(tmp_path / "other")],
+        tmp_path / "log",
+        expect=1,
+    ).count("projector_max_norm")
 
 
 def test_deepspeed_on_more_processes(data, alone, tmp_path):

@@ -82,6 +82,7 @@ BAD = [
     ("compute/laptop/save_before_end_s", 1790, "leaves 10 s of runtime_min: 30", "raise runtime_min"),
     ("compute/cluster", {"gpus_per_node": 8, "parallel": "ddp", "gres": "gpu:a100:4"}, "asks for 4 GPUs", "set gres: gpu:a100:8"),
     ("compute/cluster", {"gpus_per_node": 8, "parallel": "ddp", "gres": "gpu:a100"}, "asks for 1 GPUs", "set gres: gpu:a100:8"),
+    ("compute/cluster", {"gpus_per_node": 1, "packing": True}, "packing: true with attention: sdpa", "set attention: flash_attention_2"),
     ("compute/laptop/memory", 3, "compute.laptop.memory", "mem_mb"),
     ("evaluation/source", "shapes_tests", "evaluation.source", "did you mean 'shapes_test'?"),
     ("experimentz", {}, "experimentz", "did you mean 'experiments'?"),

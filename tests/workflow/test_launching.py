@@ -132,6 +132,15 @@ def test_trainings_are_offline_and_have_one_thread_pool_each():
     assert found["HF_HUB_OFFLINE"] == "1" and found["OMP_NUM_THREADS"] == "4" and found["HOME"] == "/h"
 
 
+def test_gpus_get_an_allocator_for_batches_of_ever_other_widths_unless_one_is_chosen():
+    gpu = ComputeSpec(gpus_per_node=1)
+    assert training_environment({}, gpu)["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    chosen = {"PYTORCH_ALLOC_CONF": "max_split_size_mb:512"}
+    assert training_environment(chosen, gpu)["PYTORCH_ALLOC_CONF"] == "max_split_size_mb:512"
+    assert "PYTORCH_ALLOC_CONF" not in training_environment({"PYTORCH_CUDA_ALLOC_CONF": "x"}, gpu)
+    assert "PYTORCH_ALLOC_CONF" not in training_environment({}, ComputeSpec())
+
+
 def test_all_attempts_are_one_run_of_a_tracker(spec, tmp_path):
     assert tracking_environment(spec, tmp_path / "state", 1.5) == {}
     assert "--run_name" not in flags_of(spec, tmp_path)

@@ -122,9 +122,10 @@ class ComputeSpec(StrictModel):
                     raise ValueError(
                         f"{key}: {value} needs a GPU, but gpus_per_node is 0; choose another {key}"
                     )
-        if self.packing and self.attention == "eager" and self.gpus_per_node:
+        if self.packing and self.attention != "flash_attention_2" and self.gpus_per_node:
             raise ValueError(
-                "packing: true with attention: eager wastes the memory it saves; set sdpa or flash_attention_2"
+                f"packing: true with attention: {self.attention} computes every pair of tokens of a row, most of them in vain; "
+                "set attention: flash_attention_2, or packing: false"
             )
         if self.attention == "flash_attention_2" and self.precision == "fp32":
             raise ValueError("attention: flash_attention_2 needs precision: bf16 or fp16, found fp32")

@@ -228,6 +228,9 @@ def training_environment(base: Mapping[str, str], compute: ComputeSpec) -> dict[
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "PYTHONUNBUFFERED": "1",
     }
+    usual = {}
     if not compute.gpus_per_node:
         wanted["DS_ACCELERATOR"] = "cpu"
-    return {**base, **wanted}
+    elif "PYTORCH_CUDA_ALLOC_CONF" not in base:  # batches of ever other widths leave holes
+        usual["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    return {**usual, **base, **wanted}

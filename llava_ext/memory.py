@@ -1,0 +1,85 @@
+"""What a training keeps on each GPU from the first step to the last, so that an impossible layout is refused before it starts.
+
+Weights, gradients and Adam's two moments; activations come on top and depend on the batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .offload import offloads_optimizer
+from .optimizer import count
+from .resume import TrainingError
+
+GIB = 2**30
+FLOAT32, ADAM = 4, 8
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How weights lie on the GPUs.
+
+    Attributes:
+        split: what ``parts`` processes share: 0 nothing, 2 gradients and optimizer (ZeRO-2), 3 the weights too (ZeRO-3, FSDP).
+        parts: the processes that share.
+        weight: bytes of a weight that trains, as the model holds it.
+        frozen: bytes of one that does not.
+        master: bytes of the optimizer's own copy of a weight, 0 where it is the model's.
+        offload: what lies in the CPU's memory: `none`, `optimizer`, or `parameters` (both).
+    """
+
+    split: int = 0
+    parts: int = 1
+    weight: int = FLOAT32
+    frozen: int = FLOAT32
+    master: int = 0
+    offload: str = "none"
+
+    def bytes(self, trained: int, frozen: int) -> float:
+        """Bytes on each GPU for so many weights that train and that do not."""
+        optimizer = (self.master + ADAM) * trained / (self.parts if self.split else 1)
+        gradients = self.weight * trained / (self.parts if self.split else 1)
+        weights = (self.weight * trained + self.frozen * frozen) / (self.parts if self.split == 3 else 1)
+        if self.offload == "parameters":
+            return gradients
+        return weights + gradients + (0 if self.offload == "optimizer" else optimizer)
+
+
+def layout(training: Any) -> Layout:
+    """The layout that a command line asks for."""
+    half = 2 if training.bf16 or training.fp16 else FLOAT32
+    world = int(training.world_size)
+    if training.deepspeed:
+        config = training.hf_deepspeed_config.config
+        zero = config.get("zero_optimization", {})
+        moved = "parameters" if (zero.get("offload_param") or {}).get("device", "none") != "none" else "none"
+        if moved == "none" and offloads_optimizer(config):
+            moved = "optimizer"
+        master = FLOAT32 if half != FLOAT32 else 0
+        return Layout(int(zero.get("stage", 0)), world, half, half, master, moved)
+    if training.fsdp:
+        return Layout(3, world)
+    return Layout(frozen=half)
+
+
+def check(model: Any, training: Any, room: int | None = None) -> None:
+    """Refuses a training whose weights, gradients and optimizer alone do not fit on a GPU of ``room`` bytes (this one's).
+
+    Raises:
+        TrainingError: with both numbers and what needs less.
+    """
+    if room is None:
+        if training.device.type != "cuda":
+            return
+        room = int(torch.cuda.get_device_properties(training.device).total_memory)
+    trained = count(parameter for parameter in model.parameters() if parameter.requires_grad)
+    needed = layout(training).bytes(trained, count(model.parameters()) - trained)
+    if needed > room:
+        raise TrainingError(
+            f"out of memory before it starts: weights, gradients and optimizer need {needed / GIB:.1f} GiB on each GPU, which has "
+            f"{room / GIB:.1f} GiB, and activations come on top. Split more (--deepspeed zero2.json, zero3.json, or --fsdp; in the "
+            "workflow's configuration `parallel`), use more GPUs, or offload the optimizer (zero3_offload.json; `offload`)"
+        )
