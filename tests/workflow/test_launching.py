@@ -364,6 +364,25 @@ def test_a_tracker_that_is_not_installed_is_named_before_anything_is_trained(spe
     assert "names tensorboard" not in message
 
 
+def test_a_job_says_how_to_go_on_without_a_machine_that_lacks_something(spec, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setenv("SLURMD_NODENAME", "n07")
+    with pytest.raises(
+        UserError, match=r"(?s)n07 can't .*absent.*--slurm-exclude-failed-nodes n07$"
+    ) as caught:
+        preflight.check_all(spec, ComputeSpec(), Nodes(), [tmp_path / "absent"], tmp_path)
+    assert "\nTo go on without" in str(caught.value)
+    monkeypatch.delenv("SLURM_JOB_ID")
+    with pytest.raises(UserError, match=r"must lie on a file system that all machines share$"):
+        preflight.check_all(spec, ComputeSpec(), Nodes(), [tmp_path / "absent"], tmp_path)
+    nodes, done = Nodes(("n1", "n2", "n3"), "n1", 20000, "17"), subprocess.CompletedProcess([], 1, "", "")
+    for name, problems in (("n1", []), ("n3", ["sick"])):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"problems": problems}))
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    with pytest.raises(UserError, match=r"(?s)n2: no answer\n  n3: sick.*exclude-failed-nodes n2,n3$"):
+        preflight._judge(nodes, tmp_path, done)
+
+
 def test_gpus_that_the_driver_lists_and_torch_cannot_use_are_no_gpus(tmp_path, monkeypatch):
     """A torch for another driver, or for the CPU: the training would run on the CPU for days."""
     tool = tmp_path / "nvidia-smi"

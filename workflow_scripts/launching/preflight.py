@@ -24,6 +24,7 @@ from typing import Any
 from workflow_scripts.config.compute import ComputeSpec
 from workflow_scripts.io import UserError, write_json
 
+from . import slurm
 from .command import Nodes, srun
 
 ANSWER_S = 300.0
@@ -185,7 +186,9 @@ def check_all(
     if compute.nodes == 1:
         found = problems_here(expectations(compute, paths, "localhost", None, *wanted))
         if found:
-            raise UserError(f"{socket.gethostname()} can't compute this training:\n  " + "\n  ".join(found))
+            name = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+            lines = "\n  ".join(found)
+            raise UserError(f"{name} can't compute this training:\n  {lines}" + leave_out([name]))
         return
     folder = state / "preflight"
     shutil.rmtree(folder, ignore_errors=True)
@@ -209,14 +212,20 @@ def check_all(
     _judge(nodes, folder, done)
 
 
+def leave_out(machines: Sequence[str]) -> str:
+    """How to go on without machines that lack something, in a job of Slurm: its next attempt may come to the same ones."""
+    if not machines or not slurm.job_id():
+        return ""
+    names = ",".join(machines)
+    return f"\nTo go on without: the same snakemake command with --slurm-exclude-failed-nodes {names}"
+
+
 def _judge(nodes: Nodes, folder: Path, done: subprocess.CompletedProcess[str]) -> None:
-    lines = []
+    found = {}
     for name in nodes.names:
         answer = folder / f"{name}.json"
-        if not answer.is_file():
-            lines.append(f"{name}: no answer")
-        else:
-            lines += [f"{name}: {problem}" for problem in json.loads(answer.read_text())["problems"]]
+        found[name] = json.loads(answer.read_text())["problems"] if answer.is_file() else ["no answer"]
+    lines = [f"{name}: {problem}" for name, problems in found.items() for problem in problems]
     if lines or done.returncode:
         said = (
             f"\nsrun said: {done.stderr.strip()[-1000:]}" if done.returncode and done.stderr.strip() else ""
@@ -225,6 +234,7 @@ def _judge(nodes: Nodes, folder: Path, done: subprocess.CompletedProcess[str]) -
             "not all machines of the job can compute this training:\n  "
             + "\n  ".join(lines or ["srun failed"])
             + said
+            + leave_out([name for name, problems in found.items() if problems])
         )
 
 
