@@ -12,8 +12,10 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,21 +70,34 @@ def listen() -> None:
 def leave_signals_to_the_trainer() -> None:
     """For dataset workers: Slurm signals every process of a job, and a batch that a worker owes is needed until the save.
 
-    SIGTERM from the trainer itself still ends them: Python sends it to the workers that are left at its end, and waits.
+    SIGTERM from the trainer itself still ends them: Python sends it to the workers that are left at its end, and waits. So does
+    the trainer's death, which torch's own watch over the parent does not see where a fork server is the parent.
     """
     for number in (signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    trainer = multiprocessing.parent_process()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(
-        target=_end_when_told_by, args=(trainer.pid if trainer else None,), name="signals", daemon=True
-    ).start()
+    trainer = multiprocessing.parent_process()
+    threading.Thread(target=_end_with, args=(trainer,), name="signals", daemon=True).start()
 
 
-def _end_when_told_by(trainer: int | None) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
-        pass
+def _end_with(trainer: Any) -> None:
+    """Ends this process when the trainer sends it SIGTERM, or soon after the trainer has died."""
+    while trainer is not None and trainer.is_alive():
+        heard = signal.sigtimedwait({signal.SIGTERM}, 5)
+        if heard is not None and heard.si_pid == trainer.pid:
+            break
     os._exit(0)
+
+
+@contextmanager
+def born_deaf() -> Iterator[None]:
+    """Processes that are started inside do not hear SIGTERM from their first moment on, nor do their threads."""
+    resource_tracker.ensure_running()  # it would unblock the signal when it is started
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _note(number: int, frame: Any) -> None:

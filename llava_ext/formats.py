@@ -342,11 +342,12 @@ def measured_statistics(described: Any) -> tuple[float, float] | None:
     """The numbers (max_norm, scale) that `auto` has found, from a ``config.json`` of either layout; None where it says others."""
     if not isinstance(described, dict):
         return None
-    values = described.get(OWN_KEY, {}).get("interventions", described)
-    if values.get("normalize_statistics") != "auto":
+    own = described.get(OWN_KEY)
+    values = own.get("interventions") if isinstance(own, dict) else described
+    if not isinstance(values, dict) or values.get("normalize_statistics") != "auto":
         return None
-    found = (values.get("projector_max_norm"), values.get("projector_scale"))
-    return (float(found[0]), float(found[1])) if None not in found else None
+    max_norm, scale = values.get("projector_max_norm"), values.get("projector_scale")
+    return None if max_norm is None or scale is None else (float(max_norm), float(scale))
 
 
 def interventions_from_original(config: Mapping[str, Any], grid_side: int) -> Interventions:

@@ -1,10 +1,12 @@
 """What a training keeps on each GPU from the first step to the last, so that an impossible layout is refused before it starts.
 
-Weights, gradients and Adam's two moments; activations come on top and depend on the batch.
+Weights, gradients and Adam's two moments; activations come on top and depend on the batch. Always the least that is
+needed: what is not known (another optimizer's state, where an offload keeps its gradients) counts as nothing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +18,8 @@ from .resume import TrainingError
 
 GIB = 2**30
 FLOAT32, ADAM = 4, 8
+# the names of Adam with whole states in float32, transformers' and DeepSpeed's
+ADAMS = ("adamw_torch", "adamw_torch_fused", "Adam", "AdamW")
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,8 @@ class Layout:
         weight: bytes of a weight that trains, as the model holds it.
         frozen: bytes of one that does not.
         master: bytes of the optimizer's own copy of a weight, 0 where it is the model's.
-        offload: what lies in the CPU's memory: `none`, `optimizer`, or `parameters` (both).
+        moments: bytes of what the optimizer remembers of a weight.
+        offload: what lies in the CPU's memory: `none`, `optimizer` (and gradients), or `parameters` (everything).
     """
 
     split: int = 0
@@ -36,33 +41,43 @@ class Layout:
     weight: int = FLOAT32
     frozen: int = FLOAT32
     master: int = 0
+    moments: int = ADAM
     offload: str = "none"
 
     def bytes(self, trained: int, frozen: int) -> float:
         """Bytes on each GPU for so many weights that train and that do not."""
-        optimizer = (self.master + ADAM) * trained / (self.parts if self.split else 1)
-        gradients = self.weight * trained / (self.parts if self.split else 1)
-        weights = (self.weight * trained + self.frozen * frozen) / (self.parts if self.split == 3 else 1)
         if self.offload == "parameters":
-            return gradients
-        return weights + gradients + (0 if self.offload == "optimizer" else optimizer)
+            return 0
+        weights = (self.weight * trained + self.frozen * frozen) / (self.parts if self.split == 3 else 1)
+        if self.offload == "optimizer":
+            return weights
+        updates = (self.weight + self.master + self.moments) * trained  # gradients and optimizer
+        return weights + updates / (self.parts if self.split else 1)
 
 
 def layout(training: Any) -> Layout:
     """The layout that a command line asks for."""
     half = 2 if training.bf16 or training.fp16 else FLOAT32
-    world = int(training.world_size)
+    moments = ADAM if training.optim in ADAMS else 0
     if training.deepspeed:
-        config = training.hf_deepspeed_config.config
-        zero = config.get("zero_optimization", {})
-        moved = "parameters" if (zero.get("offload_param") or {}).get("device", "none") != "none" else "none"
-        if moved == "none" and offloads_optimizer(config):
-            moved = "optimizer"
-        master = FLOAT32 if half != FLOAT32 else 0
-        return Layout(int(zero.get("stage", 0)), world, half, half, master, moved)
+        return _deepspeed_layout(training.hf_deepspeed_config.config, int(training.world_size), half, moments)
     if training.fsdp:
-        return Layout(3, world)
-    return Layout(frozen=half)
+        moved = "parameters" if (training.fsdp_config or {}).get("cpu_offload") else "none"
+        return Layout(3, int(training.world_size), moments=moments, offload=moved)
+    return Layout(frozen=half, moments=moments)
+
+
+def _deepspeed_layout(config: Mapping[str, Any], world: int, half: int, moments: int) -> Layout:
+    zero = config.get("zero_optimization", {})
+    moved = "parameters" if (zero.get("offload_param") or {}).get("device", "none") != "none" else "none"
+    if moved == "none" and offloads_optimizer(config):
+        moved = "optimizer"
+    master = FLOAT32 if half != FLOAT32 else 0
+    if "optimizer" in config:
+        moments = ADAM if config["optimizer"].get("type") in ADAMS else 0
+    if any(value is True for key, value in config.get("bf16", {}).items() if key.startswith("bf16_")):
+        master = moments = 0  # DeepSpeed's switches for states in half precision
+    return Layout(int(zero.get("stage", 0)), world, half, half, master, moments, moved)
 
 
 def check(model: Any, training: Any, room: int | None = None) -> None:

@@ -15,6 +15,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NoReturn
@@ -185,7 +186,9 @@ def end(status: int) -> NoReturn:
     finished as failed, and one that said its reason as crashed. What packages registered for the end (W&B's last upload) is run.
     """
     if not _is_one_of_several():
-        raise SystemExit(status)
+        sys.exit(status)
+    with suppress(SystemExit):
+        sys.exit(status)  # W&B learns from this call, which it wraps, how the run has ended
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

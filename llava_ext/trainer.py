@@ -22,7 +22,15 @@ from transformers.trainer_callback import PrinterCallback
 
 from . import resume
 from .arguments import LlavaTrainingArguments, sampling_strategy
-from .callbacks import any_rank, finite, from_all, leave_signals_to_the_trainer, let_fail, world_size
+from .callbacks import (
+    any_rank,
+    born_deaf,
+    finite,
+    from_all,
+    leave_signals_to_the_trainer,
+    let_fail,
+    world_size,
+)
 from .conversation import IGNORE_INDEX
 from .elastic import load_universal
 from .offload import offloads_optimizer, replay_steps
@@ -107,6 +115,7 @@ class LlavaTrainer(Trainer):
         loader = super().get_train_dataloader()
         base = getattr(loader, "base_dataloader", loader)  # accelerate's own is a shell around it
         base.worker_init_fn = partial(_start_worker, base.worker_init_fn)
+        base._get_iterator = partial(_start_workers, base._get_iterator)
         return loader
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
@@ -118,6 +127,15 @@ class LlavaTrainer(Trainer):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not counted: it walks over all parameters at every step."""
         return 0
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        """``--include_num_input_tokens_seen``; without a mask `non_padding` would count padding too."""
+        if self.args.include_num_input_tokens_seen == "non_padding":
+            inputs = {
+                **inputs,
+                "attention_mask": torch.tensor(inputs["counts"]["tokens"], device=self.args.device),
+            }
+        super()._track_num_input_tokens(inputs)
 
     # -- loss ---------------------------------------------------------------------------------------------------
 
@@ -361,6 +379,12 @@ class LlavaTrainer(Trainer):
         for name, tensor in rest.items():
             state[name] = state[tied] if name == "lm_head.weight" and tied in state else tensor.detach().cpu()
         return state
+
+
+def _start_workers(start: Callable[[], Any]) -> Any:
+    """An iterator of a loader: its workers start here, if it has any."""
+    with born_deaf():
+        return start()
 
 
 def _start_worker(prepare: Callable[[int], None] | None, number: int) -> None:

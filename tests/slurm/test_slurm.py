@@ -127,7 +127,9 @@ def test_a_gpu_job_asks_for_exactly_what_the_config_says(finished_on_slurm, slur
 def test_a_job_on_two_nodes_gives_the_same_losses_as_one_process(finished_on_slurm, slurm, tmp_path):
     stage = {"max_steps": 10, "loss_normalization": "token"}
     one = training(finished_on_slurm, tmp_path / "one", **stage)
-    one.run(TRAINED)
+    done = one.run(TRAINED, "--slurm-exclude-failed-nodes", "n1")  # as the checks before a start advise
+    shown = slurm.output("scontrol", "show", "job", "-o", submitted(done.stdout, "finetune")[0])
+    assert "ExcNodeList=n1" in shown and " NodeList=n2" in shown
     compute = {"nodes": 2, "parallel": "ddp", "per_device_batch_size": 4, "gres": "gpu:1", "mem_mb": 3000}
     two = training(finished_on_slurm, tmp_path / "two", compute, **stage)
     done = two.run(TRAINED)
@@ -161,7 +163,7 @@ def test_a_node_that_lacks_something_is_named_before_the_model_loads(finished_on
         workspace.folder / "logs/finetune" / f"{workspace.plan().run('finetune', 'long').name}.log"
     ).read_text()
     assert "n1: 0 GPUs are visible, 1 are needed" in log
-    assert "n2: 0 GPUs are visible, 1 are needed" in log
+    assert "n2: 0 GPUs are visible, 1 are needed" in log and "--slurm-exclude-failed-nodes n1,n2" in log
     # the error names the logs
     assert "logs/slurm/rule_finetune/" in done.stdout and "logs/finetune/" in done.stdout
     state = workspace.state("finetune", "long")

@@ -86,8 +86,9 @@ FINETUNE = [
 
 
 @pytest.fixture
-def base(tmp_path):
-    """The flags that every run needs."""
+def base(tmp_path, monkeypatch):
+    """The flags that every run needs, on a machine without a GPU that torch can't use."""
+    monkeypatch.setattr("llava_ext.arguments.DEVICES", tmp_path / "dev")
     (tmp_path / "data.json").write_text("[]")
     return [
         "--model_name_or_path", "llm", "--vision_tower", "tower", "--data_path", str(tmp_path / "data.json"),
@@ -147,9 +148,9 @@ def test_a_training_that_wants_a_gpu_does_not_fall_back_to_the_cpu(monkeypatch, 
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(TrainingError, match=r"--use_cpu False, but torch .* can use no GPU here"):
         parse(["--use_cpu", "False"])
-    monkeypatch.setattr("llava_ext.arguments.DEVICES", tmp_path)
     assert parse(base).training.use_cpu
-    (tmp_path / "nvidia0").touch()
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev/nvidia0").touch()
     with pytest.raises(TrainingError, match=r"has .*nvidia0, but torch .*--use_cpu True trains on the CPU"):
         parse(base)
     assert parse([*base, "--use_cpu", "True"]).training.use_cpu

@@ -7,6 +7,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 from trainings import GOLDEN, command_line, environment, losses, result, rows, run, start, wait_for
@@ -76,7 +78,15 @@ def test_signal_saves_at_the_end_of_the_step(stage, number, tmp_path, uninterrup
     assert_same(stage, tmp_path / "out", uninterrupted(stage))
 
 
-@pytest.mark.parametrize(("context", "number"), [("fork", signal.SIGTERM), ("forkserver", signal.SIGUSR1)])
+@pytest.mark.parametrize(
+    ("context", "number"),
+    [
+        ("fork", signal.SIGTERM),
+        ("fork", signal.SIGUSR1),
+        ("spawn", signal.SIGTERM),
+        ("forkserver", signal.SIGTERM),
+    ],
+)
 def test_a_signal_to_every_process_of_a_job_leaves_the_dataset_workers_at_work(
     tmp_path, uninterrupted, context, number
 ):
@@ -84,7 +94,8 @@ def test_a_signal_to_every_process_of_a_job_leaves_the_dataset_workers_at_work(
     argv = command_line(
         2, tmp_path / "out", dataloader_num_workers=2, dataloader_multiprocessing_context=context
     )
-    process = start(argv, tmp_path / "log")
+    # with threads of libraries that the workers load before any code of ours
+    process = start(argv, tmp_path / "log", OPENBLAS_NUM_THREADS="2")
     wait_for(lambda: len(rows(tmp_path / "out")) >= 6, process)
     assert len(descendants(process.pid)) >= 2
     signal_tree(process.pid, number)
@@ -93,6 +104,23 @@ def test_a_signal_to_every_process_of_a_job_leaves_the_dataset_workers_at_work(
     assert stopped["status"] == "interrupted" and 6 <= stopped["step"] < 20
     run(argv, tmp_path / "log")
     assert_same(2, tmp_path / "out", uninterrupted(2))
+
+
+@pytest.mark.parametrize("context", ["fork", "forkserver"])
+def test_dataset_workers_do_not_outlive_a_killed_trainer(tmp_path, context):
+    argv = command_line(
+        2, tmp_path / "out", dataloader_num_workers=2, dataloader_multiprocessing_context=context
+    )
+    process = start(argv, tmp_path / "log")
+    wait_for(lambda: len(rows(tmp_path / "out")) >= 3, process)
+    left = [Path(f"/proc/{pid}") for pid in descendants(process.pid)]
+    assert len(left) >= 2
+    process.kill()
+    process.wait(60)
+    deadline = time.monotonic() + 60
+    while any(path.exists() for path in left) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not [path for path in left if path.exists()]
 
 
 @pytest.mark.parametrize("error", ["RuntimeError", "resume.TrainingError"])

@@ -28,12 +28,14 @@ def test_llava_7b_by_engine():
 
 def test_offload_leaves_the_optimizer_to_the_cpu():
     half = {"parts": 8, "weight": 2, "frozen": 2, "master": 4}
-    assert Layout(split=2, offload="optimizer", **half).bytes(8e9, 0) == 16e9 + 2e9
-    assert Layout(split=3, offload="parameters", **half).bytes(8e9, 0) == 2e9
+    assert Layout(split=2, offload="optimizer", **half).bytes(8e9, 0) == 16e9
+    assert Layout(split=3, offload="optimizer", **half).bytes(8e9, 0) == 2e9
+    assert Layout(split=3, offload="parameters", **half).bytes(8e9, 0) == 0
 
 
 def training(**changes):
     values = {"bf16": True, "fp16": False, "world_size": 8, "deepspeed": None, "fsdp": False}
+    values |= {"fsdp_config": None, "optim": "adamw_torch"}
     return SimpleNamespace(**values | changes)
 
 
@@ -50,6 +52,19 @@ def test_layouts_of_the_shipped_files(name, split, offload):
 def test_layouts_without_deepspeed():
     assert layout(training()) == Layout(frozen=2)
     assert layout(training(fsdp=True)) == Layout(split=3, parts=8)
+    assert layout(training(fsdp=True, fsdp_config={"cpu_offload": True})).bytes(1e9, 1e9) == 0
+
+
+def test_what_is_not_known_counts_as_nothing():
+    assert layout(training(optim="adafactor")) == Layout(frozen=2, moments=0)
+    for changes, moments, master in (
+        ({"optimizer": {"type": "AdamW"}}, 8, 4),
+        ({"optimizer": {"type": "Lion"}}, 0, 4),
+        ({"bf16": {"enabled": True, "bf16_optimizer_states": True}}, 0, 0),
+    ):
+        config = {"zero_optimization": {"stage": 2}, **changes}
+        found = layout(training(deepspeed=config, hf_deepspeed_config=SimpleNamespace(config=config)))
+        assert (found.moments, found.master) == (moments, master)
 
 
 def test_what_can_not_fit_is_refused_with_both_numbers_and_a_remedy():
