@@ -13,7 +13,6 @@ import difflib
 import importlib.util
 import json
 import os
-import socket
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -494,10 +493,8 @@ def _prepare_deepspeed(namespace: argparse.Namespace, explicit_clip: bool) -> No
         config.setdefault("gradient_clipping", "auto")
     namespace.deepspeed = config
     if "RANK" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        # port 0: one that is free at the moment of use
+        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
         os.environ.update({name: str(value) for name, value in alone.items()})
 
 

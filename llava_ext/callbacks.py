@@ -5,17 +5,13 @@ from __future__ import annotations
 import faulthandler
 import json
 import math
-import multiprocessing
 import os
-import signal
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
-from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,12 +19,12 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from . import signals
 from .resume import RESULT, TrainingError, check_claim, say, write_result
 
 if TYPE_CHECKING:
     from .trainer import LlavaTrainer
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 NO_STEP_EXIT = 75
 
 
@@ -56,57 +52,6 @@ def from_all(value: Any) -> list[Any]:
 
 # ---- signals ----------------------------------------------------------------------------------------------------
 
-_received: list[int] = []
-
-
-def listen() -> None:
-    """Notes SIGTERM and SIGUSR1 instead of dying from them. To be called early: a signal before the first step counts."""
-    if threading.current_thread() is not threading.main_thread():
-        return
-    for number in SIGNALS:
-        signal.signal(number, _note)
-
-
-def leave_signals_to_the_trainer() -> None:
-    """For dataset workers: Slurm signals every process of a job, and a batch that a worker owes is needed until the save.
-
-    SIGTERM from the trainer itself still ends them: Python sends it to the workers that are left at its end, and waits. So does
-    the trainer's death, which torch's own watch over the parent does not see where a fork server is the parent.
-    """
-    for number in (signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    trainer = multiprocessing.parent_process()
-    threading.Thread(target=_end_with, args=(trainer,), name="signals", daemon=True).start()
-
-
-def _end_with(trainer: Any) -> None:
-    """Ends this process when the trainer sends it SIGTERM, or soon after the trainer has died."""
-    while trainer is not None and trainer.is_alive():
-        heard = signal.sigtimedwait({signal.SIGTERM}, 5)
-        if heard is not None and heard.si_pid == trainer.pid:
-            break
-    os._exit(0)
-
-
-@contextmanager
-def born_deaf() -> Iterator[None]:
-    """Processes that are started inside do not hear SIGTERM from their first moment on, nor do their threads."""
-    resource_tracker.ensure_running()  # it would unblock the signal when it is started
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _note(number: int, frame: Any) -> None:
-    if not _received:
-        os.write(
-            2, f"llava_ext: got {signal.Signals(number).name}; saving at the end of this step\n".encode()
-        )
-    _received.append(number)
-
 
 class Interruption(TrainerCallback):
     """After a signal to any rank, all ranks save at the end of the same step and stop."""
@@ -132,7 +77,7 @@ class Interruption(TrainerCallback):
 
     def _is_due(self, args: TrainingArguments, state: TrainerState) -> bool:
         self.stopped = self.stopped or (
-            any_rank(bool(_received), args.device) and state.global_step < state.max_steps
+            any_rank(bool(signals.received), args.device) and state.global_step < state.max_steps
         )
         return self.stopped
 

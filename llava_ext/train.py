@@ -16,6 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from . import signals
+
+if __name__ == "__main__":
+    signals.listen()  # the next lines load for seconds what does not hear
+
 from . import elastic, offload, ranks, resume
 from .callbacks import (
     FewLabels,
@@ -24,7 +29,6 @@ from .callbacks import (
     NoStep,
     StuckAtZero,
     from_all,
-    listen,
     world_size,
 )
 from .resume import TrainingError, say
@@ -117,7 +121,7 @@ ROUNDING = frozenset(["micro_batch_size", "attn_implementation", "pack", "tf32"]
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains. Exit status 0 when finished or interrupted (the result file says which), 1 for anything else."""
-    listen()
+    signals.listen()
     faulthandler.enable()  # a crash in native code says where
     _quiet(sys.argv[1:] if argv is None else argv)
     from .arguments import parse

@@ -20,14 +20,12 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback
 
-from . import resume
+from . import resume, signals
 from .arguments import LlavaTrainingArguments, sampling_strategy
 from .callbacks import (
     any_rank,
-    born_deaf,
     finite,
     from_all,
-    leave_signals_to_the_trainer,
     let_fail,
     world_size,
 )
@@ -383,13 +381,13 @@ class LlavaTrainer(Trainer):
 
 def _start_workers(start: Callable[[], Any]) -> Any:
     """An iterator of a loader: its workers start here, if it has any."""
-    with born_deaf():
+    with signals.born_deaf():
         return start()
 
 
 def _start_worker(prepare: Callable[[int], None] | None, number: int) -> None:
     """The beginning of a dataset worker, as transformers wants it and deaf to signals."""
-    leave_signals_to_the_trainer()
+    signals.leave_to_the_trainer()
     if prepare is not None:
         prepare(number)
 

@@ -176,10 +176,9 @@ def attempt(job: Job, owner: Ownership) -> dict[str, Any]:
     environment = training_environment({**trackers, **os.environ}, job.compute)
     log = state / row["log"]
     print(f"{job.label}: attempt {row['attempt']} from step {row['from_step']}; log: {log}", flush=True)
-    training = Training(command, environment, log, job.label, job.compute.processes > 1, nodes.job)
-    owner.record_trainer(training.child.pid)
-    status = training.wait()
-    return judge(job, row, status, log)
+    with Training(command, environment, log, job.label, job.compute.processes > 1, nodes.job) as training:
+        owner.record_trainer(training.pid)
+        return judge(job, row, training.wait(), log)
 
 
 def admit(job: Job, history: list[dict[str, Any]]) -> tuple[list[str], Nodes]:

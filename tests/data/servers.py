@@ -185,14 +185,16 @@ def send_body(request, body, fault, chunked):
         return
     if fault.kind == "slow":
         for at in range(0, len(body), 65536):
+            time.sleep(
+                fault.value
+            )  # before, not after: the client that has everything is not active any more
             request.wfile.write(body[at : at + 65536])
             request.wfile.flush()
-            time.sleep(fault.value)
         return
     request.wfile.write(body[: fault.after])
     request.wfile.flush()
     if fault.kind == "reset":
-        time.sleep(0.05)
+        time.sleep(0.5)  # until the client has taken what came
         request.reset()
         return
     if fault.kind == "stall":

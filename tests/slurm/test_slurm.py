@@ -16,6 +16,8 @@ from .conftest import clone
 from .sandbox import running
 
 TRAINED = "experiments/long/checkpoint.json"
+# large enough that a training of 60 steps does not end while its first checkpoint is being noticed
+SLOW = {"global_batch_size": 96}
 
 
 def training(finished, folder, compute=(), **stage):
@@ -178,13 +180,13 @@ def test_a_node_that_lacks_something_is_named_before_the_model_loads(finished_on
 @pytest.fixture(scope="module")
 def straight(finished_on_slurm, tmp_path_factory):
     """Losses and digest of the training that nothing interrupts."""
-    workspace = training(finished_on_slurm, tmp_path_factory.mktemp("straight"))
+    workspace = training(finished_on_slurm, tmp_path_factory.mktemp("straight"), **SLOW)
     workspace.run(TRAINED)
     return losses(workspace.state("finetune", "long")), workspace.json(TRAINED)["digest"]
 
 
 def test_a_cancelled_job_and_a_killed_snakemake_continue(finished_on_slurm, straight, slurm, tmp_path):
-    workspace = training(finished_on_slurm, tmp_path)
+    workspace = training(finished_on_slurm, tmp_path, **SLOW)
     process = workspace.start(TRAINED)
     state = wait_for(lambda: checkpoint_of(workspace), 120, "a checkpoint", process)
     slurm.output("scancel", job_of(state))
@@ -212,7 +214,7 @@ def test_a_cancelled_job_and_a_killed_snakemake_continue(finished_on_slurm, stra
 
 
 def test_a_lost_node_costs_the_steps_since_the_last_checkpoint(finished_on_slurm, straight, slurm, tmp_path):
-    workspace = training(finished_on_slurm, tmp_path)
+    workspace = training(finished_on_slurm, tmp_path, **SLOW)
     process = workspace.start(TRAINED)
     state = wait_for(lambda: checkpoint_of(workspace), 120, "a checkpoint", process)
     job = job_of(state)
@@ -276,7 +278,7 @@ def steps_since_start(state, attempt):
 # PreemptMode=REQUEUE and PreemptMode=CANCEL: there the main Snakemake does what Slurm does not
 @pytest.mark.parametrize("partition", ["gpu", "cheap"])
 def test_a_preempted_job_is_requeued_and_continues(finished_on_slurm, slurm, tmp_path, partition):
-    workspace = training(finished_on_slurm, tmp_path, max_steps=120)
+    workspace = training(finished_on_slurm, tmp_path, max_steps=120, **SLOW)
     process = workspace.start(TRAINED, "--set-resources", f"finetune:slurm_partition={partition}")
     state = wait_for(lambda: checkpoint_of(workspace), 120, "a checkpoint", process)
     job = job_of(state)
@@ -300,7 +302,7 @@ def test_a_preempted_job_is_requeued_and_continues(finished_on_slurm, slurm, tmp
 
 
 def test_snakemake_itself_may_be_a_job(finished_on_slurm, slurm, tmp_path):
-    workspace = training(finished_on_slurm, tmp_path)
+    workspace = training(finished_on_slurm, tmp_path, **SLOW)
 
     def submit():
         line = shlex.join(["env", "OMP_NUM_THREADS=1", *workspace.command(TRAINED)])
@@ -333,7 +335,7 @@ def test_only_preempted_jobs_of_this_name_are_requeued_and_a_refusal_is_said_onc
 ):
     def submit(partition, *options):
         base = ("sbatch", "--parsable", "-w", "n1", "--output=/dev/null", "-p", partition)
-        return slurm.output(*base, *options, "--wrap", "sleep 5")
+        return slurm.output(*base, *options, "--wrap", "sleep 60")
 
     def states():
         listed = slurm.output(
@@ -368,7 +370,7 @@ def test_only_preempted_jobs_of_this_name_are_requeued_and_a_refusal_is_said_onc
 
 
 def test_a_time_limit_saves_in_time_and_the_next_attempt_continues(finished_on_slurm, slurm, tmp_path):
-    compute = {"runtime_min": 2, "save_before_end_s": 90, "attempts": 2, "dataloader_workers": 1}
+    compute = {"runtime_min": 2, "save_before_end_s": 60, "attempts": 2, "dataloader_workers": 1}
     # longer than the limit on the fastest machine
     workspace = training(
         finished_on_slurm, tmp_path, compute, max_steps=1200, save_steps=1100, global_batch_size=40

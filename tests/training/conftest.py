@@ -10,7 +10,7 @@ import pytest
 from accelerate.state import AcceleratorState
 from trainings import GOLDEN, command_line, run
 
-from llava_ext import callbacks, train
+from llava_ext import signals, train
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +40,7 @@ def train_here(monkeypatch, capfd):
     ):
         monkeypatch.setenv(name, "1")  # training sets some of these; the fixture takes them away again
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
-    handlers = {number: signal.getsignal(number) for number in callbacks.SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in signals.SIGNALS}
 
     def call(argv: Sequence[str]) -> tuple[int, str]:
         AcceleratorState._reset_state(True)

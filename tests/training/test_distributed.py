@@ -86,18 +86,20 @@ def workers(agent: int) -> list[int]:
     return [int(pid) for pid in Path(f"/proc/{agent}/task/{agent}/children").read_text().split()]
 
 
-def test_ddp_with_checkpointing_and_a_signal_to_one_rank_then_one_process(data, alone, tmp_path):
+def test_ddp_with_checkpointing_and_a_signal_to_one_rank_then_one_process(data, tmp_path):
     """All ranks stop after the same step though one got the signal; another number of processes then goes on."""
-    argv = two(data, tmp_path, gradient_checkpointing=True)
+    longer = {"gradient_checkpointing": True, "max_steps": 3 * STEPS}
+    run(command_line(2, tmp_path / "alone", data_path=data, **SHORT | longer), tmp_path / "log")
+    argv = two(data, tmp_path, **longer)
     process = start(argv, tmp_path / "log", processes=2)
     wait_for(lambda: len(rows(tmp_path / "out")) >= 1, process)
     os.kill(workers(process.pid)[-1], signal.SIGUSR1)
     assert process.wait(60) == 0
     stopped = result(tmp_path / "out")
-    assert stopped["status"] == "interrupted" and stopped["step"] < STEPS
-    argv = command_line(2, tmp_path / "out", data_path=data, gradient_checkpointing=True, **SHORT)
+    assert stopped["status"] == "interrupted" and stopped["step"] < 3 * STEPS
+    argv = command_line(2, tmp_path / "out", data_path=data, **SHORT | longer)
     assert "saved by 2 processes, now 1" in run(argv, tmp_path / "log")
-    assert_close(tmp_path / "out", alone)
+    assert_close(tmp_path / "out", tmp_path / "alone")
 
 
 def unfinished(finished: Path, folder: Path) -> Path:

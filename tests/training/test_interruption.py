@@ -78,6 +78,22 @@ def test_signal_saves_at_the_end_of_the_step(stage, number, tmp_path, uninterrup
     assert_same(stage, tmp_path / "out", uninterrupted(stage))
 
 
+def test_a_signal_is_heard_while_libraries_are_loading(tmp_path):
+    """Slurm may send it at any moment, half a minute early too."""
+    process = start(command_line(2, tmp_path / "out"), tmp_path / "log")
+    proc = Path(f"/proc/{process.pid}")
+
+    def catches_sigterm():
+        line = next(line for line in (proc / "status").read_text().splitlines() if line.startswith("SigCgt"))
+        return int(line.split()[1], 16) >> (signal.SIGTERM - 1) & 1
+
+    wait_for(catches_sigterm, process)
+    assert "libtorch" not in (proc / "maps").read_text()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
+    assert result(tmp_path / "out")["status"] == "interrupted" and result(tmp_path / "out")["step"] == 1
+
+
 @pytest.mark.parametrize(
     ("context", "number"),
     [

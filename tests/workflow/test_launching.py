@@ -254,8 +254,8 @@ def test_a_training_outlives_nobody(tmp_path):
     code = (
         "import sys, time; sys.path.insert(0, {root!r});"
         "from pathlib import Path; from workflow_scripts.launching.process import Training;"
-        "t = Training([sys.executable, '-c', {slow!r}], {{}}, Path({log!r}), 'x', False, '');"
-        "print(t.child.pid, flush=True); time.sleep(60)"
+        "t = Training([sys.executable, '-c', {slow!r}], {{}}, Path({log!r}), 'x', False, ''); t.start();"
+        "print(t.pid, flush=True); time.sleep(60)"
     ).format(root=str(ROOT), slow=SLOW_TO_END, log=str(tmp_path / "log"))
     launcher = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     pid = int(launcher.stdout.readline())
@@ -272,19 +272,32 @@ def test_a_training_outlives_nobody(tmp_path):
 
 def test_signals_to_the_launcher_reach_all_processes_of_a_training(tmp_path):
     tree = f"import subprocess, sys; sys.exit(subprocess.call([sys.executable, '-c', {SLOW_TO_END!r}], start_new_session=True))"
-    training = Training([sys.executable, "-c", tree], dict(os.environ), tmp_path / "log", "x", True, "")
-    deadline = time.monotonic() + 60
-    while "up" not in (tmp_path / "log").read_text():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    with Training(
+        [sys.executable, "-c", tree], dict(os.environ), tmp_path / "log", "x", True, ""
+    ) as training:
+        deadline = time.monotonic() + 60
+        while "up" not in (tmp_path / "log").read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert training.wait() == 0
+        os.kill(os.getpid(), signal.SIGTERM)  # while its end is recorded: no reason to end without that
+
+
+def test_a_signal_before_the_training_is_started_reaches_it(tmp_path):
+    training = Training(
+        [sys.executable, "-c", SLOW_TO_END], dict(os.environ), tmp_path / "log", "x", False, ""
+    )
     training._forward(signal.SIGTERM, None)
-    assert training.wait() == 0
+    with training:
+        assert training.wait() == -signal.SIGTERM  # it has no handler of its own yet
 
 
 # ---------------------------------------------------------------- attempts
 
 
-def test_attempts_without_progress_are_stopped_and_progress_starts_the_count_again(tmp_path):
+def test_attempts_without_progress_are_stopped_and_progress_starts_the_count_again(tmp_path, monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     for _ in range(2):
         row = attempts.begin(tmp_path, attempts.read_attempts(tmp_path))
         attempts.end(tmp_path, row, "failed (1)")
@@ -331,7 +344,10 @@ def test_a_machine_says_everything_it_lacks(tmp_path):
     token = tmp_path / "token"
     token.write_text("1")
     expected = preflight.expectations(
-        ComputeSpec(gpus_per_node=99, parallel="ddp"), [tmp_path, tmp_path / "absent"], "no.such.host", token
+        ComputeSpec(gpus_per_node=99, parallel="ddp"),
+        [tmp_path, tmp_path / "absent"],
+        "nosuch.invalid",
+        token,
     )
     expected["versions"]["torch"] = "0.1"
     token.write_text("2")
@@ -341,7 +357,7 @@ def test_a_machine_says_everything_it_lacks(tmp_path):
         "torch is",
         "absent can't be seen here",
         "not shared",
-        "no.such.host, can't be resolved",
+        "nosuch.invalid, can't be resolved",
     ):
         assert part in found
 

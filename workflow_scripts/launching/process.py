@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from .ownership import descendants
 
@@ -33,7 +34,10 @@ def _prepare_child(ignore_term: bool) -> Callable[[], None]:
 
 
 class Training:
-    """A running training. Its output goes to a file, not to a pipe: it must survive whoever reads it."""
+    """A running training. Its output goes to a file, not to a pipe: it must survive whoever reads it.
+
+    In a `with` block signals to this process go on to the training, from before its start until the block ends.
+    """
 
     def __init__(
         self,
@@ -44,25 +48,55 @@ class Training:
         several: bool,
         job: str,
     ) -> None:
-        """Starts ``command``: ``several`` processes under torchrun, or on several machines of the Slurm ``job``."""
+        """To start ``command``: ``several`` processes under torchrun, or on several machines of the Slurm ``job``."""
         log.parent.mkdir(parents=True, exist_ok=True)
+        self.child: subprocess.Popen[bytes] | None = None
+        self.command, self.environment = list(command), dict(environment)
         self.log = log
         self.label = label
         self.several = several
         self.job = job
-        with log.open("ab") as stream:
-            self.child = subprocess.Popen(
-                list(command),
-                env=dict(environment),
+        self._early: list[int] = []  # signals before there is a child
+        self._handlers: dict[int, Any] = {}
+
+    def __enter__(self) -> Training:
+        self._handlers = {number: signal.signal(number, self._forward) for number in FORWARDED}
+        self.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    @property
+    def pid(self) -> int:
+        """The process that was started."""
+        assert self.child is not None, "not started"
+        return self.child.pid
+
+    def start(self) -> None:
+        """Starts the training. Signals that have come before reach it too."""
+        with self.log.open("ab") as stream:
+            child = subprocess.Popen(
+                self.command,
+                env=self.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
                 # torchrun ignores SIGTERM (inherited) and leaves the end to its workers, which install their own handler
-                preexec_fn=_prepare_child(several),
+                preexec_fn=_prepare_child(self.several),
             )
+        self.child = child
+        for number in self._early:
+            self._forward(number, None)
 
     def _forward(self, number: int, frame: object) -> None:
+        if self.child is None:
+            self._early.append(number)
+            return
+        if self.child.returncode is not None:  # it has ended; what is left is to record how
+            return
         if self.job:  # the processes are on other machines: Slurm reaches them
             subprocess.run(["scancel", "--signal=TERM", self.job], check=False, timeout=60)
             return
@@ -72,19 +106,16 @@ class Training:
                 os.kill(pid, signal.SIGTERM)
 
     def wait(self) -> int:
-        """Waits for the end and returns the exit status; signals to this process go on to the training."""
+        """Waits for the end and returns the exit status."""
+        assert self.child is not None, "not started"
         stop = threading.Event()
         reader = threading.Thread(target=follow, args=(self.log, self.label, stop), daemon=True)
         reader.start()
-        old = {number: signal.signal(number, self._forward) for number in FORWARDED}
         try:
-            status = self.child.wait()
+            return self.child.wait()
         finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
             stop.set()
             reader.join(timeout=5)
-        return status
 
 
 def follow(path: Path, label: str, stop: threading.Event) -> None:
