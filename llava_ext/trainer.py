@@ -22,13 +22,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from . import resume, signals
 from .arguments import LlavaTrainingArguments, sampling_strategy
-from .callbacks import (
-    any_rank,
-    finite,
-    from_all,
-    let_fail,
-    world_size,
-)
+from .callbacks import any_rank, finite, from_all, let_fail, world_size
 from .conversation import IGNORE_INDEX
 from .elastic import load_universal
 from .offload import offloads_optimizer, replay_steps
@@ -125,15 +119,6 @@ class LlavaTrainer(Trainer):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not counted: it walks over all parameters at every step."""
         return 0
-
-    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
-        """``--include_num_input_tokens_seen``; without a mask `non_padding` would count padding too."""
-        if self.args.include_num_input_tokens_seen == "non_padding":
-            inputs = {
-                **inputs,
-                "attention_mask": torch.tensor(inputs["counts"]["tokens"], device=self.args.device),
-            }
-        super()._track_num_input_tokens(inputs)
 
     # -- loss ---------------------------------------------------------------------------------------------------
 

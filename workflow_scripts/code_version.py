@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 CODE_VERSION = 3
-CODE_DIGEST = "08c03fa9b6b55c0b"
+CODE_DIGEST = "2f1b287f4e553441"
 
 # The modules whose code decides what a training computes.
 NUMERIC = (
