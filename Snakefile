@@ -4,8 +4,8 @@ from pathlib import Path
 
 from snakemake.utils import min_version
 
-from workflow_scripts.launching import requeue
-from workflow_scripts.plan import describe_plan, is_dry_run
+from workflow_scripts.launch import requeue
+from workflow_scripts.plan.describe import describe_plan, is_dry_run
 
 min_version("9.0")
 

@@ -44,9 +44,9 @@ def make_llm(folder: Path, hidden: int, layers: int) -> None:
 
 def ready(stage: int, llm: Path, output_dir: Path) -> Any:
     """A trainer of that stage after one step."""
-    from llava_ext.arguments import parse
-    from llava_ext.setup_run import make_trainer
     from llava_ext.train import _open_inputs, _start_distributed
+    from llava_ext.training.arguments import parse
+    from llava_ext.training.setup import make_trainer
 
     flags = ["--tune_mm_mlp_adapter", "True", "--version", "plain"] if stage == 1 else ["--version", "v1"]
     flags += ["--model_name_or_path", str(llm), "--vision_tower", str(DATA / "clip_g4"), "--use_cpu", "True"]

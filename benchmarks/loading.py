@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT / "tests" / "data"))
 from damage import jpeg
 from mixing import Kitchen, conversation
 
-from llava_ext.samples import open_samples
+from llava_ext.data.samples import open_samples
 
 IMAGES = 2000
 

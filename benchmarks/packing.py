@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from llava_ext.sampler import modality_grouped_order
+from llava_ext.data.sampler import modality_grouped_order
 
 SYSTEM_TOKENS = 45
 
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     words = synthetic_words(options.samples)
     if options.data_path:
-        from llava_ext.samples import open_samples
+        from llava_ext.data.samples import open_samples
 
         words = np.asarray(open_samples(options.data_path, options.image_folder).lengths, dtype=np.int64)
     print(f"{len(words)} samples, {100 * (words < 0).mean():.0f} % text-only, batches of {options.batch}")

@@ -19,7 +19,7 @@ from damage import jpeg
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
-from llava_ext.images import ImagePreprocessor, decode
+from llava_ext.data.images import ImagePreprocessor, decode
 
 
 def expand_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:

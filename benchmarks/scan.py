@@ -21,8 +21,8 @@ sys.path.insert(0, str(ROOT / "tests" / "data"))
 from damage import damaged_jpegs, damaged_others, jpeg, whole_files
 from PIL import Image, ImageFile
 
-from workflow_scripts.image_check import check, prepare_process
-from workflow_scripts.scanning import ScanSettings, scan_store
+from workflow_scripts.scan.image_check import check, prepare_process
+from workflow_scripts.scan.table import ScanSettings, scan_store
 
 
 def pillow_load(data: bytes) -> bool:

@@ -20,9 +20,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from . import formats
-from .interventions import FIELD_NAMES, Interventions
-from .resume import TrainingError, say
+from .checkpoints import original as formats
+from .model.interventions import FIELD_NAMES, Interventions
+from .training.states import TrainingError, say
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -52,7 +52,7 @@ def convert(
     """
     import torch
 
-    from .build import load_model, save_checkpoint
+    from .model.build import load_model, save_checkpoint
 
     if target.exists() and any(target.iterdir()):
         raise TrainingError(f"{target}: exists and is not empty; choose another folder")

@@ -12,10 +12,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .resume import TrainingError, say
+from .training.states import TrainingError, say
 
 if TYPE_CHECKING:
-    from .dataset import EncodedSamples
+    from .data.dataset import EncodedSamples
 
 EXAMPLES = 5
 
@@ -167,9 +167,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _survey_files(options: argparse.Namespace) -> dict[str, Counts]:
-    from .build import load_tokenizer
-    from .dataset import EncodedSamples
-    from .samples import open_samples
+    from .data.dataset import EncodedSamples
+    from .data.samples import open_samples
+    from .model.build import load_tokenizer
 
     tokenizer = load_tokenizer(options.tokenizer, options.model_max_length)
     store = open_samples(options.data_path, options.image_folder or ".")

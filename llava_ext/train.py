@@ -16,13 +16,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from . import signals
+from .training import signals
 
 if __name__ == "__main__":
     signals.listen()  # the next lines load for seconds what does not hear
 
-from . import elastic, offload, ranks, resume
-from .callbacks import (
+from .distributed import elastic, offload
+from .distributed import meeting as ranks
+from .training import states as resume
+from .training.callbacks import (
     FewLabels,
     Interruption,
     Metrics,
@@ -31,12 +33,12 @@ from .callbacks import (
     from_all,
     world_size,
 )
-from .resume import TrainingError, say
+from .training.states import TrainingError, say
 
 if TYPE_CHECKING:
-    from .arguments import Arguments
-    from .samples import SampleStore
-    from .trainer import LlavaTrainer
+    from .data.samples import SampleStore
+    from .training.arguments import Arguments
+    from .training.trainer import LlavaTrainer
 
 # Not part of what determines the result: where things lie, what is logged, how work is spread over processes.
 WITHOUT_INFLUENCE = frozenset(
@@ -124,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     signals.listen()
     faulthandler.enable()  # a crash in native code says where
     _quiet(sys.argv[1:] if argv is None else argv)
-    from .arguments import parse
+    from .training.arguments import parse
 
     try:
         run(parse(argv))
@@ -196,7 +198,7 @@ def _run(arguments: Arguments, watchdog: NoStep) -> None:
         return
     share = (arguments.training.process_index, arguments.training.world_size)
     good = resume.last_good(output_dir, share, _on_first_rank, from_all)
-    from .setup_run import make_trainer
+    from .training.setup import make_trainer
 
     watchdog.beat("loading the model")
     trainer = make_trainer(arguments, store, folders, good.path if good else None)
@@ -249,8 +251,8 @@ def _allow_fsdp_on_cpu() -> None:
 
 
 def _open_inputs(arguments: Arguments) -> tuple[SampleStore, dict[str, Path]]:
-    from .arguments import resolve_model
-    from .samples import open_samples
+    from .data.samples import open_samples
+    from .training.arguments import resolve_model
 
     model, cache = arguments.model, arguments.training.cache_dir
     folders = {"llm": resolve_model(model.model_name_or_path, "model_name_or_path", cache)}
@@ -379,7 +381,7 @@ def _conclude(
         return
     state = trainer.gathered_state()
     if trainer.is_world_process_zero():
-        from .setup_run import write_final
+        from .training.setup import write_final
 
         folder = output_dir / f"{resume.STAGING}final"
         shutil.rmtree(folder, ignore_errors=True)

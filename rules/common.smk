@@ -6,7 +6,7 @@ from snakemake_interface_executor_plugins.settings import DeploymentMethod
 
 from workflow_scripts.config.load import load_config
 from workflow_scripts.io import UserError
-from workflow_scripts.runs import (
+from workflow_scripts.plan.runs import (
     STAGES,
     Plan,
     announce,

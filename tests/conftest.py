@@ -3,6 +3,9 @@
 import signal
 import threading
 
+# The demo's models and pictures, which several rooms' tests need, are made once for the session.
+pytest_plugins = ["tests.support.demo"]
+
 
 def pytest_configure(config):
     """A shell's background job ignores SIGINT, and all that it starts: tests that send one must not depend on it."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from workflow_scripts.io import UserError, read_json, user_errors
-from workflow_scripts.launching.ownership import OWNER, alive
+from workflow_scripts.launch.ownership import OWNER, alive
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def clean(root: Path, used: Sequence[str], forget: Sequence[str], really: bool) 
 def used_by_files(files: Sequence[Path]) -> list[str]:
     """The run folders that configurations use."""
     from workflow_scripts.config.load import load_file
-    from workflow_scripts.runs import Plan
+    from workflow_scripts.plan.runs import Plan
 
     return sorted({folder for file in files for folder in Plan(load_file(file)).used_folders()})
 

@@ -16,26 +16,26 @@ from collections.abc import Sequence
 from pathlib import Path
 
 CODE_VERSION = 3
-CODE_DIGEST = "2f1b287f4e553441"
+CODE_DIGEST = "b7903653494a96a2"
 
 # The modules whose code decides what a training computes.
 NUMERIC = (
-    "llava_ext/interventions.py",
-    "llava_ext/configuration_spatial_llava.py",
-    "llava_ext/modeling_spatial_llava.py",
-    "llava_ext/processing_spatial_llava.py",
-    "llava_ext/conversation.py",
-    "llava_ext/images.py",
-    "llava_ext/assembly.py",
-    "llava_ext/build.py",
-    "llava_ext/dataset.py",
-    "llava_ext/sampler.py",
-    "llava_ext/optimizer.py",
-    "llava_ext/trainer.py",
-    "llava_ext/lora.py",
-    "llava_ext/samples.py",
-    "llava_ext/setup_run.py",
-    "workflow_scripts/launching/command.py",
+    "llava_ext/model/interventions.py",
+    "llava_ext/model/configuration_spatial_llava.py",
+    "llava_ext/model/modeling_spatial_llava.py",
+    "llava_ext/model/processing_spatial_llava.py",
+    "llava_ext/data/conversation.py",
+    "llava_ext/data/images.py",
+    "llava_ext/data/assembly.py",
+    "llava_ext/model/build.py",
+    "llava_ext/data/dataset.py",
+    "llava_ext/data/sampler.py",
+    "llava_ext/training/optimizer.py",
+    "llava_ext/training/trainer.py",
+    "llava_ext/training/lora.py",
+    "llava_ext/data/samples.py",
+    "llava_ext/training/setup.py",
+    "workflow_scripts/launch/command.py",
 )
 
 

@@ -23,7 +23,7 @@ from workflow_scripts.io import UserError, progress, read_json, user_errors, wri
 if TYPE_CHECKING:
     import numpy as np
 
-    from llava_ext.samples import SampleStore
+    from llava_ext.data.samples import SampleStore
 
 EDGES = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 """Lower ends of the histogram's classes; the last one is open."""
@@ -98,7 +98,7 @@ def sources_of(store: SampleStore) -> np.ndarray:
     """For each record the number of its source in ``store.sources``."""
     import numpy as np
 
-    from llava_ext.samples import MixtureStore
+    from llava_ext.data.samples import MixtureStore
 
     if isinstance(store, MixtureStore):
         return np.asarray(store.records["source"])
@@ -106,7 +106,7 @@ def sources_of(store: SampleStore) -> np.ndarray:
 
 
 def _facts(store: SampleStore, name: str, mine: np.ndarray, measured: np.ndarray) -> SourceFacts:
-    from llava_ext.samples import MixtureStore
+    from llava_ext.data.samples import MixtureStore
 
     text_only = int((store.lengths[mine] < 0).sum())
     images, tolerant = len(mine) - text_only, 0
@@ -127,7 +127,7 @@ def token_lengths(
     """Tokens of the prompts, each image counted as ``extra`` tokens."""
     import numpy as np
 
-    from llava_ext.conversation import ConversationError, encode
+    from llava_ext.data.conversation import ConversationError, encode
 
     found = []
     for row in progress(rows, len(rows), f"tokenizing {name}"):
@@ -267,7 +267,7 @@ def sample_cards(store: SampleStore, number: int, seed: int = 0, side: int = 320
 
 def sample_card(store: SampleStore, row: int, side: int = 320) -> str:
     """One sample as a self-contained piece of HTML."""
-    from llava_ext.samples import SamplesError
+    from llava_ext.data.samples import SamplesError
 
     record = store.record(row)
     origin = f"{store.source(row)}, record {row + 1}, id {record.get('id')}"
@@ -287,7 +287,7 @@ def sample_card(store: SampleStore, row: int, side: int = 320) -> str:
 
 
 def _picture(data: bytes, side: int) -> str:
-    from workflow_scripts.reporting.data import thumbnail
+    from workflow_scripts.report.data import thumbnail
 
     found = thumbnail(data, side)
     return f'<img alt="" src="{found}">' if found else "<p class=note>can't be decoded</p>"
@@ -319,7 +319,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Shows a mixture."""
-    from llava_ext.samples import SamplesError, open_samples
+    from llava_ext.data.samples import SamplesError, open_samples
 
     options = parse(argv)
     with user_errors():
@@ -327,7 +327,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             store = open_samples(options.data, options.image_folder)
             tokenizer = None
             if options.tokenizer is not None:
-                from llava_ext.build import load_tokenizer
+                from llava_ext.model.build import load_tokenizer
 
                 tokenizer = load_tokenizer(options.tokenizer)
             view = overview(store, tokenizer, options.prompt_version, options.limit, options.image_tokens)

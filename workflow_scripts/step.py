@@ -11,7 +11,7 @@ import os
 import shlex
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -53,12 +53,21 @@ def _tee(log: Path) -> tuple[threading.Thread, int]:
     return thread, terminal
 
 
+def find_main(name: str) -> Callable[[list[str]], None]:
+    """The door of a step: ``main`` in the module ``workflow_scripts.<name>`` or, where that is a room, in its ``step``."""
+    module = f"workflow_scripts.{name}"
+    loaded = importlib.import_module(module)
+    if not hasattr(loaded, "main"):
+        loaded = importlib.import_module(f"{module}.step")
+    return loaded.main
+
+
 def run_step(name: str, arguments: Sequence[str], log: Path) -> int:
-    """Runs ``workflow_scripts.<name>.main(arguments)`` and returns its exit status."""
+    """Runs the step's ``main(arguments)`` and returns its exit status."""
     thread, terminal = _tee(log)
     status: int | str | None = 1
     try:
-        importlib.import_module(f"workflow_scripts.{name}").main(list(arguments))
+        find_main(name)(list(arguments))
         status = 0
     except SystemExit as stop:
         status = stop.code

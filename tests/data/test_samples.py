@@ -10,12 +10,12 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from damage import jpeg
-from mixing import LOOSE, Kitchen, conversation
-from pictures import encoded
-from test_archives import make_folder, make_zip
 
-from llava_ext.samples import SamplesError, join_name, open_samples, unsafe_path
+from llava_ext.data.samples import SamplesError, join_name, open_samples, unsafe_path
+from tests.archives.test_archives import make_folder, make_zip
+from tests.support.damage import jpeg
+from tests.support.mixing import LOOSE, Kitchen, conversation
+from tests.support.pictures import encoded
 
 IMAGES = {f"{i}.jpg": encoded(seed=i) for i in range(30)}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import load_json
+from tests.support.demo import load_json
 
 FOLDER = Path(os.environ.get("DEMO_FOLDER", Path(__file__).parent.parent.parent))
 SEVERAL_TOKENS = ("vanilla", "normalize", "normalize_multilayer", "compress_4")

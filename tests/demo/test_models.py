@@ -13,11 +13,11 @@ from transformers import (
     GenerationConfig,
 )
 
-from workflow_scripts import shapes, shapes_models
+from tests.support.demo import load_json
 from workflow_scripts.config.shapes import ShapesLlm, ShapesSource, ShapesTower
+from workflow_scripts.demo import models as shapes_models
+from workflow_scripts.demo import shapes
 from workflow_scripts.io import file_sha256
-
-from .conftest import load_json
 
 
 def pieces(tokenizer, text):
@@ -71,8 +71,8 @@ def test_every_word_of_the_demo_is_one_piece(llm):
 
 @pytest.mark.parametrize(("split", "version"), [("captions", "plain"), ("questions", "v1"), ("test", "v1")])
 def test_the_masks_leave_exactly_the_answers(llm, tmp_path, split, version):
-    from llava_ext.build import load_tokenizer
-    from llava_ext.conversation import encode
+    from llava_ext.data.conversation import encode
+    from llava_ext.model.build import load_tokenizer
 
     spec = ShapesSource(split=split, pictures=30, text_only=4 if split == "questions" else 0)
     shapes.generate(spec, tmp_path)

@@ -11,10 +11,9 @@ import simplejpeg
 from PIL import Image, UnidentifiedImageError
 from pydantic import ValidationError
 
-from workflow_scripts import shapes
+from tests.support.demo import load_json, members, pixels
 from workflow_scripts.config.shapes import ShapesSource
-
-from .conftest import load_json, members, pixels
+from workflow_scripts.demo import shapes
 
 
 def tree(folder):
@@ -188,7 +187,7 @@ def test_the_scan_calls_each_damage_by_its_name(damaged, tmp_path):
     """The real scan on the real archive: every picture gets the ledger's status, every other one `ok`."""
     import pyarrow.parquet as pq
 
-    from workflow_scripts import scan
+    from workflow_scripts.scan import step as scan
 
     _, folder, made = damaged
     source, manifest = folder / "manifest.json", tmp_path / "scan" / "manifest.json"

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import reference
 import torch
+
+from . import reference
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -6,16 +6,17 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-import reference
 import torch
 
-from llava_ext import formats
-from llava_ext.assembly import Collator
-from llava_ext.build import build_model, load_model
-from llava_ext.conversation import prompt_ids
-from llava_ext.images import ImagePreprocessor, decode
-from llava_ext.interventions import FIELD_NAMES, Interventions
-from llava_ext.setup_run import load_projector
+from llava_ext.checkpoints import original as formats
+from llava_ext.data.assembly import Collator
+from llava_ext.data.conversation import prompt_ids
+from llava_ext.data.images import ImagePreprocessor, decode
+from llava_ext.model.build import build_model, load_model
+from llava_ext.model.interventions import FIELD_NAMES, Interventions
+from llava_ext.training.setup import load_projector
+
+from . import reference
 
 LOGITS = {"torch.float32": 1e-4, "torch.float16": 0.05}
 

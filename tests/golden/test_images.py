@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import reference
 
-from llava_ext.build import load_image_processor
-from llava_ext.images import ImagePreprocessor, decode
+from llava_ext.data.images import ImagePreprocessor, decode
+from llava_ext.model.build import load_image_processor
+
+from . import reference
 
 BOUND = 1e-4
 # The reference takes an array whose first side is 1 or 3 for channels-first (quirk 18): its pixels are garbage, or it raises.

@@ -14,16 +14,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-import reference
 import torch
 from safetensors.torch import load_file
 
-from llava_ext import formats
-from llava_ext.assembly import Collator, interleaved_block, published_coordinate_ids
-from llava_ext.build import build_model
-from llava_ext.conversation import IMAGE_TOKEN_INDEX
-from llava_ext.diagnostics import permuted_vision_tokens
-from llava_ext.interventions import FLAGS, InterventionError, Interventions
+from llava_ext.analysis.diagnostics import permuted_vision_tokens
+from llava_ext.checkpoints import original as formats
+from llava_ext.data.assembly import Collator, interleaved_block, published_coordinate_ids
+from llava_ext.data.conversation import IMAGE_TOKEN_INDEX
+from llava_ext.model.build import build_model
+from llava_ext.model.interventions import FLAGS, InterventionError, Interventions
+
+from . import reference
 
 BOUND = 1e-4
 UNLIMITED = 2048

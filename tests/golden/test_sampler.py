@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import reference
 import torch
 
-from llava_ext.sampler import EpochSampler, length_grouped_order, modality_grouped_order, split_to_even_chunks
+from llava_ext.data.sampler import (
+    EpochSampler,
+    length_grouped_order,
+    modality_grouped_order,
+    split_to_even_chunks,
+)
+
+from . import reference
 
 
 @pytest.fixture

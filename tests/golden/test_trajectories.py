@@ -9,13 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
-import reference
 import torch
 
-from llava_ext import convert, formats
-from llava_ext.arguments import parse
-from llava_ext.build import build_model, load_model
-from llava_ext.optimizer import freeze, parameter_groups
+from llava_ext import convert
+from llava_ext.checkpoints import original as formats
+from llava_ext.model.build import build_model, load_model
+from llava_ext.training.arguments import parse
+from llava_ext.training.optimizer import freeze, parameter_groups
+
+from . import reference
 
 pytestmark = pytest.mark.slow
 REPOSITORY = Path(__file__).parents[2]

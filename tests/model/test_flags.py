@@ -8,12 +8,11 @@ from functools import cache
 import pytest
 import torch
 
-from llava_ext.assembly import AssemblyError, Collator, image_block
-from llava_ext.build import BuildError, mean_token_norm
-from llava_ext.configuration_spatial_llava import SpatialLlavaConfig
-from llava_ext.interventions import FLAGS, InterventionError, Interventions
-
-from .conftest import RECORDS, flags, make_batch, make_model, make_samples
+from llava_ext.data.assembly import AssemblyError, Collator, image_block
+from llava_ext.model.build import BuildError, mean_token_norm
+from llava_ext.model.configuration_spatial_llava import SpatialLlavaConfig
+from llava_ext.model.interventions import FLAGS, InterventionError, Interventions
+from tests.support.models import RECORDS, flags, make_batch, make_model, make_samples
 
 
 @cache
@@ -130,7 +129,7 @@ def test_coordinates_reach_the_projector_with_compression_and_several_layers():
 
 
 def test_coordinates_run_from_minus_one_to_one():
-    from llava_ext.modeling_spatial_llava import patch_coordinates
+    from llava_ext.model.modeling_spatial_llava import patch_coordinates
 
     x, y = patch_coordinates(torch.zeros(2, 16, 5))[1].unbind(-1)
     assert x[:4].tolist() == pytest.approx([-1, -1 / 3, 1 / 3, 1])
@@ -263,9 +262,8 @@ def test_more_placeholders_than_images_name_the_sample():
 
 
 def test_folders_of_the_wrong_kind_are_named(tmp_path):
-    from llava_ext.build import load_model, load_tower
-
-    from .conftest import LLM
+    from llava_ext.model.build import load_model, load_tower
+    from tests.support.models import LLM
 
     with pytest.raises(BuildError, match="a CLIP vision tower is expected"):
         load_tower(LLM, torch.float32, None)

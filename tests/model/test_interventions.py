@@ -8,9 +8,8 @@ import sys
 
 import pytest
 
-from llava_ext.interventions import FLAGS, PUBLISHED_CONFLICTS, InterventionError, Interventions
-
-from .conftest import ALONE, flags
+from llava_ext.model.interventions import FLAGS, PUBLISHED_CONFLICTS, InterventionError, Interventions
+from tests.support.models import ALONE, flags
 
 
 def test_defaults_are_vanilla():
@@ -128,7 +127,7 @@ def test_statistics_are_numbers_or_names():
 
 def test_the_module_is_plain_python():
     """The Snakefile's config schema imports it at parse time."""
-    code = "import sys, llava_ext.interventions; print(sorted({'torch', 'transformers', 'numpy', 'pydantic'} & set(sys.modules)))"
+    code = "import sys, llava_ext.model.interventions; print(sorted({'torch', 'transformers', 'numpy', 'pydantic'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

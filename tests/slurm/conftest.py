@@ -4,9 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.workflow.workspace import Workspace, copy_code
-
-from .sandbox import missing, running
+from tests.slurm.sandbox import missing, running
+from tests.support.workspace import Workspace, copy_code
 
 HERE = Path(__file__).parent
 # Real clusters wait longer before the first question; the tests' Snakemake asks every second (quick_snakemake.py).

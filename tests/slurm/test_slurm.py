@@ -6,14 +6,13 @@ import shlex
 
 import pytest
 
-from tests.workflow.rerun_rows import check_raised_version, check_row, rows
+from tests.slurm.conftest import clone
+from tests.slurm.sandbox import running
+from tests.support.rerun_rows import check_raised_version, check_row, rows
+from tests.support.workspace import kill_group, wait_for
 from tests.workflow.test_crash import attempts, losses
-from tests.workflow.workspace import kill_group, wait_for
-from workflow_scripts.launching.requeue import requeue_preempted
-from workflow_scripts.status import all_statuses, read_status
-
-from .conftest import clone
-from .sandbox import running
+from workflow_scripts.launch.requeue import requeue_preempted
+from workflow_scripts.status.cli import all_statuses, read_status
 
 TRAINED = "experiments/long/checkpoint.json"
 # large enough that a training of 60 steps does not end while its first checkpoint is being noticed

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState
-from trainings import GOLDEN, command_line, run
 
-from llava_ext import signals, train
+from llava_ext import train
+from llava_ext.training import signals
+from tests.support.trainings import GOLDEN, command_line, run
 
 
 @pytest.fixture(scope="session")

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from transformers.utils import is_flash_attn_2_available
 
-from llava_ext.arguments import LlavaTrainingArguments, make_parser, parse, split_flags, translate
-from llava_ext.interventions import InterventionError
-from llava_ext.resume import TrainingError
+from llava_ext.model.interventions import InterventionError
+from llava_ext.training.arguments import LlavaTrainingArguments, make_parser, parse, split_flags, translate
+from llava_ext.training.states import TrainingError
 
 # The flags of LLaVA-1.5's pretrain and finetune scripts, and of the published interventions' scripts.
 PRETRAIN = [
@@ -88,7 +88,7 @@ FINETUNE = [
 @pytest.fixture
 def base(tmp_path, monkeypatch):
     """The flags that every run needs, on a machine without a GPU that torch can't use."""
-    monkeypatch.setattr("llava_ext.arguments.DEVICES", tmp_path / "dev")
+    monkeypatch.setattr("llava_ext.training.arguments.DEVICES", tmp_path / "dev")
     (tmp_path / "data.json").write_text("[]")
     return [
         "--model_name_or_path", "llm", "--vision_tower", "tower", "--data_path", str(tmp_path / "data.json"),

@@ -11,10 +11,20 @@ import time
 from pathlib import Path
 
 import pytest
-from trainings import GOLDEN, command_line, environment, losses, result, rows, run, start, wait_for
 
-from llava_ext import resume
-from workflow_scripts.launching.ownership import descendants, signal_tree
+from llava_ext.training import states as resume
+from tests.support.trainings import (
+    GOLDEN,
+    command_line,
+    environment,
+    losses,
+    result,
+    rows,
+    run,
+    start,
+    wait_for,
+)
+from workflow_scripts.launch.ownership import descendants, signal_tree
 
 pytestmark = pytest.mark.slow
 WEIGHTS = {1: "mm_projector.safetensors", 2: "model.safetensors"}
@@ -41,7 +51,7 @@ def run_with(function, then, argv, folder):
     script = folder / "script.py"
     script.write_text(
         "import os, resource, signal\n"
-        f"from llava_ext import {module}, train\n"
+        f"from llava_ext import train\nfrom llava_ext.training import {module}\n"
         f"original = {function}\n"
         "def once(*args, **kwargs):\n"
         "    original(*args, **kwargs)\n"
@@ -144,7 +154,7 @@ def test_an_error_ends_the_dataset_workers_too(tmp_path, error):
     """They do not heed signals from outside; without an end from the trainer it would wait for them for ever."""
     workers = {"dataloader_num_workers": 2, "dataloader_persistent_workers": True}
     argv = command_line(2, tmp_path / "out", **workers)
-    then = f"from llava_ext import resume; raise {error}('it broke')"
+    then = f"from llava_ext.training import states as resume; raise {error}('it broke')"
     done = run_with("trainer.LlavaTrainer.take_counts", then, argv, tmp_path)
     assert done.returncode == 1 and "it broke" in done.stderr
     run(argv, tmp_path / "log")  # and those that are left at a good end
@@ -170,7 +180,7 @@ def test_what_helps_against_too_little_memory_may_change_on_the_way(tmp_path):
 
 def test_signal_during_a_save_needs_no_second_one(tmp_path, uninterrupted):
     argv = command_line(2, tmp_path / "out")
-    done = run_with("resume.seal", "os.kill(os.getpid(), signal.SIGTERM)", argv, tmp_path)
+    done = run_with("states.seal", "os.kill(os.getpid(), signal.SIGTERM)", argv, tmp_path)
     assert done.returncode == 0, done.stderr
     assert result(tmp_path / "out")["status"] == "interrupted" and result(tmp_path / "out")["step"] == 4
     run(argv, tmp_path / "log")
@@ -181,7 +191,7 @@ def test_a_process_whose_training_was_taken_over_writes_nothing_more(tmp_path):
     """Its machine was cut off, Slurm gave the job to another one, and now it is back."""
     argv = command_line(2, tmp_path / "out", save_steps=4)
     lock = (tmp_path / "out" / resume.HOLDER).as_posix()
-    done = run_with("resume.seal", f"open({lock!r}, 'w').write('process 7 on elsewhere')", argv, tmp_path)
+    done = run_with("states.seal", f"open({lock!r}, 'w').write('process 7 on elsewhere')", argv, tmp_path)
     assert done.returncode == 1
     assert "process 7 on elsewhere has taken this training over" in done.stderr
     assert rows(tmp_path / "out")[-1]["step"] == 4
@@ -242,7 +252,7 @@ def test_a_full_disk_during_a_save_loses_nothing(tmp_path, uninterrupted):
     argv = command_line(2, tmp_path / "out")
     # The first save succeeds; then files may not grow beyond a few kB, as on a full disk.
     full = "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))"
-    done = run_with("resume.seal", full, argv, tmp_path)
+    done = run_with("states.seal", full, argv, tmp_path)
     assert done.returncode == 1
     assert "checkpoint-8: could not be saved" in done.stderr and "checkpoint-4" in done.stderr
     assert "Traceback" not in done.stderr

@@ -4,10 +4,10 @@ import subprocess
 import sys
 
 import pytest
-from trainings import REPOSITORY
 
-from llava_ext import resume
-from llava_ext.resume import TrainingError
+from llava_ext.training import states as resume
+from llava_ext.training.states import TrainingError
+from tests.support.trainings import REPOSITORY
 
 
 def save(output_dir, step, content=b"weights"):
@@ -137,7 +137,7 @@ def test_every_file_is_read_by_a_rank_that_sees_it():
 
 def test_one_training_a_folder(tmp_path):
     """Another process is refused while the first lives, and may go on at once when it was killed."""
-    script = f"from pathlib import Path; from llava_ext.resume import check_claim, claim; f = Path({str(tmp_path)!r}); claim(f, 0.1); check_claim(f); print('mine', flush=True); input()"
+    script = f"from pathlib import Path; from llava_ext.training.states import check_claim, claim; f = Path({str(tmp_path)!r}); claim(f, 0.1); check_claim(f); print('mine', flush=True); input()"
 
     def another():
         return subprocess.Popen(

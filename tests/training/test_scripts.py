@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from trainings import GOLDEN, result, rows, run
+
+from tests.support.trainings import GOLDEN, result, rows, run
 
 pytestmark = pytest.mark.slow
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from trainings import GOLDEN, command_line, losses, result, rows, run
 
-from llava_ext import formats
-from llava_ext.build import load_model
+from llava_ext.checkpoints import original as formats
+from llava_ext.model.build import load_model
+from tests.support.trainings import GOLDEN, command_line, losses, result, rows, run
 
 SHORT = {"max_steps": 3, "gradient_accumulation_steps": 1, "save_strategy": "no", "num_train_epochs": None}
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from .workspace import Workspace
+from tests.support.workspace import Workspace
 
 
 @pytest.fixture(scope="session")

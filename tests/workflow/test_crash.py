@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from .workspace import kill_group, wait_for
+from tests.support.workspace import kill_group, wait_for
 
 pytestmark = pytest.mark.slow
 # large batches: the training must outlast the signal on a fast machine

@@ -8,9 +8,8 @@ import sys
 
 import pytest
 
-from workflow_scripts.launching.preflight import importable
-
-from .workspace import Workspace
+from tests.support.workspace import Workspace
+from workflow_scripts.launch.preflight import importable
 
 # A network of its own: loopback, and one cable that every other address is reached by. Nothing of the kernel's own may
 # be counted: no IPv6, no ARP. Names are asked for over the cable too; the hosts file is what every Linux brings.

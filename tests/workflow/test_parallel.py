@@ -5,8 +5,8 @@ import signal
 
 import pytest
 
-from .test_crash import attempts, checkpoint_of, losses
-from .workspace import wait_for
+from tests.support.workspace import wait_for
+from tests.workflow.test_crash import attempts, checkpoint_of, losses
 
 pytestmark = pytest.mark.slow
 TARGET = "runs/finetune/{}/manifest.json"

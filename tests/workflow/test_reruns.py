@@ -4,8 +4,8 @@ import shutil
 
 import pytest
 
-from .rerun_rows import check_raised_version, check_row, rows
-from .workspace import ROOT, copy_code
+from tests.support.rerun_rows import check_raised_version, check_row, rows
+from tests.support.workspace import ROOT, copy_code
 
 pytestmark = pytest.mark.slow
 

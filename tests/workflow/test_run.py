@@ -7,9 +7,8 @@ import sys
 
 import pytest
 
-from workflow_scripts.status import all_statuses
-
-from .workspace import ROOT, Workspace
+from tests.support.workspace import ROOT, Workspace
+from workflow_scripts.status.cli import all_statuses
 
 pytestmark = pytest.mark.slow
 

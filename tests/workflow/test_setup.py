@@ -8,11 +8,10 @@ import sys
 import pytest
 import yaml
 
+from tests.support.workspace import ROOT, Workspace
 from workflow_scripts.config.load import load_config
 from workflow_scripts.io import UserError
 from workflow_scripts.step import command
-
-from .workspace import ROOT, Workspace
 
 MADE = "data/sources/captions/manifest.json"
 

@@ -12,10 +12,9 @@ import struct
 
 import pytest
 
-from workflow_scripts.launching.ownership import signal_tree
-
-from .test_crash import LONG, attempts, checkpoint_of
-from .workspace import wait_for
+from tests.support.workspace import wait_for
+from tests.workflow.test_crash import LONG, attempts, checkpoint_of
+from workflow_scripts.launch.ownership import signal_tree
 
 pytestmark = pytest.mark.slow
 BLOCK, FULL, LAST = 1 << 15, 1, 4

@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from .base import StrictModel
-from .types import Count, NonNegative, Positive
+from workflow_scripts.config.base import StrictModel
+from workflow_scripts.config.types import Count, NonNegative, Positive
 
 LEAST_TRAINING_S = 30
 

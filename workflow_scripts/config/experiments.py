@@ -8,11 +8,10 @@ from typing import Any
 
 from pydantic import ConfigDict, Field, create_model
 
-from llava_ext.interventions import Interventions
-
-from .base import StrictModel
-from .models import ModelSection
-from .stages import StageOverrides, StageSpec, partial_model
+from llava_ext.model.interventions import Interventions
+from workflow_scripts.config.base import StrictModel
+from workflow_scripts.config.models import ModelSection
+from workflow_scripts.config.stages import StageOverrides, StageSpec, partial_model
 
 
 def _from_dataclass(cls: type, doc: str) -> type[StrictModel]:

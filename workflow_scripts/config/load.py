@@ -11,13 +11,12 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from llava_ext.interventions import Interventions
+from llava_ext.model.interventions import Interventions
+from workflow_scripts.config.experiments import Experiment, merged
+from workflow_scripts.config.models import ModelSection
+from workflow_scripts.config.schema import CHECKS, Config, Problem, known, suggestion
+from workflow_scripts.config.stages import StageSpec
 from workflow_scripts.io import UserError
-
-from .experiments import Experiment, merged
-from .models import ModelSection
-from .schema import CHECKS, Config, Problem, known, suggestion
-from .stages import StageSpec
 
 # pydantic's word for what a value should be, in plain English.
 EXPECTED = {

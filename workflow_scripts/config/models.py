@@ -6,9 +6,9 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from .base import StrictModel
-from .shapes import ShapesLlm, ShapesTower
-from .types import Positive
+from workflow_scripts.config.base import StrictModel
+from workflow_scripts.config.shapes import ShapesLlm, ShapesTower
+from workflow_scripts.config.types import Positive
 
 Role = Literal["llm", "vision_tower"]
 

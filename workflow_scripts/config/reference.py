@@ -12,11 +12,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from workflow_scripts.config.schema import Config
 from workflow_scripts.io import UserError, user_errors, write_text
 
-from .schema import Config
-
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[2]
 SCHEMA, PAGE = "config/schema.json", "docs/config.md"
 INTRODUCTION = """# Configuration reference
 

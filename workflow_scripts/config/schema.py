@@ -9,14 +9,14 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from .base import StrictModel
-from .compute import ComputeSpec
-from .evaluation import EvaluationSpec
-from .experiments import Experiment, ExperimentSpec
-from .models import ModelSection, ModelSpec
-from .sources import MixtureSpec, PathSource, SourceSpec
-from .stages import Stages
-from .types import Name
+from workflow_scripts.config.base import StrictModel
+from workflow_scripts.config.compute import ComputeSpec
+from workflow_scripts.config.evaluation import EvaluationSpec
+from workflow_scripts.config.experiments import Experiment, ExperimentSpec
+from workflow_scripts.config.models import ModelSection, ModelSpec
+from workflow_scripts.config.sources import MixtureSpec, PathSource, SourceSpec
+from workflow_scripts.config.stages import Stages
+from workflow_scripts.config.types import Name
 
 
 class Config(StrictModel):

@@ -6,8 +6,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, create_model, model_validator
 
-from .base import StrictModel
-from .types import Integer, NonNegative, Positive, Rate, Share
+from workflow_scripts.config.base import StrictModel
+from workflow_scripts.config.types import Integer, NonNegative, Positive, Rate, Share
 
 
 class LoraSpec(StrictModel):

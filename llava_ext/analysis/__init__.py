@@ -1,0 +1,1 @@
+"""Looking at models: batched answers, token norms, permutations."""

@@ -1,0 +1,649 @@
+"""The original LLaVA layout: its key names, its config fields, its files; both ways, without loss.
+
+    original                                              in memory
+    model.embed_tokens..., model.layers..., model.norm    model.language_model....
+    lm_head.weight                                        lm_head.weight
+    model.mm_projector.<wrappers>.<0, 2, ...>.weight      model.multi_modal_projector.linear_<1, 2, ...>.weight
+    model.mm_projector.<wrappers>.norm.weight             model.multi_modal_projector.norm.weight
+    model.vision_tower.vision_tower.vision_model....      model.vision_tower....
+
+The published intervention code wraps the projector, outermost first: ``proj`` with compression, ``projector`` with
+coordinates, ``projector`` with normalisation. Reading accepts any wrapping; writing makes the published one.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from ..model.interventions import (
+    DEFAULT_LAYERS,
+    FIELD_NAMES,
+    PUBLISHED_GRID_SIDE,
+    PUBLISHED_SPARSITY,
+    VICUNA_7B_MAX_NORM,
+    VICUNA_7B_SCALE,
+    Interventions,
+)
+from ..training.states import TrainingError, write_json
+
+State = dict[str, torch.Tensor]
+
+PROJECTOR = "model.multi_modal_projector."
+TOWER = "model.vision_tower."
+LLM = "model.language_model."
+ORIGINAL_PROJECTOR = "model.mm_projector."
+ORIGINAL_TOWER = "model.vision_tower.vision_tower.vision_model."
+OWN_KEY = "spatial_llava"
+WRAPPERS = ("proj", "projector")
+PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
+WEIGHT_FILES = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+)
+
+
+# ---- files ------------------------------------------------------------------------------------------------------
+
+
+def read_tensors(path: Path) -> State:
+    """The tensors of one ``.safetensors`` or torch file; a pickle that holds anything else is refused.
+
+    Raises:
+        TrainingError: absent, damaged, or not only tensors.
+    """
+    if not path.is_file():
+        raise TrainingError(f"{path}: no such file")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, SafetensorError) as error:
+        raise TrainingError(f"{path}: damaged, or not only tensors, so it is not loaded: {error}") from error
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise TrainingError(f"{path}: holds something other than named tensors")
+    return state
+
+
+def read_folder(folder: Path) -> State:
+    """All tensors of a checkpoint folder, sharded or not, under the names in its files."""
+    for name in WEIGHT_FILES:
+        path = folder / name
+        if not path.is_file():
+            continue
+        if path.suffix != ".json":
+            return read_tensors(path)
+        shards = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+        state: State = {}
+        for shard in shards:
+            state |= read_tensors(folder / Path(shard).name)
+        return state
+    raise TrainingError(f"{folder}: no weights; expected one of {', '.join(WEIGHT_FILES)}")
+
+
+def read_projector(path: Path) -> State:
+    """A projector's tensors under our names (``linear_1.weight``, ``norm.weight``), from any file that has one.
+
+    Args:
+        path: ``mm_projector.bin``, a ``.safetensors`` file, or a folder with either (or with a whole checkpoint).
+    """
+    if path.is_dir():
+        found = next((path / name for name in PROJECTOR_FILES if (path / name).is_file()), None)
+        state = read_tensors(found) if found else read_folder(path)
+    else:
+        state = read_tensors(path)
+    projector = projector_from_original(state) or {
+        name.rsplit("multi_modal_projector.", 1)[1]: tensor
+        for name, tensor in state.items()
+        if "multi_modal_projector." in name
+    }
+    if not projector:
+        raise TrainingError(f"{path}: no projector in it; expected keys like {ORIGINAL_PROJECTOR}0.weight")
+    return projector
+
+
+def tensor_shapes(path: Path) -> dict[str, list[int]]:
+    """Names and shapes in a safetensors file, from its header alone."""
+    with safe_open(path, framework="pt") as stream:
+        names = stream.keys()
+        return {name: stream.get_slice(name).get_shape() for name in names}
+
+
+# ---- projector --------------------------------------------------------------------------------------------------
+
+
+def projector_from_original(state: Mapping[str, torch.Tensor]) -> State:
+    """The projector in ``state`` (keys with ``mm_projector.``) under our names; empty when there is none.
+
+    Registers of the published code are left out: it cuts them off again, so they change nothing.
+    """
+    found: State = {}
+    for key, tensor in state.items():
+        _, separator, rest = key.partition("mm_projector.")
+        if not separator:
+            continue
+        parts = rest.split(".")
+        while parts[0] in WRAPPERS:
+            parts = parts[1:]
+        if parts[0] == "registers":
+            continue
+        if parts[0] == "norm":
+            name = "norm.weight"
+        elif parts[0].isdigit():
+            name = f"linear_{int(parts[0]) // 2 + 1}.{parts[1]}"
+        elif parts[0] in ("weight", "bias"):
+            name = f"linear_1.{parts[0]}"
+        else:
+            raise TrainingError(f"projector: unknown key {key!r}")
+        found[name] = tensor
+    return found
+
+
+def projector_to_original(projector: Mapping[str, torch.Tensor], interventions: Interventions) -> State:
+    """Our names to the keys of ``mm_projector.bin``, wrapped as the published code wraps them."""
+    outer = "proj." if interventions.compression_after_projection else ""
+    if interventions.add_spatial_coordinates:
+        outer += "projector."
+    inner = outer + ("projector." if interventions.normalize_projector else "")
+    linears = {name.split(".")[0] for name in projector if name.startswith("linear_")}
+    found: State = {}
+    for name, tensor in projector.items():
+        layer, _, leaf = name.partition(".")
+        if layer == "norm":
+            key = f"{outer}norm.{leaf}"
+        elif len(linears) == 1:
+            key = f"{inner}{leaf}"
+        else:
+            key = f"{inner}{2 * (int(layer.removeprefix('linear_')) - 1)}.{leaf}"
+        found[ORIGINAL_PROJECTOR + key] = tensor
+    return found
+
+
+def projector_of(state: Mapping[str, torch.Tensor]) -> State:
+    """The projector in a state with names as in memory, without the prefix."""
+    return {
+        name.removeprefix(PROJECTOR): tensor for name, tensor in state.items() if name.startswith(PROJECTOR)
+    }
+
+
+def projector_type(projector: Mapping[str, torch.Tensor]) -> str:
+    """LLaVA's name for the projector's shape."""
+    depth = sum(1 for name in projector if re.fullmatch(r"linear_\d+\.weight", name))
+    return "linear" if depth == 1 else f"mlp{depth}x_gelu"
+
+
+def check_projector(
+    projector: Mapping[str, torch.Tensor], expected: Mapping[str, Iterable[int]], what: str
+) -> None:
+    """Refuses a projector that does not fit the model, naming each key that differs.
+
+    Args:
+        projector: what was read, under our names.
+        expected: name to shape, of the model.
+        what: where it was read from, for the message.
+    """
+    wrong = [f"  {name}: missing there" for name in expected if name not in projector]
+    wrong += [f"  {name}: not in this model" for name in projector if name not in expected]
+    wrong += [
+        f"  {name}: {list(projector[name].shape)} there, {list(shape)} here"
+        for name, shape in expected.items()
+        if name in projector and list(projector[name].shape) != list(shape)
+    ]
+    if wrong:
+        raise TrainingError(
+            f"{what}: is not a projector for this model (other interventions, another vision tower or another LLM):\n"
+            + "\n".join(sorted(wrong))
+        )
+
+
+# ---- whole models -----------------------------------------------------------------------------------------------
+
+
+def state_from_original(state: Mapping[str, torch.Tensor]) -> State:
+    """A whole original checkpoint's tensors under the names in memory. Rotary buffers are left out (they are recomputed)."""
+    found: State = {PROJECTOR + name: tensor for name, tensor in projector_from_original(state).items()}
+    for key, tensor in state.items():
+        if "mm_projector." in key or ".rotary_emb." in key:
+            continue
+        if key.startswith(ORIGINAL_TOWER):
+            found[TOWER + key.removeprefix(ORIGINAL_TOWER)] = tensor
+        elif key.startswith("model."):
+            found[LLM + key.removeprefix("model.")] = tensor
+        else:
+            found[key] = tensor
+    return found
+
+
+def state_to_original(state: Mapping[str, torch.Tensor], interventions: Interventions) -> State:
+    """The reverse of :func:`state_from_original`."""
+    found = projector_to_original(projector_of(state), interventions)
+    for name, tensor in state.items():
+        if name.startswith(PROJECTOR):
+            continue
+        if name.startswith(TOWER):
+            found[ORIGINAL_TOWER + name.removeprefix(TOWER)] = tensor
+        elif name.startswith(LLM):
+            found["model." + name.removeprefix(LLM)] = tensor
+        else:
+            found[name] = tensor
+    return found
+
+
+# ---- configuration ----------------------------------------------------------------------------------------------
+
+
+def loads_with(interventions: Interventions) -> list[str]:
+    """Which code computes the same model from the original layout."""
+    names = ["llava_ext"]
+    if interventions.is_vanilla:
+        return ["LLaVA", *names]
+    return ["the published intervention code", *names] if not published_problems(interventions) else names
+
+
+def published_problems(interventions: Interventions) -> list[str]:
+    """Why the published intervention code could not compute this model; empty when it can."""
+    found = []
+    if interventions.normalize_projector and interventions.fixed_statistics() != (
+        VICUNA_7B_MAX_NORM,
+        VICUNA_7B_SCALE,
+    ):
+        found.append("normalisation constants other than 1.22 and 0.83")
+    if interventions.use_multilayer_features and interventions.multilayer_layers != DEFAULT_LAYERS:
+        found.append(f"vision layers other than {DEFAULT_LAYERS}")
+    if not interventions.published_behaviour:
+        if interventions.twoD_vision_embedding:
+            found.append("two-dimensional positions of each image")
+        if interventions.interleave and interventions.sparsity != PUBLISHED_SPARSITY:
+            found.append(f"coordinates every {interventions.sparsity} tokens")
+        if interventions.add_spatial_coordinates and (
+            interventions.use_multilayer_features or interventions.compression_after_projection
+        ):
+            found.append("coordinates together with several layers or compression")
+    return found
+
+
+def config_to_original(
+    text_config: Mapping[str, Any],
+    vision_config: Mapping[str, Any],
+    interventions: Interventions,
+    settings: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The ``config.json`` of the original layout.
+
+    Args:
+        text_config: the LLM's own config.
+        vision_config: the vision tower's config.
+        interventions: the flags, under the published names; what those can't say is in ``spatial_llava``.
+        settings: LLaVA's fields that the model does not know (``mm_vision_tower``, ``image_aspect_ratio``, ...).
+    """
+    fields = {
+        key: value
+        for key, value in text_config.items()
+        if key not in ("model_type", "architectures", "dtype")
+    }
+    fields |= {
+        "model_type": "llava_llama2d" if interventions.twoD_vision_embedding else "llava_llama",
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "mm_hidden_size": vision_config["hidden_size"],
+        "mm_patch_merge_type": "flat",
+        "mm_use_im_patch_token": False,
+        "mm_use_im_start_end": False,
+        "use_mm_proj": True,
+        "tokenizer_padding_side": "right",
+    }
+    fields |= {key: value for key, value in settings.items() if value is not None or key == "mm_projector_lr"}
+    if "rope_theta" not in fields and isinstance(text_config.get("rope_parameters"), dict):
+        fields["rope_theta"] = text_config["rope_parameters"].get("rope_theta", 10000.0)
+        fields["rope_scaling"] = None
+    if not interventions.is_vanilla:
+        fields |= _published_fields(interventions, vision_config)
+    fields[OWN_KEY] = {
+        "interventions": interventions.to_dict(),
+        "loads_with": loads_with(interventions),
+        "vision_config": dict(vision_config),
+    }
+    return fields
+
+
+def _published_fields(interventions: Interventions, vision_config: Mapping[str, Any]) -> dict[str, Any]:
+    grid = int(vision_config["image_size"]) // int(vision_config["patch_size"])
+    fields: dict[str, Any] = {
+        "add_registers": False,
+        "num_registers": 4,
+        "num_vision_tokens": grid * grid,
+        "normalize_projector": interventions.normalize_projector,
+        "use_multilayer_features": interventions.use_multilayer_features,
+        "add_spatial_coordinates": interventions.add_spatial_coordinates,
+        "compression_after_projection": interventions.compression_after_projection,
+        # The published code takes the side; 16 is its default.
+        "final_spatial_size": interventions.final_side(grid)
+        if interventions.compression_after_projection
+        else 16,
+    }
+    if interventions.twoD_vision_embedding:
+        fields["twoD_vision_embedding"] = True
+    if interventions.interleave:
+        fields |= {"interleave": True, "interleave_sparsity": interventions.sparsity}
+    return fields
+
+
+def measured_statistics(described: Any) -> tuple[float, float] | None:
+    """The numbers (max_norm, scale) that `auto` has found, from a ``config.json`` of either layout; None where it says others."""
+    if not isinstance(described, dict):
+        return None
+    own = described.get(OWN_KEY)
+    values = own.get("interventions") if isinstance(own, dict) else described
+    if not isinstance(values, dict) or values.get("normalize_statistics") != "auto":
+        return None
+    max_norm, scale = values.get("projector_max_norm"), values.get("projector_scale")
+    return None if max_norm is None or scale is None else (float(max_norm), float(scale))
+
+
+def interventions_from_original(config: Mapping[str, Any], grid_side: int) -> Interventions:
+    """The interventions of an original ``config.json``; what we wrote there ourselves comes first.
+
+    The published ``final_spatial_size`` is a side. Where the described meaning gives the same model (the side divides the
+    grid; coordinates on a grid of 24) it is translated, else ``published_behaviour`` is set.
+    """
+    own = config.get(OWN_KEY)
+    if isinstance(own, dict) and isinstance(own.get("interventions"), dict):
+        return Interventions.from_mapping(own["interventions"], ignore_unknown=True)
+    flags = {name: True for name in FIELD_NAMES if config.get(name) is True and name != "published_behaviour"}
+    published = bool(flags.get("twoD_vision_embedding")) or (
+        bool(flags.get("interleave")) and grid_side != PUBLISHED_GRID_SIDE
+    )
+    values: dict[str, Any] = dict(flags)
+    if flags.get("compression_after_projection"):
+        side = int(config.get("final_spatial_size", 16))
+        published = published or grid_side % side != 0
+        values["final_spatial_size"] = side if published else side * side
+    if published:
+        values["published_behaviour"] = True
+    if flags.get("interleave") and not published:
+        values["interleave_sparsity"] = PUBLISHED_SPARSITY
+    return Interventions.from_mapping(values)
+
+
+def is_original(folder: Path) -> bool:
+    """Whether a folder holds an original LLaVA checkpoint (whole, or a projector with its config)."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return "mm_vision_tower" in config
+
+
+def check_interventions(mine: Interventions, theirs: Interventions, what: str) -> None:
+    """Refuses weights that were trained with other interventions, naming each key that differs."""
+    differing = mine.differences(theirs)
+    if differing:
+        raise TrainingError(
+            f"{what}: was trained with other interventions (this model against that one):\n  "
+            + "\n  ".join(differing)
+            + "\nGive the same flags, or train stage 1 with these."
+        )
+
+
+# ---- loading ----------------------------------------------------------------------------------------------------
+
+
+def load_original(
+    folder: str | Path,
+    dtype: torch.dtype | None = torch.float32,
+    attn_implementation: str | None = None,
+    model_max_length: int = 2048,
+    llm: str | Path | None = None,
+    tower: str | Path | None = None,
+) -> tuple[Any, Any, Any]:
+    """Model, tokenizer and image processor of an original LLaVA folder: a whole checkpoint, or a projector for a base LLM.
+
+    Args:
+        folder: with ``config.json`` and either all weights or ``mm_projector.bin``.
+        llm: the base LLM of a projector; default: what the config names, if it is a folder.
+        tower: the vision tower; default: what the config names.
+
+    Raises:
+        TrainingError: something is missing; the message says which argument gives it.
+    """
+    from ..model import build
+
+    path = Path(folder)
+    described = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    vision_folder = find_model(described.get("mm_vision_tower"), tower, path, "vision tower", "--tower")
+    vision = build.load_tower(vision_folder, dtype, attn_implementation)
+    grid = vision.config.image_size // vision.config.patch_size
+    projector = read_projector(path)
+    if any((path / name).is_file() for name in WEIGHT_FILES):
+        text_folder = path
+        language = _load_language_model(path, described, dtype, attn_implementation)
+    else:
+        text_folder = find_model(described.get("_name_or_path"), llm, path, "base LLM", "--llm")
+        language = build.load_llm(text_folder, dtype, attn_implementation)
+    tokenizer = build.load_tokenizer(text_folder, model_max_length)
+    interventions = interventions_from_original(described, grid)
+    model = _join(language, vision, interventions, _own_fields(described), tokenizer, vision_folder)
+    module = model.model.multi_modal_projector
+    shapes = {name: list(value.shape) for name, value in module.named_parameters()}
+    check_projector(projector, shapes, str(path))
+    module.load_state_dict(projector)
+    module.to(language.dtype)
+    return model, tokenizer, build.load_image_processor(vision_folder)
+
+
+def _own_fields(described: Mapping[str, Any]) -> dict[str, Any]:
+    """Our config's fields from those of an original ``config.json``."""
+    keeps_cls = described.get("mm_vision_select_feature") == "cls_patch"
+    return {
+        "projector_type": described.get("mm_projector_type", "linear"),
+        "vision_feature_layer": int(described.get("mm_vision_select_layer", -2)),
+        "vision_feature_select_strategy": "full" if keeps_cls else "default",
+        "image_aspect_ratio": described.get("image_aspect_ratio"),
+        "prompt_version": "v1",
+    }
+
+
+def _join(
+    language: Any,
+    vision: Any,
+    interventions: Interventions,
+    fields: Mapping[str, Any],
+    tokenizer: Any,
+    vision_folder: Path,
+) -> Any:
+    """The model around a loaded LLM and tower, with a projector that is still to be filled."""
+    from ..model import build
+    from ..model.configuration_spatial_llava import SpatialLlavaConfig
+
+    chosen = build.resolve_statistics(interventions, language.get_input_embeddings(), len(tokenizer))
+    processor = build.load_image_processor(vision_folder)
+    config = SpatialLlavaConfig(
+        vision_config=vision.config,
+        text_config=language.config,
+        image_token_index=build.image_token_id(tokenizer),
+        tie_word_embeddings=language.config.tie_word_embeddings,
+        image_mean=list(processor.image_mean),
+        image_std=list(processor.image_std),
+        **chosen.to_dict(),
+        **fields,
+    )
+    return build._assembled(config, language, vision)
+
+
+def _load_language_model(
+    folder: Path, described: Mapping[str, Any], dtype: torch.dtype | None, attn_implementation: str | None
+) -> Any:
+    """The LLM inside a whole original checkpoint."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from ..model import build
+
+    kind = str(described.get("model_type", "")).removeprefix("llava_").removesuffix("2d")
+    kind = "llama" if kind == "llava" else kind
+    if kind not in ("llama", "mistral"):
+        raise TrainingError(
+            f"{folder}: model_type {described.get('model_type')!r}: allowed are llava_llama and llava_mistral"
+        )
+    config = AutoConfig.for_model(kind, **_text_fields(described, AutoConfig.for_model(kind).to_dict()))
+    model, info = AutoModelForCausalLM.from_pretrained(
+        str(folder),
+        config=config,
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+        trust_remote_code=False,
+        output_loading_info=True,
+    )
+    build._require_complete(folder, info, unexpected=False)
+    return model
+
+
+def _text_fields(described: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    """The LLM's own fields of an original ``config.json``, with rotary settings as they are written today."""
+    fields = {
+        key: value
+        for key, value in described.items()
+        if key in known and key not in ("model_type", "architectures")
+    }
+    if "rope_parameters" not in fields:
+        scaling = dict(described.get("rope_scaling") or {})
+        kind = scaling.pop("type", None) or scaling.pop("rope_type", None) or "default"
+        fields["rope_parameters"] = {
+            "rope_type": kind,
+            "rope_theta": described.get("rope_theta", 10000.0),
+            **scaling,
+        }
+    return fields
+
+
+def find_model(named: Any, given: str | Path | None, beside: Path, what: str, flag: str) -> Path:
+    """A model folder: the one given, the one named (also relative to a parent of ``beside``), or the hub's snapshot."""
+    if given is not None:
+        if not Path(given).is_dir() and str(given).count("/") != 1:
+            raise TrainingError(f"{flag} {given}: no such folder")
+        named = str(given)
+    if not named:
+        raise TrainingError(f"{beside}: its config.json does not name its {what}; give {flag}")
+    for root in (Path(), *beside.resolve().parents):
+        if (root / str(named) / "config.json").is_file():
+            return root / str(named)
+    from ..training.arguments import resolve_model
+
+    try:
+        return resolve_model(str(named), flag.lstrip("-"), None)
+    except TrainingError as error:
+        raise TrainingError(
+            f"{beside}: its {what} is {named!r}, which is not here; give {flag} ({error})"
+        ) from error
+
+
+# ---- exporting --------------------------------------------------------------------------------------------------
+
+
+def export_original(
+    model: Any,
+    tokenizer: Any,
+    folder: str | Path,
+    settings: Mapping[str, Any],
+    projector_only: bool = False,
+    sentencepiece: Path | None = None,
+) -> None:
+    """Writes a model in the original layout.
+
+    Args:
+        model: one of ours, whole, as :func:`llava_ext.model.build.load_model` gives it.
+        settings: LLaVA's config fields that a model does not know, at least ``mm_vision_tower``.
+        projector_only: ``mm_projector.bin`` and ``config.json``, for LLaVA's ``model_base`` loading.
+        sentencepiece: the LLM's ``tokenizer.model``, which LLaVA's loader needs and today's tokenizers no longer write.
+    """
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    config = model.config
+    known = _known_settings(model, tokenizer, projector_only)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    tensors = state_to_original(state, config.interventions)
+    if projector_only:
+        tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(ORIGINAL_PROJECTOR)}
+        torch.save(tensors, target / "mm_projector.bin")
+        save_file(tensors, target / "mm_projector.safetensors", metadata={"format": "pt"})
+    else:
+        _save_sharded(tensors, target)
+        tokenizer.save_pretrained(str(target))
+        keep_sentencepiece(sentencepiece, target)
+        model.generation_config.save_pretrained(str(target))
+    described = config_to_original(
+        json.loads(config.text_config.to_json_string(use_diff=False)),
+        json.loads(config.vision_config.to_json_string(use_diff=False)),
+        config.interventions,
+        known | dict(settings),
+    )
+    write_json(target / "config.json", described)
+
+
+def find_sentencepiece(*folders: str | Path | None) -> Path | None:
+    """The first ``tokenizer.model`` in these folders."""
+    places = (Path(folder) / "tokenizer.model" for folder in folders if folder)
+    return next((path for path in places if path.is_file()), None)
+
+
+def keep_sentencepiece(model: Path | None, folder: Path) -> None:
+    """Copies ``tokenizer.model`` beside a saved tokenizer, and says how it is to be read: without the legacy splitting.
+
+    transformers 4 reads this file (LLaVA asks for the slow tokenizer) and would use the legacy rules by default.
+    """
+    if model is None:
+        return
+    shutil.copyfile(model, folder / "tokenizer.model")
+    path = folder / "tokenizer_config.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    write_json(path, content | {"legacy": False, "add_bos_token": True, "add_eos_token": False})
+
+
+def _known_settings(model: Any, tokenizer: Any, projector_only: bool) -> dict[str, Any]:
+    """LLaVA's config fields that a model does know."""
+    config = model.config
+    return {
+        "mm_projector_type": config.projector_type,
+        "mm_vision_select_layer": config.vision_feature_layer,
+        "mm_vision_select_feature": "cls_patch" if config.keeps_cls else "patch",
+        "image_aspect_ratio": config.image_aspect_ratio,
+        "mm_projector_lr": None,
+        "tune_mm_mlp_adapter": projector_only,
+        "freeze_mm_mlp_adapter": False,
+        "tokenizer_model_max_length": tokenizer.model_max_length,
+        "torch_dtype": str(model.dtype).removeprefix("torch."),
+    }
+
+
+def _save_sharded(tensors: State, folder: Path, shard_bytes: int = 5 * 10**9) -> None:
+    """``model.safetensors``, or numbered shards with their index when it would be too large."""
+    shards: list[State] = [{}]
+    room = shard_bytes
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        if size > room and shards[-1]:
+            shards.append({})
+            room = shard_bytes
+        shards[-1][name] = tensor
+        room -= size
+    if len(shards) == 1:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    places: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        places |= dict.fromkeys(shard, file)
+    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    write_json(
+        folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places}
+    )

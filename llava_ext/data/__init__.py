@@ -1,0 +1,1 @@
+"""From samples to batches: conversations, images, assembly, order."""

@@ -1,0 +1,124 @@
+"""Samples of a store as encoded examples for the collator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import Dataset
+
+from ..training.states import TrainingError
+from .conversation import IGNORE_INDEX, encode
+
+if TYPE_CHECKING:
+    from .assembly import Collator
+    from .samples import SampleStore
+
+ImageReader = Callable[[bytes, bool], torch.Tensor]
+
+
+class EncodedSamples(Dataset[dict[str, Any]]):
+    """Each item: ``input_ids`` and ``labels`` (lists, -200 for an image), ``images`` (list of ``(3, S, S)``), ``index``.
+
+    Args:
+        store: records and image files.
+        read_image: file content and tolerance to pixel values.
+        cache_mib: how much of the encoded samples may stay in memory, per process. Nothing is random in an item,
+            so a cached one is the same.
+    """
+
+    def __init__(
+        self,
+        store: SampleStore,
+        tokenizer: Any,
+        version: str,
+        max_length: int,
+        read_image: ImageReader,
+        cache_mib: int = 0,
+    ) -> None:
+        self.store = store
+        self.tokenizer = tokenizer
+        self.version = version
+        self.max_length = max_length
+        self.read_image = read_image
+        self._room = cache_mib * 2**20
+        self._cache: dict[int, dict[str, Any]] = {}
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item = self._cache.get(index)
+        if item is None:
+            item = self._item(index)
+            size = 64 * len(item["input_ids"]) + sum(image.nbytes for image in item["images"])
+            if size <= self._room:
+                self._room -= size
+                self._cache[index] = item
+        return item
+
+    def text(self, index: int) -> Any:
+        """The sample's ids and labels without its images, as :func:`llava_ext.data.conversation.encode` gives them."""
+        record = self.store.record(index)
+        try:
+            return encode(record, self.tokenizer, self.version, self.max_length)
+        except (ValueError, KeyError, AssertionError) as error:
+            raise TrainingError(f"{self.describe(index)}: can't be encoded: {error}") from error
+
+    def _item(self, index: int) -> dict[str, Any]:
+        encoded = self.text(index)
+        return {
+            "input_ids": encoded.input_ids,
+            "labels": encoded.labels,
+            "images": self._images(index),
+            "index": index,
+        }
+
+    def _images(self, index: int) -> list[torch.Tensor]:
+        try:
+            files = self.store.image_bytes(index)
+            return [
+                self.read_image(data, tolerant)
+                for data, tolerant in zip(files, self.store.tolerant(index), strict=True)
+            ]
+        except (OSError, ValueError) as error:
+            raise TrainingError(
+                f"{self.describe(index)}: its image can't be used: {error}\n"
+                "Drop the sample or mend the file (a mixture made by the workflow has its damaged images sorted out)."
+            ) from error
+
+    def describe(self, index: int) -> str:
+        """Names a sample in messages: its number, id, source and image."""
+        record = self.store.record(index)
+        image = record.get("image") or "no image"
+        return f"record {index} (id {record.get('id')!r}, source {self.store.source(index)}, {image})"
+
+
+class TrainingCollator:
+    """A collator whose batches also say which samples they hold (``indices``), for messages, and what they hold (``counts``).
+
+    Counted here, in the dataset workers: on a GPU each number would cost a wait. Padding on the right needs no mask: attention is
+    causal, so no token sees the padding behind it, and without a mask it is computed by the fastest kernels.
+    """
+
+    def __init__(self, collate: Collator) -> None:
+        self.collate = collate
+
+    def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
+        batch: dict[str, Any] = dict(self.collate(items))
+        batch["indices"] = [item["index"] for item in items]
+        batch["counts"] = self._count(batch)
+        if self.collate.padding_side == "right":
+            batch.pop("attention_mask", None)
+        return batch
+
+    def _count(self, batch: dict[str, Any]) -> dict[str, int]:
+        mask, ids = batch.get("attention_mask"), batch["input_ids"]
+        tokens = ids.numel() if mask is None else int(mask.sum())
+        return {
+            "tokens": tokens,
+            "text": tokens - int((ids == self.collate.image_token_id).sum()),
+            "supervised": int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()),
+            "samples": len(batch["indices"]),
+        }

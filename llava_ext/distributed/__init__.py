@@ -1,0 +1,1 @@
+"""Several processes: their meeting, their memory, states on another number of them."""

@@ -1,0 +1,622 @@
+"""The command line of ``python -m llava_ext.train``: every flag of LLaVA's own scripts, and ours.
+
+Flags that transformers has renamed or dropped since LLaVA was written are translated (:data:`RENAMED`,
+:data:`WITHOUT_EFFECT`); flags that nothing here understands are errors with a suggestion. The intervention flags
+come from :class:`llava_ext.model.interventions.Interventions`, so each exists once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import HfArgumentParser, TrainingArguments
+from transformers.utils import is_flash_attn_2_available
+
+from ..distributed import meeting as ranks
+from ..model.interventions import Interventions
+from .states import TrainingError, say
+
+DEVICES = Path("/dev")
+TRUE, FALSE = ("true", "1", "yes", "t", "y"), ("false", "0", "no", "f", "n")
+
+# LLaVA's (transformers 4.37's) name -> today's.
+RENAMED = {
+    "evaluation_strategy": "eval_strategy",
+    "warmup_ratio": "warmup_steps",
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+    "no_cuda": "use_cpu",
+    "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+    "push_to_hub_model_id": "hub_model_id",
+    "push_to_hub_token": "hub_token",
+    "include_tokens_per_second": "include_num_input_tokens_seen",
+}
+# Accepted, and why nothing happens.
+WITHOUT_EFFECT = {
+    "lazy_preprocess": "samples are always encoded when they are needed",
+    "is_multimodal": "the data say whether a sample has an image",
+    "mpt_attn_impl": "only for MPT models",
+    "double_quant": "only with --bits 4 or 8, which are not supported",
+    "quant_type": "only with --bits 4 or 8, which are not supported",
+    "save_safetensors": "weights are always safetensors (stage 1 writes mm_projector.bin as well)",
+    "overwrite_output_dir": "a run continues by itself; delete the folder to start over",
+    "logging_dir": "TensorBoard files are in <output_dir>/tensorboard",
+    "num_vision_tokens": "counted from the vision tower",
+    "past_index": "never used in training a causal LM",
+    "half_precision_backend": "there is one backend today",
+    "fp16_backend": "there is one backend today",
+    "fp16_opt_level": "belonged to Apex",
+    "jit_mode_eval": "there is no evaluation during training",
+    "use_ipex": "no longer exists",
+    "use_mps_device": "devices are found by themselves",
+    "use_legacy_prediction_loop": "there is no evaluation during training",
+    "include_inputs_for_metrics": "there is no evaluation during training",
+    "ray_scope": "there is no hyper-parameter search",
+    "torchdynamo": "use --torch_compile",
+    "dispatch_batches": "every rank reads its own samples",
+    "split_batches": "every rank reads its own samples",
+    "mp_parameters": "belonged to SageMaker",
+    "tpu_num_cores": "TPUs are not supported",
+    "tpu_metrics_debug": "TPUs are not supported",
+    "fsdp_min_num_params": "use --fsdp_config",
+    "fsdp_transformer_layer_cls_to_wrap": "use --fsdp_config",
+    "push_to_hub_organization": "use --hub_model_id organization/name",
+    "length_column_name": "lengths come from the samples",
+    "num_registers": "the published code appends registers and cuts them off again",
+}
+# Accepted when off; the reason for refusing them when on.
+REFUSED = {
+    "mm_use_im_start_end": "image start and end tokens belong to LLaVA before 1.5",
+    "mm_use_im_patch_token": "the image patch token belongs to LLaVA before 1.5",
+    "adafactor": "use --optim adafactor",
+    "rearrange_image_features": "the published code accepts this flag and ignores it",
+    "add_registers": "the published code appends registers and cuts them off again",
+}
+
+
+# transformers' arguments that would do nothing here, or harm: the only value, and why.
+FIXED: dict[str, tuple[Any, str]] = {
+    "label_smoothing_factor": (0.0, "LLaVA's loss has none"),
+    "auto_find_batch_size": (False, "the batch size is part of the recipe"),
+    "train_sampling_strategy": ("random", "use --sampling, --group_by_length or --group_by_modality_length"),
+    "enable_jit_checkpoint": (False, "signals are handled already"),
+    "save_only_model": (False, "a training could not continue from such a checkpoint"),
+    "resume_from_checkpoint": (
+        None,
+        "the same command continues from the last good checkpoint in --output_dir",
+    ),
+    "load_best_model_at_end": (False, "there is no evaluation during training"),
+    "eval_on_start": (False, "there is no evaluation during training"),
+    "push_to_hub": (False, "upload the finished folder with `hf upload`"),
+    "use_liger_kernel": (
+        False,
+        "the loss is computed from logits where a label counts, which Liger replaces",
+    ),
+}
+
+
+@dataclass
+class ModelArguments:
+    """Which models, and how they are joined. Defaults are LLaVA's."""
+
+    model_name_or_path: str = field(
+        default="", metadata={"help": "LLM: a folder or a hub id (Vicuna, Llama)."}
+    )
+    vision_tower: str | None = field(
+        default=None, metadata={"help": "CLIP vision tower: a folder or a hub id."}
+    )
+    version: str = field(
+        default="v1", metadata={"help": "Conversation template: plain (stage 1), v1 (stage 2)."}
+    )
+    freeze_backbone: bool = field(
+        default=False, metadata={"help": "Freeze the LLM except its lm_head, as LLaVA does."}
+    )
+    tune_mm_mlp_adapter: bool = field(default=False, metadata={"help": "Stage 1: only the projector trains."})
+    mm_vision_select_layer: int = field(
+        default=-1, metadata={"help": "Vision layer (LLaVA-1.5's scripts: -2)."}
+    )
+    pretrain_mm_mlp_adapter: str | None = field(
+        default=None,
+        metadata={"help": "Projector to start from: mm_projector.bin, a .safetensors file, or a folder."},
+    )
+    mm_projector_type: str = field(
+        default="linear", metadata={"help": "linear or mlpNx_gelu (LLaVA-1.5: mlp2x_gelu)."}
+    )
+    mm_patch_merge_type: str = field(default="flat", metadata={"help": "flat."})
+    mm_vision_select_feature: str = field(
+        default="patch", metadata={"help": "patch, or cls_patch to keep the CLS token."}
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "eager, sdpa or flash_attention_2 (default: transformers' choice)."}
+    )
+
+
+@dataclass
+class DataArguments:
+    """Which samples, and how they become batches."""
+
+    data_path: str = field(default="", metadata={"help": "LLaVA-format JSON, or a mixture's samples.json."})
+    image_folder: str | None = field(
+        default=None, metadata={"help": "Folder of the JSON's `image` paths (not for mixtures)."}
+    )
+    image_aspect_ratio: str = field(
+        default="square", metadata={"help": "square (centre crop) or pad (to a square first)."}
+    )
+    pack: bool = field(
+        default=False, metadata={"help": "Collate each micro-batch into one row without padding."}
+    )
+    cache_pixels: int = field(
+        default=0,
+        metadata={"help": "Keep up to this many MiB of pixels (and ids) in memory, per process (0: none)."},
+    )
+    supervised_share_bound: float = field(
+        default=0.01,
+        metadata={"help": "Stop when fewer than this share of the tokens carry a label (0: never)."},
+    )
+    mismatch_bound: float = field(
+        default=0.1,
+        metadata={
+            "help": "Stop when more than this share of the samples is masked by a tokenization mismatch (1: never)."
+        },
+    )
+    preflight_samples: int = field(
+        default=256,
+        metadata={"help": "Samples that are encoded before training to check both bounds (0: none)."},
+    )
+
+
+@dataclass
+class LlavaTrainingArguments(TrainingArguments):
+    """transformers' arguments with LLaVA's additions and defaults."""
+
+    cache_dir: str | None = field(default=None, metadata={"help": "Hub cache for models given by id."})
+    optim: str = field(default="adamw_torch", metadata={"help": "Optimizer."})
+    remove_unused_columns: bool = field(default=False)
+    report_to: None | str | list[str] = field(  # noqa: RUF036 (the parser of transformers needs this order)
+        default="tensorboard",
+        metadata={"help": "tensorboard, wandb, trackio, ... or none; metrics.jsonl is always written."},
+    )
+    freeze_mm_mlp_adapter: bool = field(default=False, metadata={"help": "Freeze the projector."})
+    model_max_length: int = field(default=512, metadata={"help": "Tokens after which a sequence is cut."})
+    bits: int = field(default=16, metadata={"help": "16; quantised training is not supported."})
+    lora_enable: bool = field(
+        default=False, metadata={"help": "Train low-rank adapters of the LLM's linear layers."}
+    )
+    lora_r: int = field(default=64)
+    lora_alpha: int = field(default=16)
+    lora_dropout: float = field(default=0.05)
+    lora_weight_path: str = field(default="", metadata={"help": "Adapter folder to start from."})
+    lora_bias: str = field(default="none")
+    lora_merge: bool = field(default=True, metadata={"help": "Merge the adapters into the final checkpoint."})
+    mm_projector_lr: float | None = field(
+        default=None, metadata={"help": "The projector's own learning rate."}
+    )
+    group_by_modality_length: bool = field(default=False, metadata={"help": "LLaVA's grouping of samples."})
+    group_by_length: bool = field(default=False, metadata={"help": "Grouping by length alone."})
+    sampling: Literal["random", "sequential"] = field(
+        default="random",
+        metadata={"help": "Order without grouping: random, or sequential (as the file has it)."},
+    )
+    loss_normalization: Literal["micro_batch", "token"] = field(
+        default="micro_batch",
+        metadata={
+            "help": "micro_batch: mean of the micro-batches' means, as LLaVA; token: mean over all tokens of the step."
+        },
+    )
+    watchdog_minutes: float = field(
+        default=60.0, metadata={"help": "Stop when nothing has gone on for so many minutes (0: never)."}
+    )
+    watchdog_zero_steps: int = field(
+        default=20, metadata={"help": "Stop when the loss has been zero for so many steps (0: never)."}
+    )
+    meeting_timeout_s: float = field(
+        default=600.0,
+        metadata={
+            "help": "Several processes: stop when one has not come to the start after so many seconds."
+        },
+    )
+    resume: Literal["auto", "never"] = field(
+        default="auto", metadata={"help": "auto: continue from the last good checkpoint in --output_dir."}
+    )
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Everything that the command line said."""
+
+    model: ModelArguments
+    data: DataArguments
+    training: LlavaTrainingArguments
+    interventions: Interventions
+    notices: tuple[str, ...]
+
+
+# ---- translation ------------------------------------------------------------------------------------------------
+
+
+def split_flags(argv: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """``["--a", "1", "--b=2"]`` -> ``[("a", ["1"]), ("b", ["2"])]``. Dashes inside a name become underscores."""
+    pairs: list[tuple[str, list[str]]] = []
+    for token in argv:
+        if token.startswith("--"):
+            name, equals, value = token[2:].partition("=")
+            pairs.append((name.replace("-", "_"), [value] if equals else []))
+        elif not pairs:
+            raise TrainingError(
+                f"command line: {token!r} stands before any flag; flags look like --name value"
+            )
+        else:
+            pairs[-1][1].append(token)
+    return pairs
+
+
+def is_on(values: Sequence[str]) -> bool:
+    """Whether a switch is on: alone, or followed by a true word."""
+    return not values or values[0].lower() not in (*FALSE, "none", "")
+
+
+def translate(argv: Sequence[str], known: Sequence[str], tf32_works: bool) -> tuple[list[str], list[str]]:
+    """LLaVA's command line as today's.
+
+    Args:
+        argv: the command line without the program.
+        known: every flag that exists today.
+        tf32_works: whether this machine's GPU has TF32.
+
+    Returns:
+        the new command line, and one notice a flag that was changed.
+
+    Raises:
+        TrainingError: an unknown flag, with the nearest known one; a flag that can't be honoured.
+    """
+    out: list[str] = []
+    notices: list[str] = []
+    given = {name for name, _ in split_flags(argv)}
+    for name, values in split_flags(argv):
+        if name in WITHOUT_EFFECT:
+            notices.append(f"--{name} has no effect: {WITHOUT_EFFECT[name]}")
+        elif name in REFUSED:
+            if is_on(values):
+                raise TrainingError(
+                    f"--{name} {' '.join(values)}: not supported: {REFUSED[name]}; leave it out or give False"
+                )
+        elif name == "tf32" and is_on(values) and not tf32_works:
+            notices.append("--tf32 True is ignored: no GPU with TF32 here")
+        elif name == "warmup_ratio" and "warmup_steps" in given:
+            notices.append("--warmup_ratio is ignored: --warmup_steps is given")
+        elif name == "deepspeed" and values:
+            out += ["--deepspeed", deepspeed_config(values[0], notices)]
+        elif name == "report_to":
+            # the parser takes one value; _adjust takes them apart again
+            out += ["--report_to", ",".join(values)]
+        elif name == "fsdp" and (not values or values[0].lower() in (*TRUE, *FALSE)):
+            out += ["--fsdp"] * is_on(values)
+        elif (new := RENAMED.get(name, name)) in known:
+            if new == "warmup_steps" and name == "warmup_ratio" and float(values[0]) >= 1:
+                raise TrainingError(
+                    f"--warmup_ratio {values[0]}: allowed is a share from 0 to below 1; use --warmup_steps for steps"
+                )
+            out += [f"--{new}", *values]
+        else:
+            raise TrainingError(unknown_flag(name, known))
+    return out, notices
+
+
+def unknown_flag(name: str, known: Sequence[str]) -> str:
+    """The message for a flag that does not exist."""
+    every = [*known, *RENAMED, *WITHOUT_EFFECT]
+    near = difflib.get_close_matches(name, every, n=1, cutoff=0.6)
+    hint = f"did you mean --{near[0]}?" if near else "`python -m llava_ext.train --help` lists all flags"
+    return f"--{name}: unknown flag; {hint}"
+
+
+def deepspeed_config(path: str, notices: list[str]) -> str:
+    """The DeepSpeed JSON: the file itself, else the one of this name that comes with the package."""
+    if Path(path).is_file():
+        return path
+    shipped = Path(__file__).parents[1] / "deepspeed" / Path(path).name
+    if shipped.is_file():
+        if Path(path) != shipped and len(Path(path).parts) > 1:
+            notices.append(f"--deepspeed {path} does not exist; using {shipped.name} of this package")
+        return str(shipped)
+    names = ", ".join(sorted(item.name for item in shipped.parent.glob("*.json")))
+    raise TrainingError(f"--deepspeed {path}: no such file; give a path, or one of {names}")
+
+
+# ---- parsing ----------------------------------------------------------------------------------------------------
+
+
+def _add_interventions(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("interventions (all off: vanilla LLaVA)")
+    for item in dataclasses.fields(Interventions):
+        options: dict[str, Any] = {"help": item.metadata.get("help"), "default": argparse.SUPPRESS}
+        if isinstance(item.default, bool):
+            options |= {"nargs": "?", "const": True, "type": _switch}
+        else:
+            options |= {"type": _reader(str(item.type))}
+        if item.name == "multilayer_layers":
+            options |= {"nargs": "+"}
+        group.add_argument(f"--{item.name}", **options)
+
+
+def _switch(text: str) -> bool:
+    if text.lower() in TRUE:
+        return True
+    if text.lower() in FALSE:
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+
+
+def _reader(annotation: str) -> Callable[[str], Any]:
+    """How a field's text is read, from its annotation; ``None`` as text is a missing value."""
+    kind: Callable[[str], Any] = float if "float" in annotation else int if "int" in annotation else str
+    if "tuple" in annotation:
+        return lambda text: [int(part) for part in text.replace("[", "").replace("]", "").split(",") if part]
+    return lambda text: None if text in ("None", "null") and "None" in annotation else kind(text)
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> Any:
+        raise TrainingError(f"command line: {message}")
+
+
+def make_parser() -> HfArgumentParser:
+    """The parser of today's flags."""
+    parser = _Parser(
+        [ModelArguments, DataArguments, LlavaTrainingArguments],
+        prog="python -m llava_ext.train",
+        description="Trains LLaVA on transformers. Takes the flags of LLaVA's own scripts.",
+        formatter_class=argparse.HelpFormatter,
+        allow_abbrev=False,
+    )
+    _add_interventions(parser)
+    return parser
+
+
+def tf32_works() -> bool:
+    """Whether the GPU has TF32 (Ampere or newer)."""
+    import torch
+
+    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8
+
+
+def _fit_machine(argv: list[str], notices: list[str]) -> list[str]:
+    """Adds ``--use_cpu`` where there is no GPU, so that bf16 and everything else run on the CPU."""
+    import torch
+
+    if not torch.cuda.is_available() and (why := _why_a_gpu_is_wanted(argv)):
+        raise TrainingError(
+            f"{why}, but torch {torch.__version__} can use no GPU here; {_cuda_error()}. --use_cpu True trains on the CPU"
+        )
+    cpu = not torch.cuda.is_available() or _given_switch(argv, "use_cpu")
+    argv = _fit_fsdp(argv, cpu and torch.cuda.is_available(), notices)
+    if not cpu:
+        if torch.cuda.device_count() > 1 and "RANK" not in os.environ:
+            notices.append(
+                f"one of {torch.cuda.device_count()} GPUs is used; start with torchrun to use more"
+            )
+        return argv
+    if _given_switch(argv, "bf16"):
+        notices.append("no GPU here: --bf16 runs on the CPU")
+    return argv if _given_switch(argv, "use_cpu") else [*argv, "--use_cpu", "True"]
+
+
+def _why_a_gpu_is_wanted(argv: Sequence[str]) -> str:
+    """In words, or nothing. A machine with GPUs is not meant to compute for days on its CPU because of a driver."""
+    given = [is_on(values) for name, values in split_flags(argv) if name == "use_cpu"]
+    if given:
+        return "" if given[-1] else "--use_cpu False"
+    found = sorted(path.name for path in DEVICES.glob("nvidia[0-9]*"))
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    return f"this machine has {DEVICES / found[0]}" if found and not hidden else ""
+
+
+def _cuda_error() -> str:
+    """Why CUDA can't be used, in torch's words."""
+    import torch
+
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return f"it says: {str(error).splitlines()[0]}"
+    return "it gives no reason"
+
+
+def _fit_fsdp(argv: list[str], beside_gpu: bool, notices: list[str]) -> list[str]:
+    """Takes ``--fsdp`` away where nothing can be split: one process, or the CPU of a machine whose GPU torch would use."""
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    if "--fsdp" not in argv or not (alone or beside_gpu):
+        return argv
+    why = "one process" if alone else "--use_cpu on a machine with a GPU"
+    notices.append(f"--fsdp is ignored: {why}; every process holds the whole model")
+    return [text for flag, values in split_flags(argv) if flag != "fsdp" for text in (f"--{flag}", *values)]
+
+
+def _given_switch(argv: Sequence[str], name: str) -> bool:
+    return any(flag == name and is_on(values) for flag, values in split_flags(argv))
+
+
+def parse(argv: Sequence[str] | None = None) -> Arguments:
+    """Reads and checks the command line. Raises :class:`TrainingError` or ``InterventionError`` with the fix."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = make_parser()
+    if "--help" in argv or "-h" in argv:
+        parser.print_help()
+        raise SystemExit(0)
+    known = [
+        option[2:]
+        for action in parser._actions
+        for option in action.option_strings
+        if option.startswith("--")
+    ]
+    translated, notices = translate(argv, known, tf32_works())
+    translated = _fit_machine(translated, notices)
+    namespace, extra = parser.parse_known_args(translated)
+    if extra:
+        raise TrainingError(f"command line: {extra[0]!r} is not the value of any flag")
+    interventions = _take_interventions(namespace)
+    model = _build(ModelArguments, namespace)
+    data = _build(DataArguments, namespace)
+    _check_before(model, data, namespace)
+    # Before anything talks to the other processes, which would only wait for one that never comes.
+    ranks.meet(namespace.meeting_timeout_s, on_gpus=not namespace.use_cpu)
+    if namespace.deepspeed:
+        _prepare_deepspeed(namespace, explicit_clip="--max_grad_norm" in translated)
+    training = _build(LlavaTrainingArguments, namespace)
+    _adjust(training)
+    return Arguments(model, data, training, interventions, tuple(notices))
+
+
+def _build(kind: type[Any], namespace: argparse.Namespace) -> Any:
+    names = {item.name for item in dataclasses.fields(kind) if item.init}
+    try:
+        return kind(**{name: value for name, value in vars(namespace).items() if name in names})
+    except (ValueError, ImportError) as error:
+        raise TrainingError(f"command line: {error}") from error
+
+
+def _prepare_deepspeed(namespace: argparse.Namespace, explicit_clip: bool) -> None:
+    """Clipping as asked for (LLaVA's own files have none), and the rendezvous of a run without a launcher."""
+    config = json.loads(Path(namespace.deepspeed).read_text(encoding="utf-8"))
+    if explicit_clip:
+        config.setdefault("gradient_clipping", "auto")
+    namespace.deepspeed = config
+    if "RANK" not in os.environ:
+        # port 0: one that is free at the moment of use
+        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
+        os.environ.update({name: str(value) for name, value in alone.items()})
+
+
+def _take_interventions(namespace: argparse.Namespace) -> Interventions:
+    values = {
+        item.name: getattr(namespace, item.name)
+        for item in dataclasses.fields(Interventions)
+        if hasattr(namespace, item.name)
+    }
+    layers = values.get("multilayer_layers")
+    if layers is not None:
+        values["multilayer_layers"] = tuple(number for part in layers for number in part)
+    interventions = Interventions.from_mapping(values)
+    interventions.validate()
+    return interventions
+
+
+def _check_before(model: ModelArguments, data: DataArguments, namespace: argparse.Namespace) -> None:
+    """Everything that can be refused before a device is touched."""
+    for name, value in (
+        ("model_name_or_path", model.model_name_or_path),
+        ("data_path", data.data_path),
+        ("output_dir", namespace.output_dir),
+    ):
+        if not value:
+            raise TrainingError(f"--{name}: missing; it is needed")
+    allowed = {
+        "image_aspect_ratio": (data.image_aspect_ratio, ("square", "pad")),
+        "mm_patch_merge_type": (model.mm_patch_merge_type, ("flat",)),
+        "mm_vision_select_feature": (model.mm_vision_select_feature, ("patch", "cls_patch")),
+        "bits": (namespace.bits, (16,)),
+        "eval_strategy": (str(getattr(namespace.eval_strategy, "value", namespace.eval_strategy)), ("no",)),
+        "lora_bias": (namespace.lora_bias, ("none", "all", "lora_only")),
+        "attn_implementation": (model.attn_implementation or "sdpa", ("eager", "sdpa", "flash_attention_2")),
+    }
+    for name, (value, values) in allowed.items():
+        if value not in values:
+            raise TrainingError(f"--{name}: found {value!r}; allowed: {', '.join(map(str, values))}")
+    if model.attn_implementation == "flash_attention_2" and not is_flash_attn_2_available():
+        raise TrainingError(
+            "--attn_implementation: flash_attention_2 needs a CUDA GPU and the package flash-attn, one of which is missing here; "
+            "install it, or use sdpa"
+        )
+    for name, (value, reason) in FIXED.items():
+        found = getattr(namespace, name)
+        if str(found) != str(value) and str(found).lower() not in FALSE:
+            raise TrainingError(f"--{name} {found}: not supported: {reason}; leave it out")
+    for name, path in (
+        ("data_path", data.data_path),
+        ("image_folder", data.image_folder),
+        ("pretrain_mm_mlp_adapter", model.pretrain_mm_mlp_adapter),
+    ):
+        if path and not Path(path).exists():
+            raise TrainingError(f"--{name} {path}: does not exist")
+    grouped = [name for name in ("group_by_length", "group_by_modality_length") if getattr(namespace, name)]
+    if len(grouped) == 2 or (grouped and namespace.sampling == "sequential"):
+        raise TrainingError(
+            f"--{grouped[0]}: contradicts --{grouped[-1] if len(grouped) == 2 else 'sampling sequential'}; give one of them"
+        )
+    if namespace.lora_enable and model.tune_mm_mlp_adapter:
+        raise TrainingError(
+            "--lora_enable: contradicts --tune_mm_mlp_adapter, which trains only the projector; give one of them"
+        )
+
+
+def _adjust(training: LlavaTrainingArguments) -> None:
+    """Settings that follow from others, and those that must not hide trouble."""
+    training.logging_nan_inf_filter = False
+    training.remove_unused_columns = False
+    if training.device.type == "cpu":
+        training.dataloader_pin_memory = False
+    if not sys.stderr.isatty():
+        training.disable_tqdm = True
+    # The model runs all its modules in every batch, so DDP need not look for parameters without gradient.
+    if training.ddp_find_unused_parameters is None:
+        training.ddp_find_unused_parameters = False
+    training._n_gpu = min(training.n_gpu, 1)  # several GPUs are for torchrun, never for DataParallel
+    given = training.report_to if isinstance(training.report_to, list) else [training.report_to]
+    reports = [name for text in given if text for name in text.split(",") if name != "none"]
+    training.report_to = [name for name in reports if name != "tensorboard" and _installed(name)]
+    # also in the place of a tracker that is not installed
+    training.own_tensorboard = "all" in reports or len(training.report_to) < len(reports)
+
+
+def _installed(reporter: str) -> bool:
+    """Whether a reporting package is there; a training does not fail for want of it."""
+    found = importlib.util.find_spec(reporter) if reporter != "all" else None
+    if reporter == "all" or (found is not None and found.origin is not None):
+        return True  # a mere folder of that name, as W&B makes one where it runs, has no origin
+    say(f"--report_to {reporter}: the package is not installed; metrics go to metrics.jsonl and TensorBoard")
+    return False
+
+
+def sampling_strategy(training: LlavaTrainingArguments) -> str:
+    """The sampler's name for these arguments."""
+    if training.group_by_modality_length:
+        return "group_by_modality_length"
+    return "group_by_length" if training.group_by_length else training.sampling
+
+
+def resolve_model(name: str, flag: str, cache_dir: str | None) -> Path:
+    """A model's folder: itself, or the hub's snapshot (from the cache first; the network only if it must).
+
+    Raises:
+        TrainingError: neither a folder nor a reachable hub id.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    if name.count("/") != 1 or name.startswith((".", "/")):
+        raise TrainingError(f"--{flag} {name}: no such folder")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, cache_dir=cache_dir, local_files_only=True))
+    except LocalEntryNotFoundError:
+        pass
+    patterns = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt"]
+    try:
+        return Path(snapshot_download(name, cache_dir=cache_dir, allow_patterns=patterns))
+    except (OSError, HfHubHTTPError) as error:
+        offline = " (offline mode is on)" if os.environ.get("HF_HUB_OFFLINE") else ""
+        raise TrainingError(
+            f"--{flag} {name}: no such folder, not in the cache, and the hub did not answer{offline}: {error}"
+        ) from error

@@ -1,0 +1,421 @@
+"""From arguments to a Trainer that is ready to run, and from its weights to the files that a stage leaves behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import set_seed
+
+from .. import statistics
+from ..checkpoints import original as formats
+from ..data.assembly import Collator
+from ..data.dataset import EncodedSamples, TrainingCollator
+from ..data.images import ImagePreprocessor, decode
+from ..distributed import memory
+from ..model.build import (
+    build_model,
+    load_image_processor,
+    load_model,
+    load_tokenizer,
+    make_processor,
+    reset_projector,
+    save_checkpoint,
+)
+from ..model.interventions import Interventions
+from . import states as resume
+from .lora import add_adapters, is_adapted, merged_state, save_adapters
+from .optimizer import count, freeze
+from .states import TrainingError, say
+from .trainer import LlavaTrainer
+
+if TYPE_CHECKING:
+    from ..data.samples import SampleStore
+    from .arguments import Arguments
+
+
+# ---- before -----------------------------------------------------------------------------------------------------
+
+
+def make_trainer(
+    arguments: Arguments, store: SampleStore, folders: dict[str, Path], checkpoint: Path | None = None
+) -> LlavaTrainer:
+    """Everything that a run needs, checked before the first step. ``checkpoint``: what it is going to continue from."""
+    training = arguments.training
+    arguments = with_known_statistics(arguments, checkpoint)
+    tokenizer = load_tokenizer(folders["llm"], training.model_max_length)
+    samples = make_samples(arguments, store, folders, tokenizer)
+    _check_lengths(samples, arguments)
+    _check_text(samples, arguments)
+    model, image_processor = _make_model(arguments, folders)
+    _preflight(model, tokenizer, image_processor, arguments)
+    collator = Collator.for_model(
+        model.config, tokenizer, model_max_length=training.model_max_length, packed=arguments.data.pack
+    )
+    return LlavaTrainer(
+        model=model,
+        args=training,
+        train_dataset=samples,
+        data_collator=TrainingCollator(collator),
+        lengths=store.lengths,
+        describe=samples.describe,
+        mm_projector_lr=training.mm_projector_lr,
+    )
+
+
+def with_known_statistics(arguments: Arguments, checkpoint: Path | None) -> Arguments:
+    """`normalize_statistics: auto` is measured once: a run that goes on, and stage 2, keep the numbers of the beginning.
+
+    Measured again in another precision or on another device they would differ in the last digits.
+    """
+    mine, adapter = arguments.interventions, arguments.model.pretrain_mm_mlp_adapter
+    if not mine.normalize_projector or mine.fixed_statistics() is not None:
+        return arguments
+    projector = Path(adapter) if adapter else None
+    for folder in (checkpoint, projector if projector is None or projector.is_dir() else projector.parent):
+        known = formats.measured_statistics(resume.read_json(folder / "config.json")) if folder else None
+        if known is not None:
+            return dataclasses.replace(arguments, interventions=mine.with_statistics(*known))
+    return arguments
+
+
+@dataclass(frozen=True)
+class ReadImage:
+    """From an image file's bytes to pixels, ``(3, height, width)``. A class, so that it can be sent to dataset workers."""
+
+    preprocess: ImagePreprocessor
+
+    def __call__(self, data: bytes, tolerant: bool) -> torch.Tensor:
+        return self.preprocess(decode(data, tolerant))
+
+
+def make_samples(
+    arguments: Arguments, store: SampleStore, folders: dict[str, Path], tokenizer: Any
+) -> EncodedSamples:
+    """The training set, with LLaVA's preprocessing for this vision tower."""
+    processor = load_image_processor(folders["vision_tower"])
+    pixels = ImagePreprocessor.from_processor(processor, arguments.data.image_aspect_ratio)
+    return EncodedSamples(
+        store,
+        tokenizer,
+        arguments.model.version,
+        arguments.training.model_max_length,
+        ReadImage(pixels),
+        arguments.data.cache_pixels,
+    )
+
+
+def _check_lengths(samples: EncodedSamples, arguments: Arguments) -> None:
+    if arguments.training.group_by_modality_length and (samples.store.lengths == 0).any():
+        index = int((samples.store.lengths == 0).argmax())
+        raise TrainingError(
+            f"--group_by_modality_length: {samples.describe(index)} has no words, so it can't be grouped; drop it"
+        )
+
+
+def _check_text(samples: EncodedSamples, arguments: Arguments) -> None:
+    """Encodes some samples and stops when they would teach nothing."""
+    data = arguments.data
+    if not data.preflight_samples:
+        return
+    found = statistics.survey(samples, statistics.spread(len(samples), data.preflight_samples))
+    whole = statistics.total(found)
+    say(
+        f"{len(samples)} samples; of {whole.samples} looked at, {whole.supervised_share:.1%} of the tokens are supervised, "
+        f"{whole.mismatches} are masked by a tokenization mismatch"
+    )
+    statistics.check_bounds(found, data.supervised_share_bound, data.mismatch_bound)
+
+
+def _make_model(arguments: Arguments, folders: dict[str, Path]) -> tuple[Any, Any]:
+    """The model, with the projector to start from, frozen as the stage wants it."""
+    model_args, training = arguments.model, arguments.training
+    make = _from_checkpoint if _is_llava(folders["llm"]) else _from_parts
+    model, image_processor = make(arguments, folders)
+    if model_args.pretrain_mm_mlp_adapter:
+        load_projector(model, Path(model_args.pretrain_mm_mlp_adapter))
+    model.config.text_config.use_cache = False
+    if training.lora_enable:
+        model = add_adapters(
+            model,
+            rank=training.lora_r,
+            alpha=training.lora_alpha,
+            dropout=training.lora_dropout,
+            bias=training.lora_bias,
+            weights=training.lora_weight_path,
+            train_projector=not training.freeze_mm_mlp_adapter,
+            in_float32=not training.deepspeed,
+        )
+    else:
+        freeze(
+            model,
+            tune_mm_mlp_adapter=model_args.tune_mm_mlp_adapter,
+            freeze_mm_mlp_adapter=training.freeze_mm_mlp_adapter,
+            freeze_backbone=model_args.freeze_backbone,
+        )
+    _cast_frozen(model, training)
+    return model, image_processor
+
+
+def _is_llava(folder: Path) -> bool:
+    """Whether a model folder is a whole LLaVA checkpoint rather than a language model."""
+    described = resume.read_json(folder / "config.json") or {}
+    return described.get("model_type") in ("llava", "spatial_llava") or "mm_vision_tower" in described
+
+
+def _from_parts(arguments: Arguments, folders: dict[str, Path]) -> tuple[Any, Any]:
+    """A language model and a vision tower, joined by a new projector."""
+    model_args, training = arguments.model, arguments.training
+    model, _, image_processor = build_model(
+        folders["llm"],
+        folders["vision_tower"],
+        arguments.interventions,
+        projector_type=model_args.mm_projector_type,
+        vision_feature_layer=model_args.mm_vision_select_layer,
+        vision_feature_select_strategy="full"
+        if model_args.mm_vision_select_feature == "cls_patch"
+        else "default",
+        attn_implementation=model_args.attn_implementation,
+        dtype=_load_dtype(training),
+        model_max_length=training.model_max_length,
+        image_aspect_ratio=arguments.data.image_aspect_ratio,
+        prompt_version=model_args.version,
+    )
+    # The seed alone decides a new projector's weights, however many random numbers loading the parts has used.
+    set_seed(training.seed)
+    reset_projector(model.model.multi_modal_projector)
+    return model, image_processor
+
+
+def _from_checkpoint(arguments: Arguments, folders: dict[str, Path]) -> tuple[Any, Any]:
+    """A whole LLaVA checkpoint; refuses one with other interventions or another projector than the command line says."""
+    model_args, training, folder = arguments.model, arguments.training, folders["llm"]
+    model, _, image_processor = load_model(
+        folder,
+        dtype=_load_dtype(training),
+        attn_implementation=model_args.attn_implementation,
+        model_max_length=training.model_max_length,
+        tower=folders["vision_tower"] if formats.is_original(folder) else None,
+    )
+    mine, theirs = arguments.interventions, model.config.interventions
+    known = formats.measured_statistics(theirs.to_dict())
+    if mine.normalize_projector and mine.fixed_statistics() is None and known is not None:
+        mine = mine.with_statistics(*known)
+    formats.check_interventions(mine, theirs, str(folder))
+    if model.config.projector_type != model_args.mm_projector_type:
+        raise TrainingError(
+            f"--mm_projector_type {model_args.mm_projector_type}: {folder} has {model.config.projector_type}; give that"
+        )
+    model.config.image_aspect_ratio = arguments.data.image_aspect_ratio
+    model.config.prompt_version = model_args.version
+    return model.train(), image_processor
+
+
+def _load_dtype(training: Any) -> torch.dtype:
+    """DeepSpeed keeps float32 copies itself; elsewhere the weights that train stay in float32 under autocast."""
+    if training.deepspeed and training.bf16:
+        return torch.bfloat16
+    if training.deepspeed and training.fp16:
+        return torch.float16
+    return torch.float32
+
+
+def _half(training: Any) -> torch.dtype | None:
+    return torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None
+
+
+def _cast_frozen(model: Any, training: Any) -> None:
+    """Halves the memory of what does not train, as LLaVA does for the vision tower."""
+    half = _half(training)
+    if half is None or training.deepspeed or training.fsdp:
+        return
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(half)
+
+
+def load_projector(model: Any, path: Path) -> None:
+    """Puts a saved projector into the model; refuses one of other interventions, naming the keys that differ."""
+    projector = formats.read_projector(path)
+    folder = path if path.is_dir() else path.parent
+    _check_interventions(model.config, folder / "config.json", path)
+    module = model.model.multi_modal_projector
+    parameters = list(module.parameters())
+    if any(hasattr(parameter, "ds_id") for parameter in parameters):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0):
+            _fill(module, projector, path)
+    else:
+        _fill(module, projector, path)
+
+
+def _fill(module: torch.nn.Module, projector: Mapping[str, torch.Tensor], path: Path) -> None:
+    expected = {name: list(parameter.shape) for name, parameter in module.named_parameters()}
+    formats.check_projector(projector, expected, str(path))
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.copy_(projector[name])
+
+
+def _check_interventions(config: Any, stored: Path, what: Path) -> None:
+    """Compares with the config beside a projector, if there is one that says anything."""
+    described = resume.read_json(stored)
+    if not isinstance(described, dict) or not (
+        "mm_vision_tower" in described or formats.OWN_KEY in described
+    ):
+        return
+    theirs = formats.interventions_from_original(described, config.grid_side)
+    formats.check_interventions(config.interventions, theirs, str(what))
+
+
+def _preflight(model: Any, tokenizer: Any, image_processor: Any, arguments: Arguments) -> None:
+    """Everything that would make the last save fail, found before the first step."""
+    generation = model.generation_config
+    try:
+        generation.validate(strict=True)
+    except ValueError:
+        # LLaVA's remedy for Vicuna's temperature and top_p without do_sample.
+        generation.do_sample = True
+        say(
+            "generation_config.json sets sampling values without do_sample; do_sample is set to true in the checkpoints"
+        )
+    output_dir = Path(arguments.training.output_dir)
+    try:
+        generation.validate(strict=True)
+        with tempfile.TemporaryDirectory(prefix=f"{resume.STAGING}test-", dir=output_dir) as folder:
+            generation.save_pretrained(folder)
+            model.config.save_pretrained(folder)
+            make_processor(model.config, tokenizer, image_processor).save_pretrained(folder)
+    except (OSError, ValueError, TypeError) as error:
+        raise TrainingError(
+            f"{arguments.model.model_name_or_path}: a checkpoint of this model could not be saved: {error}"
+        ) from error
+    _check_disk(model, output_dir)
+    memory.check(model, arguments.training)
+
+
+def _check_disk(model: Any, output_dir: Path) -> None:
+    """Refuses to start when not even one checkpoint and the final weights fit on the disk."""
+    trained = count(parameter for parameter in model.parameters() if parameter.requires_grad)
+    needed = 12 * trained + 4 * count(model.parameters())
+    free = shutil.disk_usage(output_dir).free
+    if free < needed:
+        raise TrainingError(
+            f"--output_dir {output_dir}: {free / 2**30:.1f} GiB are free, one checkpoint and the final weights need about "
+            f"{needed / 2**30:.1f} GiB; make room or choose another folder"
+        )
+
+
+# ---- after ------------------------------------------------------------------------------------------------------
+
+
+def write_final(
+    trainer: LlavaTrainer,
+    state: dict[str, torch.Tensor],
+    arguments: Arguments,
+    folders: dict[str, Path],
+    folder: Path,
+) -> None:
+    """The stage's result, written to ``folder`` and read back.
+
+    Stage 1: ``mm_projector.bin``, ``mm_projector.safetensors`` and ``config.json`` as LLaVA's; stage 2: a HF checkpoint.
+    """
+    folder.mkdir(parents=True)
+    model = trainer.plain_model
+    if is_adapted(model):
+        if not arguments.training.lora_merge:
+            save_adapters(model, state, folder / "adapters")
+        state = merged_state(model, state)
+        model = model.get_base_model()
+    half = _half(arguments.training)
+    if half is not None:
+        state = {
+            name: tensor.to(half) if tensor.is_floating_point() else tensor for name, tensor in state.items()
+        }
+    state = {name: tensor.detach().cpu() for name, tensor in state.items()}
+    # Off while training; a finished model generates with it.
+    model.config.text_config.use_cache = True
+    vars(model.config).pop("use_cache", None)
+    if arguments.model.tune_mm_mlp_adapter:
+        _write_projector(model, state, arguments, folders, folder)
+    else:
+        tokenizer = load_tokenizer(folders["llm"], arguments.training.model_max_length)
+        processor = load_image_processor(folders["vision_tower"])
+        save_checkpoint(
+            model,
+            tokenizer,
+            processor,
+            folder,
+            prompt_version=arguments.model.version,
+            image_aspect_ratio=arguments.data.image_aspect_ratio,
+            state_dict=state,
+        )
+        formats.keep_sentencepiece(formats.find_sentencepiece(folders["llm"]), folder)
+    _read_back(folder)
+
+
+def _write_projector(
+    model: Any, state: dict[str, torch.Tensor], arguments: Arguments, folders: dict[str, Path], folder: Path
+) -> None:
+    from safetensors.torch import save_file
+
+    projector = formats.projector_to_original(formats.projector_of(state), model.config.interventions)
+    projector = {name: tensor.contiguous() for name, tensor in projector.items()}
+    torch.save(projector, folder / "mm_projector.bin")
+    save_file(projector, folder / "mm_projector.safetensors", metadata={"format": "pt"})
+    described = formats.config_to_original(
+        json.loads(model.config.text_config.to_json_string(use_diff=False)),
+        json.loads(model.config.vision_config.to_json_string(use_diff=False)),
+        model.config.interventions,
+        original_settings(arguments),
+    )
+    resume.write_json(folder / "config.json", described)
+
+
+def original_settings(arguments: Arguments) -> dict[str, Any]:
+    """LLaVA's config fields that come from the command line."""
+    model, training = arguments.model, arguments.training
+    return {
+        "mm_vision_tower": model.vision_tower,
+        "mm_projector_type": model.mm_projector_type,
+        "mm_vision_select_layer": model.mm_vision_select_layer,
+        "mm_vision_select_feature": model.mm_vision_select_feature,
+        "mm_projector_lr": training.mm_projector_lr,
+        "image_aspect_ratio": arguments.data.image_aspect_ratio,
+        "tokenizer_model_max_length": training.model_max_length,
+        "tune_mm_mlp_adapter": model.tune_mm_mlp_adapter,
+        "freeze_mm_mlp_adapter": training.freeze_mm_mlp_adapter,
+        "_name_or_path": model.model_name_or_path,
+    }
+
+
+def _read_back(folder: Path) -> None:
+    """Proves that what was written can be read: every header, and every name that an index lists."""
+    for path in folder.rglob("*.safetensors"):
+        try:
+            shapes = formats.tensor_shapes(path)
+        except Exception as error:
+            raise TrainingError(f"{path}: was written but can't be read: {error}") from error
+        empty = [name for name, shape in shapes.items() if 0 in shape]
+        if not shapes or empty:
+            raise TrainingError(
+                f"{path}: was written but {f'{empty[:3]} hold nothing' if empty else 'holds no tensors'}"
+            )
+    index = resume.read_json(folder / "model.safetensors.index.json")
+    if index:
+        for shard in set(index["weight_map"].values()):
+            listed = {name for name, place in index["weight_map"].items() if place == shard}
+            missing = listed - formats.tensor_shapes(folder / shard).keys()
+            if missing:
+                raise TrainingError(f"{folder / shard}: lacks {sorted(missing)[:3]}")
+
+
+__all__ = ["Interventions", "load_projector", "make_samples", "make_trainer", "write_final"]

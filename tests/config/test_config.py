@@ -1,0 +1,183 @@
+"""Wrong configurations give one readable message: key, value, what is allowed, the fix. Never a traceback."""
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from workflow_scripts.config import reference
+from workflow_scripts.config.load import load_config, load_file
+from workflow_scripts.io import UserError
+
+ROOT = Path(__file__).parent.parent.parent
+DEMO = yaml.safe_load((ROOT / "config/config.yaml").read_text())
+
+
+def changed(path, value):
+    """The demo's configuration with one key set (or removed, with ``...``)."""
+    raw = copy.deepcopy(DEMO)
+    *parents, last = path.split("/")
+    here = raw
+    for key in parents:
+        here = here[int(key)] if isinstance(here, list) else here.setdefault(key, {})
+    if value is ...:
+        here.pop(last)
+    else:
+        here[last] = value
+    return raw
+
+
+BAD = [
+    # path to the key, value, what the message must contain
+    ("stages/finetune/lerning_rate", 1, "stages.finetune.lerning_rate", "did you mean 'learning_rate'?"),
+    ("stages/finetune/learning_rate", "fast", "found 'fast'", "a number"),
+    ("stages/finetune/learning_rate", -1.0, "found -1.0", "> 0"),
+    ("stages/finetune/max_steps", True, "stages.finetune.max_steps", "not true or false"),
+    ("stages/finetune/max_steps", 1.5, "stages.finetune.max_steps", "whole number"),
+    ("stages/finetune/max_steps", ..., "stages.finetune", "epochs or max_steps"),
+    ("stages/finetune/epochs", 1, "stages.finetune", "found both"),
+    ("stages/finetune/prompt_version", "v7", "found 'v7'", "plain, v1"),
+    ("stages/finetune/mixture", "shapes_finetun", "did you mean 'shapes_finetune'?", "section mixtures"),
+    ("stages/finetune/compute", "cluster", "stages.finetune.compute", "laptop"),
+    ("stages/finetune/global_batch_size", 33, "a multiple of 32", "compute.laptop"),
+    ("stages/finetune/warmup_ratio", 3, "stages.finetune.warmup_ratio", "<= 1"),
+    ("stages/finetune/min_lr_rate", ..., "cosine_with_min_lr", "min_lr_rate"),
+    ("stages/pretrain/lora", {"r": 8}, "stages.pretrain.lora", "move it to finetune"),
+    ("stages/pretrain", ..., "stages.pretrain", "required"),
+    ("stages", ..., "stages", "required"),
+    ("experiments", {}, "experiments", "at least 1"),
+    ("experiments/a b", {}, "experiments.a b", "form"),
+    ("experiments/../x", {}, "experiments", "form"),
+    ("experiments/compress_4/interventions/final_spatial_size", 5, "no square number", "1, 4, 16"),
+    ("experiments/compress_4/interventions/final_spatial_size", 9, "does not divide", "1, 4, 16"),
+    ("experiments/compress_4/interventions/final_spatial_size", ..., "final_spatial_size", "missing"),
+    ("experiments/vanilla/interventions", {"final_spatial_size": 4}, "without compression_after_projection", "final_spatial"),
+    ("experiments/vanilla/interventions", {"interleave_sparsity": 4}, "without interleave", "interleave: true"),
+    ("experiments/vanilla/interventions", {"interleave": True, "interleave_sparsity": 0}, "interleave_sparsity", "from 1"),
+    ("experiments/vanilla/interventions", {"normalise_projector": True}, "did you mean 'normalize_projector'?", "vanilla"),
+    ("experiments/vanilla/interventions", {"normalize_projector": "maybe"}, "found 'maybe'", "true or false"),
+    ("experiments/normalize_multilayer/interventions/multilayer_layers", [1, 9], "multilayer_layers", "1 to 4"),
+    ("experiments/vanilla/finetune", {"global_batch_size": 48}, "experiments.vanilla.finetune.global_batch_size", "32"),
+    ("experiments/vanilla/finetune", {"max_stepz": 4}, "experiments.vanilla.finetune.max_stepz", "'max_steps'"),
+    ("experiments/vanilla/model", {"llm": "tiny_tower"}, "experiments.vanilla.model.llm", "role: llm"),
+    ("experiments/vanilla/model", {"projector_type": "mlp2x_glue"}, "mlp2x_glue", "mlp"),
+    ("model/vision_tower", "clip", "model.vision_tower", "tiny_tower"),
+    ("model/vision_feature_layer", -9, "model.vision_feature_layer", "-5 to 4"),
+    ("models/tiny_llm/kind", "shape_llm", "models.tiny_llm.kind", "did you mean 'shapes_llm'?"),
+    ("models/tiny_llm/kind", ..., "models.tiny_llm.kind", "shapes_tower"),
+    ("models/vicuna", {"kind": "hub", "role": "llm", "repo": "lmsys/vicuna-7b-v1.5", "revision": "main"}, "models.vicuna.revision", "found 'main'"),
+    ("models/mine", {"kind": "path", "role": "llm", "path": "/no/such/folder"}, "models.mine.path", "config.json"),
+    ("sources/mine", {"kind": "path", "images": "/no/such.zip"}, "sources.mine.images", "exists"),
+    ("sources/shapes_test/splitt", "x", "sources.shapes_test.splitt", "did you mean 'split'?"),
+    ("sources/shapes_captions/damage/truncated", -2, "sources.shapes_captions.damage.truncated", ">= 0"),
+    ("mixtures/shapes_pretrain/parts/0/policy/corrupt", "keeep", "parts[0].policy.corrupt", "did you mean 'keep'?"),
+    ("mixtures/shapes_pretrain/parts/0/annotations", "shapes", "mixtures.shapes_pretrain.parts[0].annotations", "shapes_captions"),
+    ("mixtures/shapes_pretrain/parts/0/images/0/source", "nowhere", "parts[0].images[0].source", "section sources"),
+    ("compute/laptop/nodes", 2, "compute.laptop", "set parallel to ddp"),
+    ("compute/laptop/precision", "fp16", "needs a GPU", "precision"),
+    ("compute/laptop/offload", "optimizer", "zero2 or zero3", "offload"),
+    ("compute/laptop/save_before_end_s", 1790, "leaves 10 s of runtime_min: 30", "raise runtime_min"),
+    ("compute/cluster", {"gpus_per_node": 8, "parallel": "ddp", "gres": "gpu:a100:4"}, "asks for 4 GPUs", "set gres: gpu:a100:8"),
+    ("compute/cluster", {"gpus_per_node": 8, "parallel": "ddp", "gres": "gpu:a100"}, "asks for 1 GPUs", "set gres: gpu:a100:8"),
+    ("compute/cluster", {"gpus_per_node": 1, "packing": True}, "packing: true with attention: sdpa", "set attention: flash_attention_2"),
+    ("compute/laptop/memory", 3, "compute.laptop.memory", "mem_mb"),
+    ("evaluation/source", "shapes_tests", "evaluation.source", "did you mean 'shapes_test'?"),
+    ("experimentz", {}, "experimentz", "did you mean 'experiments'?"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "first", "second"), BAD, ids=[f"{number}-{bad[0]}" for number, bad in enumerate(BAD)]
+)
+def test_a_bad_value_is_named_with_the_fix(path, value, first, second):
+    with pytest.raises(UserError) as caught:
+        load_config(changed(path, value), ["my.yaml"])
+    message = str(caught.value)
+    assert message.startswith("my.yaml: ")
+    assert first in message
+    assert second in message
+    assert "fix: " in message
+    assert "pydantic" not in message
+
+
+def test_all_problems_come_in_one_message():
+    raw = changed("stages/finetune/learning_rate", "fast")
+    raw["compute"]["laptop"]["cpus"] = 0
+    raw["unknown"] = 1
+    with pytest.raises(UserError, match="3 problems"):
+        load_config(raw)
+
+
+def test_the_demo_is_valid_and_its_experiments_are_complete():
+    loaded = load_file(ROOT / "config/config.yaml")
+    assert loaded.names == ["vanilla", "normalize", "normalize_multilayer", "compress_4", "compress_1"]
+    assert loaded.experiments["compress_4"].interventions.final_spatial_size == 4
+    assert loaded.experiments["vanilla"].interventions.is_vanilla
+    assert not loaded.warnings
+
+
+def test_identical_experiments_are_pointed_out():
+    loaded = load_config(changed("experiments/again", {}))
+    assert loaded.warnings == ["experiments vanilla and again are identical: they share one training"]
+
+
+def test_an_override_of_the_length_replaces_the_other_kind_of_length():
+    loaded = load_config(changed("experiments/vanilla/finetune", {"epochs": 2}))
+    assert loaded.experiments["vanilla"].finetune.epochs == 2
+    assert loaded.experiments["vanilla"].finetune.max_steps is None
+
+
+def test_the_generated_schema_and_page_are_up_to_date():
+    for name, text in reference.generated().items():
+        assert (ROOT / name).read_text() == text, f"{name} is out of date; run `make docs`"
+
+
+def test_every_key_is_explained():
+    def walk(name, schema):
+        for key, field in schema.get("properties", {}).items():
+            if key != "kind":
+                assert field.get("description"), f"{name}.{key} has no docstring"
+
+    schema = reference.json_schema()
+    walk("Config", schema)
+    for name, section in schema["$defs"].items():
+        walk(name, section)
+
+
+def test_snakemake_shows_the_message_without_a_traceback(tmp_path):
+    bad = tmp_path / "bad.yaml"
+    bad.write_text(yaml.safe_dump(changed("stages/finetune/lerning_rate", 1)))
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "snakemake",
+            "-s",
+            ROOT / "Snakefile",
+            "-n",
+            "--configfile",
+            bad,
+            "--directory",
+            tmp_path,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    output = done.stdout + done.stderr
+    assert done.returncode == 1
+    assert "did you mean 'learning_rate'?" in output
+    assert "Traceback" not in output
+
+
+def test_parsing_loads_nothing_heavy():
+    code = (
+        "import sys, workflow_scripts.plan.runs, workflow_scripts.config.load as l, pathlib;"
+        "from workflow_scripts.plan.runs import Plan; Plan(l.load_file(pathlib.Path('config/config.yaml')));"
+        "print([m for m in ('torch', 'transformers', 'pyarrow', 'numpy', 'PIL', 'requests') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.stdout.strip() == "[]", done.stderr

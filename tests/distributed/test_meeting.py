@@ -1,0 +1,134 @@
+"""The processes of a training meet before anything is loaded."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.distributed import TCPStore
+
+from llava_ext.distributed import meeting as ranks
+from tests.support.trainings import REPOSITORY, environment
+
+FACTS = {
+    "host": "n1",
+    "local_rank": 0,
+    "gpus": 2,
+    "gpu": "GPU-a",
+    "model": "A100",
+    "versions": {"torch": "2.13.0", "transformers": "5.23.0"},
+}
+
+
+def said(*changes):
+    """What ranks 0, 1, ... say: the first as above, the others with these changes."""
+    return dict(enumerate([FACTS, *(copy.deepcopy(FACTS) | change for change in changes)]))
+
+
+def test_processes_that_fit_have_no_problems():
+    assert ranks.problems(said({"local_rank": 1, "gpu": "GPU-b"}, {"host": "n2"})) == []
+    here = ranks.describe(0, on_gpus=True)
+    assert torch.__version__.startswith(
+        here["versions"]["torch"]
+    )  # a CUDA wheel names its build in one of the two only
+    assert ranks.problems({0: here, 1: here | {"host": "n2"}}) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"local_rank": 1}, "2 ranks share the GPU GPU-a on n1"),
+        ({"local_rank": 2, "gpu": None}, "rank 1 on n1 is process number 3 there and sees 2 GPUs"),
+        ({"host": "n2", "gpus": 0, "gpu": None}, "some ranks have a GPU and others none: 1 on n2"),
+        (
+            {"host": "n2", "versions": FACTS["versions"] | {"torch": "2.12.0"}},
+            "torch is 2.12.0 for rank 1 on n2 and 2.13.0 for rank 0 on n1: use one environment for all",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_named(change, message):
+    assert message in "\n".join(ranks.problems(said(change)))
+
+
+def meet(store: TCPStore, rank: int, size: int, timeout_s: float) -> subprocess.Popen:
+    """One process that comes to the meeting, as torchrun would start it."""
+    values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": store.port}
+    values |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    script = (
+        "from llava_ext.distributed import meeting as ranks\nfrom llava_ext.training import states as resume\n"
+        f"try: ranks.meet({timeout_s}, on_gpus=False)\n"
+        "except resume.TrainingError as error: raise SystemExit(str(error))"
+    )
+    changes = {name: str(value) for name, value in values.items()}
+    return subprocess.Popen(
+        [sys.executable, "-c", script], cwd=REPOSITORY, env=environment() | changes, stderr=-1, text=True
+    )
+
+
+@pytest.fixture
+def store():
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def test_a_missing_process_is_named_by_all_that_came(store):
+    came = [meet(store, rank, 4, 15) for rank in (0, 2)]
+    for process in came:
+        text = process.communicate(timeout=100)[1]
+        assert process.returncode == 1
+        assert "nothing was heard of rank 1, 3 within 15 s; 2 of 4 are there" in text
+        assert f"2 on {os.uname().nodename}" in text
+
+
+def test_a_missing_first_process_is_named_too(store):
+    process = meet(store, 1, 2, 1)
+    text = process.communicate(timeout=100)[1]
+    assert process.returncode == 1 and "nothing was heard of rank 0 within 2 s" in text
+    assert "Traceback" not in text
+
+
+def test_all_go_on_when_all_have_come(store):
+    for process in [meet(store, rank, 3, 100) for rank in range(3)]:
+        text = process.communicate(timeout=100)[1]
+        assert process.returncode == 0, text
+
+
+def test_a_network_that_does_not_answer_is_said_soon(store):
+    """Two processes have met, and then nothing comes through: the second one is silent.
+
+    Ended by Python's own means, the first would now and then abort instead of exiting with 1.
+    """
+    script = (
+        "import sys, time, torch, torch.distributed as dist\n"
+        "from datetime import timedelta\n"
+        "from llava_ext import train\nfrom llava_ext.distributed import meeting as ranks\nfrom llava_ext.training import states as resume\n"
+        "rank, port = map(int, sys.argv[1:])\n"
+        "there = dist.TCPStore('127.0.0.1', port, is_master=False)\n"
+        "dist.init_process_group('gloo', store=there, rank=rank, world_size=2)\n"
+        "if rank == 1:\n"
+        "    dist.new_group(timeout=timedelta(seconds=3)); time.sleep(60)\n"
+        "try: ranks.check_traffic(torch.device('cpu'), 3.0)\n"
+        "except resume.TrainingError as error: train._fail(error)"
+    )
+    first, second = (
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(rank), str(store.port)],
+            cwd=REPOSITORY,
+            env=environment(),
+            stderr=-1,
+            text=True,
+        )
+        for rank in range(2)
+    )
+    try:
+        text = first.communicate(timeout=100)[1]
+        assert first.returncode == 1
+        assert (
+            "can't reach each other (NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME" in text and "Timed out" in text
+        )
+    finally:
+        second.kill()
+        second.wait()

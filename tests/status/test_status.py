@@ -1,0 +1,256 @@
+"""What a user sees of running, finished, interrupted, failed and killed trainings."""
+
+import json
+import os
+import pty
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.support.workspace import ROOT
+from workflow_scripts.config.load import load_file
+from workflow_scripts.io import UserError, write_json
+from workflow_scripts.launch import attempts
+from workflow_scripts.launch.ownership import Ownership
+from workflow_scripts.launch.step import complete
+from workflow_scripts.plan.runs import Plan
+from workflow_scripts.status.cli import all_statuses, draw, read_status, render
+from workflow_scripts.status.table import duration, shorten, table
+
+LOG = "llava_ext: step 3/8\nTraceback (most recent call last):\nerror: an older one\nerror: {}\nand its second line\n"
+
+
+class Folder:
+    """A working folder with trainings of the demo's configuration, in any state."""
+
+    def __init__(self, root):
+        self.root = root
+        self.plan = Plan(load_file(ROOT / "config/config.yaml"))
+
+    def training(self, experiment, stage="finetune", steps=3, **compute):
+        """The state folder of a training that has made so many steps."""
+        spec = complete(self.plan.training_spec(stage, self.plan.run(stage, experiment).name))
+        spec["compute"] |= compute
+        spec["recipe"]["max_steps"] = 8
+        state = self.root / "runs" / stage / spec["run"] / "0123456789"
+        write_json(state / "spec.json", {"spec": spec})
+        rows = [
+            {"step": step, "loss": 2.5, "tokens_per_s": 1000.0, "time": time.time() - 60 + step}
+            for step in range(1, steps + 1)
+        ]
+        (state / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return state
+
+    def ended(self, experiment, outcome, log="", **options):
+        """A training whose one attempt has ended, with that log."""
+        state = self.training(experiment, **options)
+        row = attempts.begin(state, [])
+        (state / row["log"]).write_text(log)
+        if outcome:
+            attempts.end(state, row, outcome)
+        return state
+
+    def finished(self, experiment, stage="finetune"):
+        state = self.ended(experiment, "finished", steps=8, stage=stage)
+        write_json(state / "train_result.json", {"status": "finished", "step": 8})
+        return state
+
+    def running(self, experiment, **options):
+        """A training that this process computes."""
+        state = self.training(experiment, **options)
+        attempts.begin(state, [])
+        Ownership(state).claim()
+        return state
+
+    def one(self, experiment, stage="finetune"):
+        run = self.plan.run(stage, experiment).name
+        return next(item for item in all_statuses(self.root) if (item.stage, item.run) == (stage, run))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return Folder(tmp_path)
+
+
+def test_every_state_is_told(folder):
+    folder.finished("vanilla", "pretrain")
+    folder.running("normalize", nodes=2, gpus_per_node=8)
+    folder.ended("vanilla", "interrupted")
+    folder.ended("compress_4", "failed (1)", LOG.format("record 7: no such image"))
+    folder.ended("compress_1", None, "llava_ext: step 3/8\n")
+    lines = table(all_statuses(folder.root)).splitlines()
+    for word in ("finished", "running", "interrupted", "failed", "killed"):
+        assert sum(f" {word} " in line for line in lines[:-1]) == 1
+    assert lines[-1] == "1 running, 1 interrupted, 1 killed, 1 failed, 1 finished"
+    failed = next(place for place, line in enumerate(lines) if " failed " in line)
+    assert lines[failed + 1] == "    record 7: no such image"
+    assert lines[failed + 2].endswith("0123456789/logs/attempt-001.log")
+    killed = next(place for place, line in enumerate(lines) if " killed " in line)
+    assert "without a word" in lines[killed + 1]
+
+
+def test_a_running_training_says_why_its_last_attempt_failed(folder):
+    state = folder.ended("vanilla", "failed (1)", LOG.format("disk full"))
+    Ownership(state).claim()
+    attempts.begin(state, attempts.read_attempts(state))
+    item = folder.one("vanilla")
+    assert (item.state, item.reason) == ("running", "attempt 1: disk full")
+    assert item.log.endswith("attempt-001.log")
+
+
+def test_what_a_check_refused_is_shown_until_the_next_attempt(folder):
+    state = folder.ended("vanilla", "interrupted")
+    with pytest.raises(UserError), attempts.recorded_refusal(state):
+        raise UserError("what is lacking:\n  n1: 0 GPUs are visible")
+    item = folder.one("vanilla")
+    assert (item.state, item.reason, item.log) == ("refused", "what is lacking: n1: 0 GPUs are visible", "")
+    log = folder.root / "logs/finetune" / f"{item.run}.log"
+    log.parent.mkdir(parents=True)
+    log.touch()
+    assert folder.one("vanilla").log == str(log)
+    attempts.begin(state, attempts.read_attempts(state))
+    assert folder.one("vanilla").state == "killed"  # nobody computes it
+
+
+@pytest.mark.parametrize(
+    ("compute", "shown"),
+    [
+        ({}, "cpu"),
+        ({"processes_per_node": 2, "parallel": "ddp"}, "cpu x2"),
+        ({"gpus_per_node": 8}, "8"),
+        ({"nodes": 2, "gpus_per_node": 8}, "2x8"),
+    ],
+)
+def test_gpus(folder, compute, shown):
+    assert read_status(folder.training("vanilla", **compute)).gpus == shown
+
+
+def test_a_hang_shows_as_time_since_the_last_step(folder):
+    state = folder.running("vanilla")
+    (state / "attempts.jsonl").unlink()
+    (state / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 1.0, "time": time.time() - 4000}))
+    assert read_status(state).idle_s >= 4000
+    assert folder.ended("compress_4", "interrupted") and folder.one("compress_4").idle_s is None
+    assert [duration(value) for value in (None, 9, 309, 11109)] == ["", "9s", "5:09", "3:05:09"]
+
+
+def test_what_was_raised_is_the_reason_where_there_is_no_message(folder):
+    log = "torch.OutOfMemoryError: CUDA out of memory\ntorch.distributed.elastic.multiprocessing.errors.ChildFailedError: \n"
+    assert read_status(folder.ended("vanilla", "failed (1)", log)).reason == log.splitlines()[0]
+    assert "failed (-9)" in read_status(folder.ended("normalize", "failed (-9)")).reason
+
+
+def test_experiments_that_use_a_run(folder):
+    folder.finished("vanilla", "pretrain")
+    for name in ("first", "second"):
+        runs = {"pretrain": folder.plan.run("pretrain", "vanilla").name}
+        write_json(folder.root / "experiments" / name / "checkpoint.json", {"runs": runs})
+    (folder.root / "experiments/first/checkpoint.json").with_name("other").mkdir()
+    assert folder.one("vanilla", "pretrain").experiments == ["first", "second"]
+    assert "first, second" in table(all_statuses(folder.root))
+
+
+@pytest.mark.parametrize("width", [80, 140, 200])
+def test_a_line_fits_the_terminal_and_keeps_the_runs_key(folder, width):
+    folder.running("normalize_multilayer")
+    folder.ended("compress_4", "failed (1)", LOG.format("x" * 300))
+    lines = table(all_statuses(folder.root), width).splitlines()
+    assert max(len(line) for line in lines if not line.startswith("    log: ")) <= width
+    key = folder.plan.run("finetune", "normalize_multilayer").name[-10:]
+    assert sum(key in line for line in lines) == 1
+    assert "x" * 300 in table(all_statuses(folder.root))
+
+
+def test_names_are_shortened_in_the_middle():
+    assert shorten("normalize-multilayer-compress-4-0123456789", 24) == "normalize-mu…-0123456789"
+    assert shorten("vanilla-0123456789", 24) == "vanilla-0123456789"
+
+
+def test_half_written_and_damaged_files_do_no_harm(folder):
+    state = folder.running("vanilla")
+    with (state / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 4, "lo')
+    (state / "train_result.json").write_text('{"status"')
+    assert folder.one("vanilla").step == 3 and folder.one("vanilla").state == "running"
+    (state / "owner.json").write_text("{")
+    assert folder.one("vanilla").state == "killed"
+    (state / "spec.json").write_text("{}")
+    assert folder.one("vanilla").state == "unreadable"
+    assert "1 unreadable" in table(all_statuses(folder.root))
+
+
+def test_folders_that_come_and_go_while_it_looks(folder):
+    """Trainings are made and deleted all the time; every look shows whole lines only."""
+    code = (
+        "import shutil, sys\n"
+        "while True:\n"
+        "    shutil.copytree(sys.argv[1], sys.argv[2] + '/new')\n"
+        "    shutil.rmtree(sys.argv[2] + '/new')\n"
+    )
+    state = folder.finished("vanilla")
+    source = shutil.copytree(state, folder.root / "source")
+    with subprocess.Popen([sys.executable, "-c", code, str(source), str(state.parent)]) as other:
+        for _ in range(200):
+            assert {item.run for item in all_statuses(folder.root)} == {state.parent.name}
+        assert other.poll() is None
+        other.kill()
+
+
+def test_an_owner_that_cannot_be_asked_is_judged_by_its_last_sign_of_life(folder):
+    state = folder.running("vanilla")
+    owner = json.loads((state / "owner.json").read_text()) | {"host": "elsewhere"}
+    write_json(state / "owner.json", owner)
+    assert folder.one("vanilla").state == "running"
+    row = json.loads((state / "attempts.jsonl").read_text()) | {"started": time.time() - 7200}
+    (state / "attempts.jsonl").write_text(json.dumps(row) + "\n")
+    (state / "metrics.jsonl").unlink()
+    assert folder.one("vanilla").state == "unknown"
+
+
+def test_json_keeps_its_names(folder):
+    folder.finished("vanilla")
+    found = json.loads(render(folder.root, as_json=True))
+    assert {
+        "stage",
+        "run",
+        "state",
+        "step",
+        "steps",
+        "loss",
+        "tokens_per_s",
+        "eta_s",
+        "attempts",
+        "processes",
+        "saved_step",
+        "where",
+        "folder",
+    } <= set(found)
+    assert found["state"] == "finished" and found["saved_step"] == 8
+
+
+def test_no_training_yet(tmp_path, capfd):
+    (tmp_path / "runs").mkdir()
+    draw(render(tmp_path, as_json=False))
+    assert capfd.readouterr().out == "no training yet\n"
+
+
+def test_watching_redraws_in_place_and_ends_with_ctrl_c(folder):
+    folder.finished("vanilla")
+    terminal, other = pty.openpty()
+    command = [sys.executable, "-m", "workflow_scripts.status", "--watch", "0.1", "--directory", folder.root]
+    process = subprocess.Popen(command, cwd=ROOT, stdin=other, stdout=other, stderr=other)
+    os.close(other)
+    shown = b""
+    while shown.count(b"\033[H") < 3:
+        shown += os.read(terminal, 1 << 16)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) == 0
+    shown += os.read(terminal, 1 << 16)
+    os.close(terminal)
+    assert shown.count(b"\033[2J") == 1, "it is cleared once only, so that it does not flicker"
+    assert b"1 finished" in shown and b"Traceback" not in shown
+    assert shown.endswith(b"\033[?25h"), "the cursor is back"

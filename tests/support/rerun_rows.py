@@ -1,0 +1,172 @@
+"""The table of docs/reruns.md as tests: what was changed, what runs again. Used on one machine and on Slurm."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.workspace import copy_code
+from workflow_scripts import code_version
+
+# What follows from a new stage 2 of one experiment, and from new data or models for all.
+AFTER_FINETUNE = {"finetune", "export", "evaluate", "checkpoint", "report"}
+
+
+def lines(rule, experiments, workspace):
+    """`rule: output` of a rule for some experiments."""
+    plan = workspace.plan()
+    if rule == "checkpoint":
+        return {f"checkpoint: experiments/{name}/checkpoint.json" for name in experiments}
+    if rule == "report":
+        return {"report: report/index.html"}
+    return {f"{rule}: {plan.run(rule, name).manifest}" for name in experiments}
+
+
+def expected(workspace, rules, experiments):
+    return set().union(*(lines(rule, experiments, workspace) for rule in rules))
+
+
+def nothing(workspace):
+    return set()
+
+
+def touched(workspace):
+    """Touch the data files, the manifests and the code's configuration."""
+    paths = [
+        "mine/images.tar",
+        "mine/questions.json",
+        "data/sources/captions/manifest.json",
+        "models/llm/manifest.json",
+    ]
+    for path in [*paths, *(str(item) for item in workspace.folder.glob("runs/*/*/manifest.json"))]:
+        (workspace.folder / path).touch()
+    return set()
+
+
+def stage_2_rate(workspace):
+    workspace.config["experiments"]["gentle"]["finetune"]["learning_rate"] = 2e-3
+    return expected(workspace, AFTER_FINETUNE, ["gentle"])
+
+
+def stage_1_rate(workspace):
+    workspace.config["experiments"]["compress_4"]["pretrain"] = {"learning_rate": 1e-3}
+    return expected(workspace, AFTER_FINETUNE | {"pretrain"}, ["compress_4"])
+
+
+def one_flag(workspace):
+    workspace.config["experiments"]["compress_4"]["interventions"]["final_spatial_size"] = 1
+    return expected(workspace, AFTER_FINETUNE | {"pretrain"}, ["compress_4"])
+
+
+def new_experiment(workspace):
+    workspace.config["experiments"]["normalize"] = {"interventions": {"normalize_projector": True}}
+    return expected(workspace, AFTER_FINETUNE | {"pretrain"}, ["normalize"])
+
+
+def caption_policy(workspace):
+    part = workspace.config["mixtures"]["pretrain"]["parts"][0]
+    part["policy"]["truncated"] = "drop"
+    every = ["vanilla", "gentle", "compress_4"]
+    return {"mixture: data/mixtures/pretrain/manifest.json"} | expected(
+        workspace, AFTER_FINETUNE | {"pretrain"}, every
+    )
+
+
+def mixture_weight(workspace):
+    workspace.config["mixtures"]["finetune"]["parts"][0]["weight"] = 0.5
+    every = ["vanilla", "gentle", "compress_4"]
+    return {"mixture: data/mixtures/finetune/manifest.json"} | expected(workspace, AFTER_FINETUNE, every)
+
+
+def replaced_data(workspace):
+    """Another file under the same name: what depends on it is looked at again."""
+    path = workspace.folder / "mine/questions.json"
+    path.write_text(re.sub("What colour", "Which colour", path.read_text(), count=3) + "\n")
+    every = ["vanilla", "gentle", "compress_4"]
+    data = {
+        "acquire: data/sources/questions/manifest.json",
+        "scan: data/scans/questions/manifest.json",
+        "mixture: data/mixtures/finetune/manifest.json",
+    }
+    return data | expected(workspace, AFTER_FINETUNE, every)
+
+
+def comment_in_code(workspace):
+    code = workspace.code
+    for name in ("llava_ext/training/trainer.py", "workflow_scripts/merge/step.py", "rules/train.smk"):
+        path = code / name
+        path.write_text(path.read_text() + "\n# a remark\n")
+    return set()
+
+
+def code_version_raised(workspace):
+    path = workspace.code / "workflow_scripts/code_version.py"
+    old, new = code_version.CODE_VERSION, code_version.CODE_VERSION + 1
+    path.write_text(path.read_text().replace(f"CODE_VERSION = {old}\n", f"CODE_VERSION = {new}\n"))
+    return  # every run has a new name: the caller counts rules
+
+
+def mirrors_and_logging(workspace):
+    workspace.config["stages"]["finetune"].update(logging_steps=2, save_steps=5, save_total_limit=3)
+    workspace.config["sources"]["questions"]["expected_images"] = 100000
+    return {"acquire: data/sources/questions/manifest.json"} & set()
+
+
+def number_of_gpus(workspace):
+    workspace.config["compute"]["small"].update(
+        processes_per_node=2, parallel="ddp", per_device_batch_size=4, mem_mb=3000
+    )
+    return set()
+
+
+def site(workspace):
+    workspace.config.update(setup="export NCCL_DEBUG=WARN", python=sys.executable)
+    return set()
+
+
+def description(workspace):
+    workspace.config["experiments"]["vanilla"]["description"] = "as it was"
+    return {"checkpoint: experiments/vanilla/checkpoint.json", "report: report/index.html"}
+
+
+ROWS = {
+    "nothing": nothing,
+    "touch": touched,
+    "stage-2 learning rate of one experiment": stage_2_rate,
+    "stage-1 learning rate of one experiment": stage_1_rate,
+    "one flag": one_flag,
+    "a new experiment": new_experiment,
+    "caption policy": caption_policy,
+    "mixture weight": mixture_weight,
+    "a data file": replaced_data,
+    "a comment in code": comment_in_code,
+    "number of processes": number_of_gpus,
+    "logging and saving": mirrors_and_logging,
+    "setup and interpreter": site,
+    "an experiment's description": description,
+}
+
+
+def check_row(finished, folder, row, options=()):
+    """Copies the finished folder, changes one thing, and compares the plan with the table."""
+    workspace = finished.copy_to(folder / "w")
+    if finished.code != finished.folder and row == "a comment in code":
+        workspace.code = copy_code(folder / "code")
+    wanted = ROWS[row](workspace)
+    assert set(workspace.planned(*options)) == wanted
+
+
+def check_raised_version(finished, folder, options=()):
+    """With a higher code version every training gets a new name; data and models stay."""
+    workspace = finished.copy_to(folder / "w")
+    if finished.code != finished.folder:
+        workspace.code = copy_code(folder / "code")
+    code_version_raised(workspace)
+    rules = [line.split(":")[0] for line in workspace.planned(*options)]
+    counts = {rule: rules.count(rule) for rule in set(rules)}
+    assert counts == {"pretrain": 2, "finetune": 3, "export": 3, "evaluate": 3, "checkpoint": 3, "report": 1}
+
+
+rows = pytest.mark.parametrize("row", ROWS)
+__all__ = ["ROWS", "Path", "check_raised_version", "check_row", "rows"]

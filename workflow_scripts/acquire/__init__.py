@@ -1,0 +1,1 @@
+"""The step `acquire`: fetches, draws or looks at a source."""

@@ -1,0 +1,366 @@
+"""Files of Hugging Face repositories: what the hub says about them, where they are cached, how to fetch them.
+
+huggingface_hub answers what a repository has (revision, size, hash) and finds its cache; the transfer itself is
+:mod:`workflow_scripts.acquire.download`'s, which resumes after a crash and verifies hashes, as the client does not.
+HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN, HF_HOME and HF_HUB_CACHE mean what they mean for the client.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from workflow_scripts.acquire.download import (
+    Patience,
+    Wanted,
+    already_there,
+    fetch,
+    hash_file,
+    recall,
+    retry_after,
+)
+from workflow_scripts.io import UserError
+
+if TYPE_CHECKING:
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.hf_api import RepoFile
+
+    from workflow_scripts.config.sources import HubFile
+
+T = TypeVar("T")
+SHORT_COMMIT = re.compile(r"[0-9a-f]{7,39}")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+class Repository:
+    """A repository at a pinned revision."""
+
+    def __init__(self, repo: str, repo_type: str, revision: str, patience: Patience | None = None) -> None:
+        from huggingface_hub import HfApi, constants, get_token
+
+        self.repo, self.repo_type, self.revision = repo, repo_type, revision
+        self.patience = patience or Patience()
+        self.offline = constants.is_offline_mode()
+        self.endpoint = constants.ENDPOINT.rstrip("/")
+        self.token = get_token()
+        self.api = HfApi(endpoint=self.endpoint, token=self.token or False)
+        self._commit: str | None = None
+
+    @property
+    def shown(self) -> str:
+        """The repository's name in messages."""
+        return f"{self.repo} ({self.repo_type}, revision {self.revision})"
+
+    # -- what the hub says
+
+    def commit(self) -> str:
+        """The full commit that the revision stands for; the hub's file URLs take no shortened ones."""
+        if self._commit is None:
+            if COMMIT.fullmatch(self.revision):
+                self._commit = self.revision
+            elif SHORT_COMMIT.fullmatch(self.revision):
+                self._commit = self._lengthen()
+            else:
+                info = self._ask(
+                    lambda: self.api.repo_info(self.repo, revision=self.revision, repo_type=self.repo_type)
+                )
+                self._commit = str(info.sha)
+        return self._commit
+
+    def _lengthen(self) -> str:
+        commits = self._ask(lambda: self.api.list_repo_commits(self.repo, repo_type=self.repo_type))
+        found = [c.commit_id for c in commits if c.commit_id.startswith(self.revision)]
+        if len(found) != 1:
+            known = ", ".join(c.commit_id[:12] for c in commits[:5])
+            raise UserError(
+                f"revision: {self.revision!r} is {'no' if not found else 'more than one'} commit of {self.repo}; the "
+                f"newest are {known}. Pin one of them in full"
+            )
+        return found[0]
+
+    def files(self) -> list[RepoFile]:
+        """All files of the repository."""
+        from huggingface_hub.hf_api import RepoFile
+
+        tree = self._ask(
+            lambda: list(
+                self.api.list_repo_tree(
+                    self.repo, repo_type=self.repo_type, revision=self.commit(), recursive=True
+                )
+            )
+        )
+        return [item for item in tree if isinstance(item, RepoFile)]
+
+    def describe(self, paths: Sequence[str]) -> dict[str, RepoFile]:
+        """Size and hash of some files. Raises :class:`UserError` for one that is not there."""
+        from huggingface_hub.hf_api import RepoFile
+
+        commit = self.commit()
+        infos = self._ask(
+            lambda: self.api.get_paths_info(self.repo, list(paths), revision=commit, repo_type=self.repo_type)
+        )
+        found = {info.path: info for info in infos if isinstance(info, RepoFile)}
+        for path in paths:
+            if path not in found:
+                names = [info.path for info in self.files()]
+                close = get_close_matches(path, names, n=3, cutoff=0.4) or names[:5]
+                raise UserError(f"{self.shown} has no file {path!r}; it has {', '.join(close)}")
+        return found
+
+    def _ask(self, question: Callable[[], T]) -> T:
+        """Asks the hub, again and again while it is busy; its errors become messages that say what to do."""
+        from huggingface_hub.errors import HfHubHTTPError, HTTPError
+
+        why = ""
+        for attempt in range(1, self.patience.attempts + 1):
+            wait = None
+            try:
+                return question()
+            except HfHubHTTPError as error:
+                why, wait = self._refused(error)
+            except (HTTPError, ConnectionError) as error:
+                why = self._unreachable(error)
+            if attempt < self.patience.attempts:
+                growing = min(self.patience.backoff_s * 2 ** (attempt - 1), self.patience.max_backoff_s)
+                pause = growing if wait is None else wait
+                print(
+                    f"{self.repo}: {why} from {self.endpoint}; again in {pause:.1f} s",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                time.sleep(pause)
+        raise UserError(
+            f"{self.shown}: {self.endpoint} can't be reached ({why}); check the network and HF_ENDPOINT, or name a copy "
+            "that you have under `local`"
+        )
+
+    def _refused(self, error: HfHubHTTPError) -> tuple[str, float | None]:
+        """What to say about a busy hub, and how long it asks to wait. Raises :class:`UserError` for a final no."""
+        from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+        status = error.response.status_code if error.response is not None else 0
+        finals: dict[type[HfHubHTTPError], str] = {
+            GatedRepoError: "its owner asks for agreement to terms; accept them on the hub's page of the repository and "
+            "set HF_TOKEN",
+            RevisionNotFoundError: "there is no such revision; pin an existing commit",
+            RepositoryNotFoundError: f"there is no such repository at {self.endpoint}, or it is private and needs "
+            "HF_TOKEN; check `repo` and `repo_type`",
+        }
+        for kind, message in finals.items():
+            if isinstance(error, kind):
+                raise UserError(f"{self.shown}: {message}") from None
+        if status not in (408, 429) and status < 500:
+            raise UserError(f"{self.shown}: the hub answers HTTP {status}") from None
+        return f"HTTP {status}", retry_after(error.response.headers.get("Retry-After"))
+
+    def _unreachable(self, error: Exception) -> str:
+        from huggingface_hub.errors import OfflineModeIsEnabled
+
+        if isinstance(error, OfflineModeIsEnabled):
+            raise UserError(f"{self.shown}: {OFFLINE}") from None
+        return type(error).__name__
+
+    # -- files
+
+    def cached(self, path: str) -> Path | None:
+        """The file in the client's cache, if it is there at this revision."""
+        from huggingface_hub import constants, try_to_load_from_cache
+
+        revisions = [self.revision] if self._commit is None else [self._commit, self.revision]
+        if SHORT_COMMIT.fullmatch(self.revision):
+            kind = f"{self.repo_type}s--{self.repo.replace('/', '--')}"
+            snapshots = Path(constants.HF_HUB_CACHE) / kind / "snapshots"
+            if snapshots.is_dir():
+                revisions += [p.name for p in sorted(snapshots.iterdir()) if p.name.startswith(self.revision)]
+        for revision in revisions:
+            found = try_to_load_from_cache(self.repo, path, revision=revision, repo_type=self.repo_type)
+            if isinstance(found, str):
+                return Path(found)
+        return None
+
+    def wanted(self, info: RepoFile, mirrors: Sequence[str] = ()) -> Wanted:
+        """How to fetch a file, with the hash that the hub gives: sha256 of big files, git's of small ones."""
+        from huggingface_hub import hf_hub_url
+
+        url = hf_hub_url(
+            self.repo, info.path, repo_type=self.repo_type, revision=self.commit(), endpoint=self.endpoint
+        )
+        return Wanted(
+            name=info.path,
+            urls=(url, *mirrors),
+            bytes=info.size,
+            sha256=info.lfs.sha256 if info.lfs else None,
+            git_sha1=None if info.lfs else info.blob_id,
+            headers={"Authorization": f"Bearer {self.token}"} if self.token else {},
+            facts={"repo": self.repo, "repo_type": self.repo_type, "revision": self.commit()},
+        )
+
+
+OFFLINE = (
+    "HF_HUB_OFFLINE is set and the file is neither here nor in the hub's cache; unset it, or fetch the file on a "
+    "machine with a network first (the acquire and prepare steps run on the login node)"
+)
+
+
+def get_file(
+    repository: Repository, file: HubFile, target: Path, patience: Patience
+) -> tuple[Path, dict[str, Any]]:
+    """Makes one hub file available and returns where it lies and its provenance.
+
+    Looked for in this order: the target itself, the client's cache, the network.
+    """
+    pinned = Wanted(file.path, (), file.bytes, file.sha256, first_use=file.trust == "first_use")
+    if recall(target) is not None and (known := already_there(pinned, target)) is not None:
+        return target, known
+    if repository.offline:
+        known = already_there(pinned, target)
+        if known is not None:
+            return target, known
+    cached = repository.cached(file.path)
+    if repository.offline and cached is None:
+        raise UserError(f"{repository.shown}, {file.path}: {OFFLINE}")
+    wanted = pinned if repository.offline else _agree(repository, file)
+    if cached is not None and (known := verify_cached(cached, wanted, target)) is not None:
+        return cached, known
+    if repository.offline:
+        raise UserError(f"{cached}: the hub's cache has another file than the config expects; {OFFLINE}")
+    return target, fetch(wanted, target, patience)
+
+
+def _agree(repository: Repository, file: HubFile) -> Wanted:
+    """The hub's own facts about a file, compared with those of the config."""
+    from dataclasses import replace
+
+    try:
+        info = repository.describe([file.path])[file.path]
+    except UserError:
+        if not file.mirrors or file.sha256 is None:
+            raise
+        print(f"{repository.shown} can't be asked; trying the mirrors", file=sys.stderr, flush=True)
+        return Wanted(
+            file.path, tuple(file.mirrors), file.bytes, file.sha256, first_use=file.trust == "first_use"
+        )
+    wanted = repository.wanted(info, file.mirrors)
+    differs = [
+        f"{what} {theirs} (config: {ours})"
+        for what, ours, theirs in (("size", file.bytes, wanted.bytes), ("sha256", file.sha256, wanted.sha256))
+        if ours is not None and theirs is not None and ours != theirs
+    ]
+    if differs and file.trust == "publisher":
+        raise UserError(
+            f"{repository.shown}, {file.path}: the hub has another file than the config expects: {', '.join(differs)}; "
+            "check `revision`, or correct the config if the new file is what you want"
+        )
+    if differs:
+        print(f"warning: {file.path}: the hub has {', '.join(differs)}", file=sys.stderr, flush=True)
+    if wanted.sha256 is None and file.sha256 is not None:
+        wanted = replace(wanted, sha256=file.sha256)
+    return wanted
+
+
+def verify_cached(cached: Path, wanted: Wanted, target: Path) -> dict[str, Any] | None:
+    """Hashes a cached file once; its provenance is remembered beside where the file would have been fetched to."""
+    from workflow_scripts.acquire.download import provenance_path
+    from workflow_scripts.io import read_json, write_json
+
+    stat = cached.stat()
+    memory = provenance_path(target.with_name(target.name + ".cached"))
+    key = {"path": str(cached), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    if memory.is_file() and (known := read_json(memory)).get("key") == key:
+        found: dict[str, Any] = known["provenance"]
+        if wanted.sha256 in (None, found["sha256"]) or wanted.first_use:
+            return found
+    print(f"{cached}: verifying the file of the hub's cache", file=sys.stderr, flush=True)
+    sha, git = hash_file(cached)
+    wrong = (wanted.sha256 is not None and sha != wanted.sha256 and not wanted.first_use) or (
+        wanted.git_sha1 is not None and git != wanted.git_sha1
+    )
+    if wrong or (wanted.bytes is not None and stat.st_size != wanted.bytes and not wanted.first_use):
+        print(
+            f"warning: {cached}: not the expected content; it is left alone and not used",
+            file=sys.stderr,
+            flush=True,
+        )
+        return None
+    provenance = {"bytes": stat.st_size, "sha256": sha, "from": "the hub's cache", **wanted.facts}
+    memory.parent.mkdir(parents=True, exist_ok=True)
+    write_json(memory, {"key": key, "provenance": provenance})
+    return provenance
+
+
+def fetch_snapshot(
+    repo: str,
+    revision: str,
+    folder: Path,
+    repo_type: str = "model",
+    choose: Callable[[list[str]], list[str]] = list,
+    patience: Patience | None = None,
+) -> tuple[str, list[tuple[Path, dict[str, Any]]]]:
+    """Makes all files of a repository that ``choose`` picks available: the commit, and each file with its provenance.
+
+    Files of the client's cache are used where they are; the others are fetched into ``folder``.
+    """
+    patience = patience or Patience()
+    repository = Repository(repo, repo_type, revision, patience)
+    if repository.offline:
+        return _fetched_before(repository, folder, choose) or _cached_snapshot(repository, choose)
+    infos = {info.path: info for info in repository.files()}
+    found = []
+    for path in choose(sorted(infos)):
+        target = folder / path
+        wanted = repository.wanted(infos[path])
+        known = None
+        if recall(target) is None and (cached := repository.cached(path)) is not None:
+            known = verify_cached(cached, wanted, target)
+            if known is not None:
+                found.append((cached, {"path": path, **known}))
+        if known is None:
+            found.append((target, {"path": path, **fetch(wanted, target, patience)}))
+    return repository.commit(), found
+
+
+def _fetched_before(
+    repository: Repository, folder: Path, choose: Callable[[list[str]], list[str]]
+) -> tuple[str, list[tuple[Path, dict[str, Any]]]] | None:
+    """Offline: what an earlier run fetched into ``folder``, if a model's configuration is among it."""
+    known = {}
+    for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
+        facts = recall(path) if path.is_file() else None
+        if (
+            facts
+            and facts.get("repo") == repository.repo
+            and facts["revision"].startswith(repository.revision)
+        ):
+            known[str(path.relative_to(folder))] = facts
+    if "config.json" not in known:
+        return None
+    commit = str(known["config.json"]["revision"])
+    return commit, [(folder / name, {"path": name, **known[name]}) for name in choose(sorted(known))]
+
+
+def _cached_snapshot(
+    repository: Repository, choose: Callable[[list[str]], list[str]]
+) -> tuple[str, list[tuple[Path, dict[str, Any]]]]:
+    """Offline: the files that the client's cache has."""
+    config = repository.cached("config.json")
+    if config is None:
+        raise UserError(f"{repository.shown}: {OFFLINE}")
+    snapshot = config.parent
+    names = choose(sorted(str(p.relative_to(snapshot)) for p in snapshot.rglob("*") if p.is_file()))
+    return snapshot.name, [(snapshot / name, _trusted_by_name(snapshot / name, name)) for name in names]
+
+
+def _trusted_by_name(path: Path, name: str) -> dict[str, Any]:
+    """The client's cache names a file's content by its hash, which offline is all there is to compare with."""
+    sha, git = hash_file(path)
+    blob = path.resolve().name
+    if re.fullmatch(r"[0-9a-f]{64}|[0-9a-f]{40}", blob) and blob not in (sha, git):
+        raise UserError(
+            f"{path}: the file in the hub's cache is damaged; delete {path.resolve()} and fetch it again"
+        )
+    return {"path": name, "bytes": path.stat().st_size, "sha256": sha}

@@ -1,0 +1,115 @@
+"""Fetches the files of a source of kind `hub` or `url`, several at a time, and says what lies where."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from workflow_scripts.acquire.download import Patience, Wanted, fetch, recall
+from workflow_scripts.acquire.local_files import describe_local, described_path
+from workflow_scripts.archives import detect_type
+from workflow_scripts.config.sources import HubSource, PathSource, RemoteFile, UrlSource
+from workflow_scripts.disk import check_disk
+from workflow_scripts.io import UserError
+
+FILES_AT_A_TIME = 4
+Getter = Callable[[Any, Path], tuple[Path, dict[str, Any]]]
+
+
+def fetch_source(
+    spec: HubSource | UrlSource, folder: Path, patience: Patience | None = None
+) -> dict[str, Any]:
+    """Fetches what is not there yet and returns the content of the manifest."""
+    # Beside all sources of the working folder, so that parallel jobs share the limit of a host.
+    patience = patience or Patience(per_host=spec.connections_per_host, hosts=folder.parent / ".hosts")
+    remote = [file for file in spec.files if not _replaced(spec, file)]
+    own = describe_local(_local_part(spec), folder) if spec.local.images or spec.local.annotations else None
+    if not remote and own is not None:
+        return own
+    check_disk(folder, sum(missing_bytes(file, folder / file.name) for file in remote), "this source")
+    get = _hub_getter(spec, patience) if isinstance(spec, HubSource) else _url_getter(patience)
+    with ThreadPoolExecutor(FILES_AT_A_TIME) as pool:
+        futures = [pool.submit(get, file, folder / file.name) for file in remote]
+        fetched = _results(futures)
+    return _describe(remote, fetched, folder, own)
+
+
+def _results(futures: list[Any]) -> list[tuple[Path, dict[str, Any]]]:
+    """All results; when several files fail, all reasons."""
+    errors = [future.exception() for future in futures]
+    user_errors = [error for error in errors if isinstance(error, UserError)]
+    for error in errors:
+        if error is not None and not isinstance(error, UserError):
+            raise error
+    if user_errors:
+        raise UserError("\n".join(str(error) for error in user_errors))
+    return [future.result() for future in futures]
+
+
+def _replaced(spec: HubSource | UrlSource, file: RemoteFile) -> bool:
+    """True when the user's own copy takes this file's place."""
+    return bool(
+        (file.role == "images" and spec.local.images)
+        or (file.role == "annotations" and spec.local.annotations)
+    )
+
+
+def _local_part(spec: HubSource | UrlSource) -> PathSource:
+    """The user's own copies; the config's hashes are verified for archives and files of the same name."""
+    hashes: dict[str, str | None] = {
+        file.name.rsplit("/", 1)[-1]: file.sha256
+        for file in spec.files
+        if _replaced(spec, file) and file.sha256 and file.trust == "publisher"
+    }
+    return PathSource(images=spec.local.images, annotations=spec.local.annotations, sha256=hashes)
+
+
+def missing_bytes(file: RemoteFile, target: Path) -> int:
+    """Bytes that are still to come, as far as the config knows the size."""
+    if file.bytes is None or recall(target) is not None:
+        return 0
+    part = target.with_name(target.name + ".part")
+    there = part.stat().st_size if part.exists() else 0
+    return max(0, file.bytes - there)
+
+
+def _url_getter(patience: Patience) -> Getter:
+    def get(file: Any, target: Path) -> tuple[Path, dict[str, Any]]:
+        wanted = Wanted(file.name, file.url, file.bytes, file.sha256, first_use=file.trust == "first_use")
+        return target, fetch(wanted, target, patience)
+
+    return get
+
+
+def _hub_getter(spec: HubSource, patience: Patience) -> Getter:
+    from workflow_scripts.acquire.hub import Repository, get_file
+
+    repository = Repository(spec.repo, spec.repo_type, spec.revision, patience)
+
+    def get(file: Any, target: Path) -> tuple[Path, dict[str, Any]]:
+        return get_file(repository, file, target, patience)
+
+    return get
+
+
+def _describe(
+    remote: list[Any], fetched: list[tuple[Path, dict[str, Any]]], folder: Path, own: dict[str, Any] | None
+) -> dict[str, Any]:
+    found: dict[str, Any] = own or {"images": None, "annotations": [], "files": []}
+    for file, (path, provenance) in zip(remote, fetched, strict=True):
+        shown = described_path(path, folder)
+        if file.sha256 is None and file.role != "other":
+            print(
+                f"{file.name}: sha256 {provenance['sha256']}, {provenance['bytes']} bytes (not pinned in the config)",
+                file=sys.stderr,
+                flush=True,
+            )
+        found["files"].append({**provenance, "path": shown, "trust": file.trust})
+        if file.role == "images":
+            found["images"] = {"type": detect_type(path), "path": shown}
+        elif file.role == "annotations":
+            found["annotations"].append({"path": shown, "role": "annotations"})
+    return found

@@ -1,0 +1,1 @@
+"""The demo's pictures and models, made from nothing."""

@@ -1,0 +1,1 @@
+"""The step `evaluate`: what a checkpoint answers."""

@@ -1,0 +1,1 @@
+"""The step `export`: a finished training for others."""

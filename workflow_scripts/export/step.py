@@ -1,0 +1,113 @@
+"""Exports a finished training for others: a clean HF folder and the original LLaVA layout.
+
+    python -m workflow_scripts.export --spec JSON --finetune runs/finetune/R/manifest.json --manifest runs/export/R/manifest.json
+
+The HF folder holds hard links to the training's final files, so it costs no space and outlives the trainer's state.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from workflow_scripts.io import UserError, digest, file_sha256, progress, read_json, user_errors, write_json
+from workflow_scripts.prepare_model.step import link
+
+# Written by the trainer beside the checkpoint, of no use to whoever loads it.
+NOT_EXPORTED = {"trainer_state.json", "training_args.bin"}
+
+
+def export_hf(finetune: Path, target: Path) -> dict[str, str]:
+    """Links the final files into ``target`` and verifies each: the file's sha256 by its name."""
+    content = read_json(finetune)
+    state = finetune.parent / content["folder"]
+    staging = target.with_name(f".{target.name}.part")
+    shutil.rmtree(staging, ignore_errors=True)
+    names = [
+        name for name in content["files"] if name not in NOT_EXPORTED and not name.startswith("adapters/")
+    ]
+    for name in progress(names, len(names), "verifying the checkpoint"):
+        (staging / name).parent.mkdir(parents=True, exist_ok=True)
+        link(state / name, staging / name)
+        if file_sha256(staging / name) != content["files"][name]:
+            raise UserError(
+                f"{state / name}: has changed since the training finished; put the file back, or delete {finetune} and "
+                f"{state} to train again"
+            )
+    shutil.copyfile(state / "provenance.json", staging / "provenance.json")
+    shutil.rmtree(target, ignore_errors=True)
+    staging.rename(target)
+    return {name: content["files"][name] for name in names}
+
+
+def export_llava(hf: Path, target: Path, vision_tower: str) -> dict[str, str]:
+    """The original LLaVA layout, made from the HF folder: the files' sha256 by name."""
+    from llava_ext.convert import convert
+
+    shutil.rmtree(target, ignore_errors=True)
+    convert(hf, target, "llava", vision_tower=vision_tower)
+    return {path.name: file_sha256(path) for path in sorted(target.iterdir()) if path.is_file()}
+
+
+def export(spec: Mapping[str, Any], finetune: Path, manifest: Path) -> dict[str, Any]:
+    """Both exports and, last, the manifest."""
+    from llava_ext.checkpoints.original import loads_with
+    from llava_ext.model.interventions import Interventions
+
+    content = read_json(finetune)
+    home = manifest.parent / content["digest"][:10]
+    home.mkdir(parents=True, exist_ok=True)
+    files = {
+        "hf": export_hf(finetune, home / "hf"),
+        "llava": export_llava(home / "hf", home / "llava", spec["vision_tower"]),
+    }
+    result = {
+        "run": manifest.parent.name,
+        "finetune": content["run"],
+        "folder": home.name,
+        "folders": {name: f"{home.name}/{name}" for name in files},
+        "digest": digest(files["hf"]),
+        "files": files,
+        "interventions": spec["interventions"],
+        "loads_with": {
+            "hf": _hf_loads_with(home / "hf"),
+            "llava": loads_with(Interventions.from_mapping(spec["interventions"])),
+        },
+    }
+    write_json(manifest, result)
+    return result
+
+
+def _hf_loads_with(folder: Path) -> list[str]:
+    if read_json(folder / "config.json")["model_type"] == "llava":
+        return [
+            "transformers: LlavaForConditionalGeneration, AutoProcessor; vLLM and others that read HF LLaVA checkpoints"
+        ]
+    return [
+        "transformers with trust_remote_code=True (the code lies beside the weights)",
+        "llava_ext.model.build.load_model",
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Exports one training."""
+    parser = argparse.ArgumentParser(
+        prog="python -m workflow_scripts.export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--spec", required=True, help="what `Plan.export_spec` gives, as JSON")
+    parser.add_argument("--finetune", required=True, type=Path, help="the manifest of the finished stage 2")
+    parser.add_argument("--manifest", required=True, type=Path, help="the export's manifest, to be written")
+    options = parser.parse_args(argv)
+    with user_errors():
+        result = export(json.loads(options.spec), options.finetune, options.manifest)
+        print(f"exported to {options.manifest.parent / result['folder']}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,248 @@
+"""Runs one training to its end: finds its state, makes sure that nobody else computes it, continues, publishes.
+
+    python -m workflow_scripts.launch --spec JSON --mixture data/mixtures/M/manifest.json \\
+        --models models/LLM/manifest.json models/TOWER/manifest.json [--parent runs/pretrain/R/manifest.json] \\
+        --manifest runs/finetune/R/manifest.json
+
+Everything of the training lies in `<folder of the manifest>/<state key>/`, which no workflow engine deletes. The manifest
+comes last. The exit status is 0 only when the training is finished; after a signal it has saved and the next attempt
+continues.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from workflow_scripts.config.base import StrictModel
+from workflow_scripts.config.compute import ComputeSpec
+from workflow_scripts.config.models import ModelSection
+from workflow_scripts.config.stages import StageSpec
+from workflow_scripts.io import UserError, digest, read_json, user_errors, write_json
+from workflow_scripts.launch import attempts, slurm
+from workflow_scripts.launch.command import (
+    Inputs,
+    Nodes,
+    tracking_environment,
+    training_command,
+    training_environment,
+    training_flags,
+)
+from workflow_scripts.launch.ownership import PATIENCE_S, Ownership
+from workflow_scripts.launch.preflight import check_all
+from workflow_scripts.launch.process import Training
+from workflow_scripts.launch.provenance import provenance
+
+RESULT = "train_result.json"
+# EX_TEMPFAIL: saved, to be continued.
+INTERRUPTED = 75
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training: what is wanted, from what, and where it goes."""
+
+    spec: Mapping[str, Any]
+    inputs: Inputs
+    digests: Mapping[str, str]
+    manifest: Path
+
+    @property
+    def compute(self) -> ComputeSpec:
+        """The kind of job."""
+        return ComputeSpec.model_validate(self.spec["compute"])
+
+    @property
+    def label(self) -> str:
+        """The training's name in messages."""
+        return f"{self.spec['stage']} {self.spec['run']}"
+
+    @property
+    def state(self) -> Path:
+        """The folder of the training's state: another one for other data, models or parent weights."""
+        return self.manifest.parent / digest({"run": self.spec["run"], **self.digests}, 10)
+
+
+def complete(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """The specification with every default stated, as it is recorded beside the weights."""
+    sections: dict[str, type[StrictModel]] = {
+        "recipe": StageSpec,
+        "compute": ComputeSpec,
+        "model": ModelSection,
+    }
+    stated = {key: kind.model_validate(spec[key]).model_dump(mode="json") for key, kind in sections.items()}
+    return {**spec, **stated}
+
+
+def prepare(
+    spec: Mapping[str, Any], mixture: Path, models: Sequence[Path], parent: Path | None, manifest: Path
+) -> Job:
+    """Reads the manifests of everything that the training needs."""
+    data = read_json(mixture)
+    roles = {}
+    for path in models:
+        content = read_json(path)
+        roles[content["role"]] = (path.parent / content["folder"], content["digest"])
+    missing = {"llm", "vision_tower"} - roles.keys()
+    if missing:
+        raise UserError(
+            f"--models: no manifest of role {', '.join(sorted(missing))}; give the LLM's and the vision tower's"
+        )
+    digests = {"mixture": data["digest"], **{role: value for role, (_, value) in roles.items()}}
+    projector = None
+    if parent is not None:
+        content = read_json(parent)
+        projector = parent.parent / content["folder"] / "mm_projector.safetensors"
+        digests["parent"] = content["digest"]
+    inputs = Inputs(mixture.parent / "samples.json", roles["llm"][0], roles["vision_tower"][0], projector)
+    return Job(complete(spec), inputs, digests, manifest)
+
+
+def finished_result(state: Path) -> dict[str, Any] | None:
+    """The result of a training that has ended well and whose files are all there."""
+    path = state / RESULT
+    if not path.is_file():
+        return None
+    result = read_json(path)
+    if result.get("status") != "finished":
+        return None
+    sizes = result.get("bytes", {})
+    for name in result["files"]:
+        file = state / name
+        if not file.is_file() or (name in sizes and file.stat().st_size != sizes[name]):
+            print(f"{file}: missing or changed since the training finished; it is made again", flush=True)
+            return None
+    return dict(result)
+
+
+def conclude(job: Job, result: Mapping[str, Any]) -> None:
+    """What follows a finished training; done again, it changes nothing, so a kill in between does no harm."""
+    state = job.state
+    if not (state / "provenance.json").is_file():
+        command = read_json(state / "spec.json")["command"]
+        write_json(state / "provenance.json", provenance(job.spec, job.digests, command, result))
+    if not job.spec["recipe"].get("keep_states"):
+        drop_states(state)
+    publish(job, result)
+
+
+def publish(job: Job, result: Mapping[str, Any]) -> None:
+    """Writes the manifest: the same bytes for the same training, whatever happened on the way."""
+    content = {
+        "stage": job.spec["stage"],
+        "run": job.spec["run"],
+        "folder": job.state.name,
+        "digest": digest(result["files"]),
+        "files": result["files"],
+        "step": result["step"],
+        "metrics": result["metrics"],
+        "inputs": dict(job.digests),
+        "interventions": job.spec["interventions"],
+    }
+    write_json(job.manifest, content)
+
+
+def launch(job: Job) -> None:
+    """Trains until the result is there, or raises UserError that says why not and where the log is."""
+    state = job.state
+    state.mkdir(parents=True, exist_ok=True)
+    owner = Ownership(state, max(PATIENCE_S, job.compute.save_before_end_s))
+    result = finished_result(state)
+    if result is None:
+        owner.claim()
+        try:
+            result = finished_result(state) or attempt(job, owner)
+        finally:
+            owner.release()
+    conclude(job, result)
+    print(f"{job.label}: finished at step {result['step']}, {state}", flush=True)
+
+
+def attempt(job: Job, owner: Ownership) -> dict[str, Any]:
+    """One attempt: checks, starts, waits, judges by the result file."""
+    state = job.state
+    history = attempts.read_attempts(state)
+    with attempts.recorded_refusal(state):
+        command, nodes = admit(job, history)
+    (state / RESULT).unlink(missing_ok=True)  # an older attempt's "interrupted" says nothing about this one
+    row = attempts.begin(state, history)
+    trackers = tracking_environment(job.spec, state, [*history, row][0]["started"])
+    environment = training_environment({**trackers, **os.environ}, job.compute)
+    log = state / row["log"]
+    print(f"{job.label}: attempt {row['attempt']} from step {row['from_step']}; log: {log}", flush=True)
+    with Training(command, environment, log, job.label, job.compute.processes > 1, nodes.job) as training:
+        owner.record_trainer(training.pid)
+        return judge(job, row, training.wait(), log)
+
+
+def admit(job: Job, history: list[dict[str, Any]]) -> tuple[list[str], Nodes]:
+    """The command and the nodes of the next attempt. Raises UserError when a check before the start fails."""
+    state, compute, inputs = job.state, job.compute, job.inputs
+    nodes = slurm.job_nodes(slurm.job_id(), compute.nodes) if compute.nodes > 1 else Nodes()
+    command = training_command(training_flags(job.spec, inputs, state), compute, nodes)
+    # before the checks: from then on the training is seen by `status`, also when it is refused
+    write_json(state / "spec.json", {"spec": job.spec, "inputs": job.digests, "command": command})
+    attempts.refuse_if_stuck(state, history, compute.max_stuck_attempts)
+    paths = [inputs.samples, inputs.llm, inputs.vision_tower, *filter(None, [inputs.projector])]
+    check_all(job.spec, compute, nodes, paths, state)
+    return command, nodes
+
+
+def judge(job: Job, row: Mapping[str, Any], status: int, log: Path) -> dict[str, Any]:
+    """What the attempt came to. torchrun's exit status does not say it, the files do."""
+    state = job.state
+    result = finished_result(state)
+    if result is not None:
+        attempts.end(state, row, "finished")
+        return result
+    said = read_json(state / RESULT) if (state / RESULT).is_file() else {}
+    if said.get("status") == "interrupted":
+        attempts.end(state, row, "interrupted")
+        print(
+            f"{job.spec['run']}: interrupted, saved at step {said['step']}; the next attempt continues",
+            flush=True,
+        )
+        raise SystemExit(INTERRUPTED)
+    attempts.end(state, row, f"failed ({status})")
+    raise UserError(
+        f"{job.label}: the training ended with status {status} after step "
+        f"{attempts.saved_step(state)} was saved; its log: {log}"
+    )
+
+
+def drop_states(state: Path) -> None:
+    """Deletes the saved states of a finished training, markers first: a half-deleted one must not look complete."""
+    for folder in sorted(state.glob("checkpoint-*")):
+        (folder / "complete.json").unlink(missing_ok=True)
+        shutil.rmtree(folder)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line; see the module's docs."""
+    parser = argparse.ArgumentParser(prog="python -m workflow_scripts.launch", description=__doc__)
+    parser.add_argument(
+        "--spec", required=True, help="the training, as JSON (what `Plan.training_spec` gives)"
+    )
+    parser.add_argument("--mixture", required=True, type=Path, help="the mixture's manifest")
+    parser.add_argument(
+        "--models", required=True, nargs=2, type=Path, help="the manifests of the LLM and of the vision tower"
+    )
+    parser.add_argument("--parent", type=Path, help="stage 2: the manifest of the stage-1 run")
+    parser.add_argument("--manifest", required=True, type=Path, help="written when the training is finished")
+    options = parser.parse_args(argv)
+    with user_errors():
+        launch(
+            prepare(
+                json.loads(options.spec), options.mixture, options.models, options.parent, options.manifest
+            )
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The plan: which runs a configuration asks for, what they need, what they are called."""

@@ -1,0 +1,1 @@
+"""The step `prepare_model`: a checked copy of a model folder."""

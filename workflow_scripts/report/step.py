@@ -1,0 +1,284 @@
+"""Writes the report: one HTML page without any other file, and the accuracies as CSV beside it.
+
+    python -m workflow_scripts.report --inputs MANIFEST... --output report/index.html
+
+The inputs are manifests in any order; each kind is recognised by its content and each is optional, so that a
+configuration without an evaluation gets a page without accuracies:
+
+  experiments/<experiment>/checkpoint.json   names of the experiments, their runs, links to the checkpoints
+  runs/evaluate/<run>/manifest.json          accuracies and example answers
+  runs/{pretrain,finetune}/<run>/manifest.json   losses and provenance, from the files beside it
+  data/mixtures/<mixture>/manifest.json      what was dropped and kept, a contact sheet of samples
+  data/scans/<source>/manifest.json          counts by status, from the table beside it which file is damaged
+  data/sources/<source>/manifest.json        where the pictures are, for thumbnails
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from workflow_scripts.io import atomic_path, user_errors, write_text
+from workflow_scripts.report import collect
+from workflow_scripts.report.collect import Collected
+from workflow_scripts.report.table import (
+    CONDITIONS,
+    accuracy_rows,
+    is_near_chance,
+    question_types,
+    standard_error,
+    text_table,
+)
+
+STAGE_TITLES = {
+    "pretrain": "Stage 1: projector on captions",
+    "finetune": "Stage 2: projector and language model",
+}
+
+
+def accuracy_section(
+    evaluations: Mapping[str, Mapping[str, Any]], colours: Mapping[str, int]
+) -> dict[str, Any] | None:
+    """Table, figure and footnotes of the accuracies; None without evaluations."""
+    from workflow_scripts.report import plots
+
+    if not evaluations:
+        return None
+    kinds = question_types(evaluations)
+    first = next(iter(evaluations.values()))
+    rows = [
+        {
+            "name": name,
+            "index": colours[name],
+            "accuracy": found["accuracy"],
+            "cells": accuracy_cells(found, kinds),
+        }
+        for name, found in evaluations.items()
+    ]
+    label = "Accuracy by question type and experiment; the table below has the same numbers"
+    return {
+        "kinds": kinds,
+        "rows": rows,
+        "chance": first["chance"],
+        "questions": first["questions"],
+        "pictures": first["pictures"],
+        "source": first["source"]["name"],
+        "permute_seed": first["spec"]["permute_seed"],
+        "figure": plots.accuracy_figure(rows, kinds, first["chance"], label),
+    }
+
+
+def accuracy_cells(found: Mapping[str, Any], kinds: Sequence[str]) -> list[dict[str, Any]]:
+    """The table's cells of one experiment: for each question type its three conditions."""
+    cells = []
+    for kind in kinds:
+        for condition in CONDITIONS:
+            share = found["accuracy"].get(condition, {}).get(kind)
+            cell: dict[str, Any] = {"kind": kind, "condition": condition, "share": share}
+            if share is not None:
+                number = found["questions"][kind]
+                cell["error"] = standard_error(share, number)
+                cell["guess"] = is_near_chance(share, found["chance"][kind], number)
+            cells.append(cell)
+    return cells
+
+
+def example_cards(evaluations: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The example pictures, each with every experiment's answers to its questions."""
+    from workflow_scripts.evaluate.step import normal_form
+
+    cards: dict[str, dict[str, Any]] = {}
+    for name, found in evaluations.items():
+        for example in found["examples"]:
+            card = cards.setdefault(example["image"], {**example, "rows": {}})
+            for asked in example["questions"]:
+                row = card["rows"].setdefault(asked["question"], {"asked": asked, "answers": {}})
+                row["answers"][name] = {
+                    condition: {"text": text, "right": normal_form(text) == normal_form(asked["answer"])}
+                    for condition, text in asked["answers"].items()
+                }
+    return list(cards.values())
+
+
+def loss_sections(found: Collected, colours: Mapping[str, int]) -> list[dict[str, Any]]:
+    """One section a stage: the loss figure with its legend, and a row for each training."""
+    from workflow_scripts.report import plots
+
+    users, sections = collect.training_users(found), []
+    for stage in collect.STAGES:
+        keys = [key for key in users if key[0] == stage]
+        keys.sort(key=lambda key: min((colours[name] for name in users[key]), default=len(colours)))
+        curves, legend, rows = {}, [], []
+        for position, key in enumerate(keys):
+            index = min((colours[name] for name in users[key]), default=len(colours) + position)
+            row = collect.training_row(key, found.trainings[key], users[key])
+            steps = collect.metrics(found.trainings[key])
+            if steps:
+                curves[key[1]] = (index, [int(s["step"]) for s in steps], [float(s["loss"]) for s in steps])
+            rows.append({**row, "colour": plots.colour(index), "dash": plots.dash(index)})
+            legend.append({"colour": plots.colour(index), "names": users[key] or [key[1]]})
+        if rows:
+            title = STAGE_TITLES[stage]
+            window = max((plots.window(len(steps)) for _, steps, _ in curves.values()), default=1)
+            figure = plots.loss_figure(curves, f"Training loss. {title}") if curves else None
+            section = {"stage": stage, "title": title, "figure": figure, "legend": legend, "rows": rows}
+            sections.append(section | {"window": window})
+    return sections
+
+
+def experiment_rows(found: Collected, colours: Mapping[str, int], page: Path) -> list[dict[str, Any]]:
+    """One row an experiment: what it is, and where its checkpoints are."""
+    from workflow_scripts.report import plots
+
+    rows = []
+    for name, (path, content) in found.checkpoints.items():
+        links = {
+            "HF checkpoint": path.parent / "hf",
+            "LLaVA layout": path.parent / "llava",
+            "checkpoint.json": path,
+        }
+        rows.append(
+            {
+                "name": name,
+                "colour": plots.colour(colours[name]),
+                "description": content.get("description") or "",
+                "interventions": {key: _plain(value) for key, value in content["interventions"].items()},
+                "links": {text: collect.relative(target, page) for text, target in links.items()},
+                "loads_with": content.get("loads_with", {}),
+                "runs": content["runs"],
+                "digest": content.get("digest", ""),
+            }
+        )
+    return rows
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def provenance_rows(
+    found: Collected, sections: Sequence[Mapping[str, Any]], page: Path
+) -> list[dict[str, Any]]:
+    """What each training recorded: code, versions, machine, command, configuration."""
+    rows = []
+    for section in sections:
+        for row in section["rows"]:
+            about = dict(row["provenance"])
+            code = about.get("code", {})
+            rows.append(
+                {
+                    "stage": row["stage"],
+                    "run": row["run"],
+                    "experiments": row["experiments"],
+                    "folder": collect.relative(row["folder"], page),
+                    "commit": str(code.get("commit", "unknown")),
+                    "changed": len(code.get("changed_files", [])),
+                    "code_version": code.get("version"),
+                    "versions": about.get("versions", {}),
+                    "hardware": about.get("hardware", {}),
+                    "command": " ".join(str(word) for word in about.get("command", [])),
+                    "configuration": json.dumps(about.get("configuration", {}), indent=2, sort_keys=True),
+                    "finished": _time(about.get("finished")),
+                }
+            )
+    return rows
+
+
+def _time(seconds: Any) -> str:
+    return (
+        time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds)) if isinstance(seconds, int | float) else ""
+    )
+
+
+def render(found: Collected, page: Path) -> str:
+    """The page's HTML. Everything that comes from data is escaped by the template engine."""
+    import jinja2
+    from markupsafe import Markup
+
+    from workflow_scripts.report import data
+
+    evaluations = collect.experiment_evaluations(found)
+    colours = {name: i for i, name in enumerate(dict.fromkeys([*found.checkpoints, *evaluations]))}
+    trainings = loss_sections(found, colours)
+    accuracy = accuracy_section(evaluations, colours)
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["svg"] = Markup
+    environment.filters["breakable"] = lambda text: Markup("_<wbr>").join(str(text).split("_"))
+    environment.filters["duration"] = duration
+    return environment.get_template("page.html.j2").render(
+        experiments=experiment_rows(found, colours, page),
+        accuracy=accuracy,
+        conditions=CONDITIONS,
+        examples=example_cards(evaluations),
+        names=list(evaluations),
+        trainings=trainings,
+        sources=data.source_cards(found),
+        mixtures=data.mixture_cards(found),
+        provenance=provenance_rows(found, trainings, page),
+        made=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+    )
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as people say them."""
+    if seconds is None:
+        return "–"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def write_csv(evaluations: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """One line for each experiment, question type and condition."""
+    import pandas
+
+    columns = [
+        "experiment",
+        "question_type",
+        "condition",
+        "accuracy",
+        "chance",
+        "questions",
+        "standard_error",
+        "permute_seed",
+    ]
+    with atomic_path(path) as temporary:
+        pandas.DataFrame(accuracy_rows(evaluations), columns=columns).to_csv(temporary, index=False)
+
+
+def write_report(inputs: Sequence[Path], output: Path) -> str:
+    """Writes the page and, where there are evaluations, accuracy.csv; returns the table as text."""
+    found = collect.collect(inputs)
+    evaluations = collect.experiment_evaluations(found)
+    if evaluations:
+        write_csv(evaluations, output.with_name("accuracy.csv"))
+    write_text(output, render(found, output))
+    return text_table(evaluations)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Writes the report and prints the accuracies."""
+    parser = argparse.ArgumentParser(
+        prog="python -m workflow_scripts.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--inputs", required=True, nargs="+", type=Path, help="manifests, see above")
+    parser.add_argument("--output", required=True, type=Path, help="the page, to be written")
+    options = parser.parse_args(argv)
+    with user_errors():
+        table = write_report(options.inputs, options.output)
+        if table:
+            print(f"accuracy in % (as is, vision tokens permuted, blank picture):\n{table}", flush=True)
+        print(f"report: {options.output.absolute()}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

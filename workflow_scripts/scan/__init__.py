@@ -1,0 +1,1 @@
+"""The step `scan`: looks at every image of a source."""

@@ -1,0 +1,1 @@
+"""The tool `status`: what the trainings are doing."""
