@@ -20,9 +20,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .checkpoints import original as formats
+from .checkpoints import original
+from .errors import TrainingError, say
 from .model.interventions import FIELD_NAMES, Interventions
-from .training.states import TrainingError, say
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -52,27 +52,27 @@ def convert(
     """
     import torch
 
-    from .model.build import load_model, save_checkpoint
+    from .checkpoints.stored import load_model, save_checkpoint
 
     if target.exists() and any(target.iterdir()):
         raise TrainingError(f"{target}: exists and is not empty; choose another folder")
     kind = getattr(torch, dtype) if dtype else None
     model, tokenizer, processor = load_model(source, dtype=kind or "auto", llm=llm, tower=tower)  # type: ignore[arg-type]
     if expected is not None:
-        formats.check_interventions(expected, model.config.interventions, str(source))
+        original.check_interventions(expected, model.config.interventions, str(source))
     settings = {"_name_or_path": llm} if llm else {}
     if to == "llava":
         settings["mm_vision_tower"] = vision_tower or tower or _named_tower(source)
-    sentencepiece = formats.find_sentencepiece(source, llm)
+    sentencepiece = original.find_sentencepiece(source, llm)
     with _appearing(target) as staging:
         if to == "hf":
             version, aspect = model.config.prompt_version, model.config.image_aspect_ratio
             save_checkpoint(
                 model, tokenizer, processor, staging, prompt_version=version, image_aspect_ratio=aspect
             )
-            formats.keep_sentencepiece(sentencepiece, staging)
+            original.keep_sentencepiece(sentencepiece, staging)
         else:
-            formats.export_original(model, tokenizer, staging, settings, projector_only, sentencepiece)
+            original.export_original(model, tokenizer, staging, settings, projector_only, sentencepiece)
 
 
 @contextmanager

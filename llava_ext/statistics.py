@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .training.states import TrainingError, say
+from .errors import TrainingError, say
 
 if TYPE_CHECKING:
     from .data.dataset import EncodedSamples
@@ -169,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _survey_files(options: argparse.Namespace) -> dict[str, Counts]:
     from .data.dataset import EncodedSamples
     from .data.samples import open_samples
-    from .model.build import load_tokenizer
+    from .model.parts import load_tokenizer
 
     tokenizer = load_tokenizer(options.tokenizer, options.model_max_length)
     store = open_samples(options.data_path, options.image_folder or ".")

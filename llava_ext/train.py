@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import faulthandler
 import itertools
-import json
 import os
 import shutil
 import sys
@@ -16,109 +15,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from .training import signals
+from .distributed.collectives import on_first_rank
+from .training import claim, signals
+from .training.identity import ROUNDING, check_identity, identity
 
 if __name__ == "__main__":
     signals.listen()  # the next lines load for seconds what does not hear
 
-from .distributed import elastic, offload
-from .distributed import meeting as ranks
-from .training import states as resume
-from .training.callbacks import (
-    FewLabels,
-    Interruption,
-    Metrics,
-    NoStep,
-    StuckAtZero,
-    from_all,
-    world_size,
-)
-from .training.states import TrainingError, say
+from .distributed import elastic, meeting, offload
+from .distributed.collectives import from_all
+from .errors import TrainingError, say
+from .training import states
+from .training.interruption import Interruption
+from .training.metrics import Metrics
+from .training.watchdogs import FewLabels, NoStep, StuckAtZero
 
 if TYPE_CHECKING:
     from .data.samples import SampleStore
     from .training.arguments import Arguments
     from .training.trainer import LlavaTrainer
-
-# Not part of what determines the result: where things lie, what is logged, how work is spread over processes.
-WITHOUT_INFLUENCE = frozenset(
-    [
-        "output_dir",
-        "cache_dir",
-        "logging_strategy",
-        "logging_first_step",
-        "logging_steps",
-        "log_level",
-        "log_level_replica",
-        "log_on_each_node",
-        "save_strategy",
-        "save_steps",
-        "save_total_limit",
-        "save_on_each_node",
-        "save_only_model",
-        "report_to",
-        "run_name",
-        "project",
-        "disable_tqdm",
-        "dataloader_num_workers",
-        "dataloader_pin_memory",
-        "dataloader_persistent_workers",
-        "dataloader_prefetch_factor",
-        "dataloader_multiprocessing_context",
-        "dataloader_in_order",
-        "local_rank",
-        "ddp_timeout",
-        "ddp_backend",
-        "ddp_bucket_cap_mb",
-        "ddp_find_unused_parameters",
-        "ddp_broadcast_buffers",
-        "ddp_static_graph",
-        "skip_memory_metrics",
-        "push_to_hub",
-        "hub_model_id",
-        "hub_strategy",
-        "hub_token",
-        "hub_private_repo",
-        "hub_always_push",
-        "hub_revision",
-        "watchdog_minutes",
-        "watchdog_zero_steps",
-        "meeting_timeout_s",
-        "resume",
-        "debug",
-        "resume_from_checkpoint",
-        "ignore_data_skip",
-        "per_device_eval_batch_size",
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-        "deepspeed",
-        "fsdp",
-        "fsdp_config",
-        "use_cpu",
-        "model_name_or_path",
-        "vision_tower",
-        "pretrain_mm_mlp_adapter",
-        "data_path",
-        "image_folder",
-        "cache_pixels",
-        "supervised_share_bound",
-        "mismatch_bound",
-        "preflight_samples",
-        "lora_merge",
-        "trackio_space_id",
-        "trackio_bucket_id",
-        "trackio_static_space_id",
-        "accelerator_config",
-        "parallelism_config",
-        "activation_checkpointing",
-        "activation_checkpointing_kwargs",
-        "gradient_checkpointing",
-        "gradient_checkpointing_kwargs",
-        "torch_empty_cache_steps",
-    ]
-)
-# How the same steps are computed: what helps against too little memory may change on the way, and is said.
-ROUNDING = frozenset(["micro_batch_size", "attn_implementation", "pack", "tf32"])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -169,7 +84,7 @@ def _fail(error: Exception) -> NoReturn:
     rank = os.environ.get("RANK")
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     print(f"error: {text}" + (f" (rank {rank})" if several else ""), file=sys.stderr, flush=True)
-    ranks.end(1)
+    meeting.end(1)
 
 
 def run(arguments: Arguments) -> None:
@@ -182,22 +97,22 @@ def run(arguments: Arguments) -> None:
         _run(arguments, watchdog)
     finally:
         watchdog.end()
-    ranks.leave()
+    meeting.leave()
 
 
 def _run(arguments: Arguments, watchdog: NoStep) -> None:
     output_dir = Path(arguments.training.output_dir)
     watchdog.beat("the processes try their network")
     _start_distributed(arguments)
-    ranks.check_traffic(arguments.training.device, arguments.training.meeting_timeout_s)
+    meeting.check_traffic(arguments.training.device, arguments.training.meeting_timeout_s)
     watchdog.beat("opening data and checkpoints")
     store, folders = _open_inputs(arguments)
-    finished = _on_first_rank(lambda: _look_around(arguments, store, folders, output_dir))
+    finished = on_first_rank(lambda: _look_around(arguments, store, folders, output_dir))
     if finished:
         say(f"{output_dir}: this training is finished (step {finished['step']}); nothing to do")
         return
     share = (arguments.training.process_index, arguments.training.world_size)
-    good = resume.last_good(output_dir, share, _on_first_rank, from_all)
+    good = states.last_good(output_dir, share, on_first_rank, from_all)
     from .training.setup import make_trainer
 
     watchdog.beat("loading the model")
@@ -252,7 +167,7 @@ def _allow_fsdp_on_cpu() -> None:
 
 def _open_inputs(arguments: Arguments) -> tuple[SampleStore, dict[str, Path]]:
     from .data.samples import open_samples
-    from .training.arguments import resolve_model
+    from .model.parts import resolve_model
 
     model, cache = arguments.model, arguments.training.cache_dir
     folders = {"llm": resolve_model(model.model_name_or_path, "model_name_or_path", cache)}
@@ -265,63 +180,21 @@ def _open_inputs(arguments: Arguments) -> tuple[SampleStore, dict[str, Path]]:
     return store, folders
 
 
-def _on_first_rank(work: Any) -> Any:
-    """Runs ``work`` on rank 0 and gives its result, or its error, to all."""
-    if world_size() == 1:
-        return work()
-    import torch.distributed as dist
-
-    box: list[Any] = [None]
-    if dist.get_rank() == 0:
-        try:
-            box = [("result", work())]
-        except TrainingError as error:
-            box = [("error", str(error))]
-    dist.broadcast_object_list(box, src=0)
-    kind, value = box[0]
-    if kind == "error":
-        raise TrainingError(value)
-    return value
-
-
 def _look_around(
     arguments: Arguments, store: SampleStore, folders: dict[str, Path], output_dir: Path
 ) -> dict[str, Any] | None:
     """Claims the output folder, checks what is in it, and gives the result of a training that is finished."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    resume.claim(output_dir)
+    claim.claim(output_dir)
     if arguments.training.resume == "never" and any(output_dir.glob("checkpoint-*")):
         raise TrainingError(f"--resume never: {output_dir} holds checkpoints; delete it to start over")
-    resume.check_identity(output_dir, identity(arguments, store, folders), ROUNDING)
-    finished = resume.finished(output_dir)
+    check_identity(output_dir, identity(arguments, store, folders), ROUNDING)
+    finished = states.finished(output_dir)
     if finished:
         return finished
-    resume.clear_staging(output_dir)
-    (output_dir / resume.RESULT).unlink(missing_ok=True)
+    states.clear_staging(output_dir)
+    (output_dir / states.RESULT).unlink(missing_ok=True)
     return None
-
-
-def identity(arguments: Arguments, store: SampleStore, folders: dict[str, Path]) -> dict[str, Any]:
-    """Everything that determines the result, by content rather than by path."""
-    training = arguments.training
-    values: dict[str, Any] = {}
-    for group in (arguments.model, arguments.data, training):
-        for name in type(group).__dataclass_fields__:
-            value = getattr(group, name, None)
-            if name not in WITHOUT_INFLUENCE:
-                values[name] = value if isinstance(value, (bool, int, float, type(None))) else str(value)
-    values |= {f"interventions.{name}": value for name, value in arguments.interventions.to_dict().items()}
-    values["micro_batch_size"] = training.per_device_train_batch_size
-    values["global_batch_size"] = (
-        training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
-    )
-    values["samples"] = store.digest
-    values |= {f"{name}_content": resume.folder_digest(folder) for name, folder in folders.items()}
-    adapter = arguments.model.pretrain_mm_mlp_adapter
-    if adapter:
-        path = Path(adapter)
-        values["projector_content"] = resume.folder_digest(path) if path.is_dir() else resume.sha256(path)
-    return json.loads(json.dumps(values, default=str))
 
 
 # ---- the run ----------------------------------------------------------------------------------------------------
@@ -347,7 +220,7 @@ def _watch(trainer: LlavaTrainer, arguments: Arguments, output_dir: Path, watchd
     return interruption
 
 
-def _prepare_to_continue(trainer: LlavaTrainer, good: resume.Checkpoint, watchdog: NoStep) -> None:
+def _prepare_to_continue(trainer: LlavaTrainer, good: states.Checkpoint, watchdog: NoStep) -> None:
     """Says what continuing changes, converts what another number of processes needs, refuses another engine."""
     checkpoint, facts = good.path, good.facts
     then, now = facts.get("world_size"), trainer.args.world_size
@@ -358,9 +231,9 @@ def _prepare_to_continue(trainer: LlavaTrainer, good: resume.Checkpoint, watchdo
         )
     say(f"continuing from {checkpoint}" + (f", saved by {then} processes, now {now}" if then != now else ""))
     if then != now and trainer.engine.startswith("deepspeed"):
-        folder = checkpoint.with_name(f"{resume.STAGING}universal-{checkpoint.name}")
+        folder = checkpoint.with_name(f"{states.STAGING}universal-{checkpoint.name}")
         watchdog.beat("converting the checkpoint")
-        trainer.universal = elastic.convert_patiently(checkpoint, folder, _on_first_rank, watchdog.beat)
+        trainer.universal = elastic.convert_patiently(checkpoint, folder, on_first_rank, watchdog.beat)
 
 
 def _conclude(
@@ -373,22 +246,22 @@ def _conclude(
     """Writes the final weights and the result; after a signal only the result."""
     step = trainer.state.global_step
     if trainer.is_world_process_zero():
-        resume.check_claim(output_dir)
+        claim.check_claim(output_dir)
     if interruption.stopped:
         if trainer.is_world_process_zero():
-            resume.write_result(output_dir, "interrupted", step)
+            states.write_result(output_dir, "interrupted", step)
         say(f"interrupted after step {step} of {trainer.state.max_steps}, saved; the same command continues")
         return
     state = trainer.gathered_state()
     if trainer.is_world_process_zero():
-        from .training.setup import write_final
+        from .training.finish import write_final
 
-        folder = output_dir / f"{resume.STAGING}final"
+        folder = output_dir / f"{states.STAGING}final"
         shutil.rmtree(folder, ignore_errors=True)
         write_final(trainer, state, arguments, folders, folder)
         trainer.state.save_to_json(str(folder / "trainer_state.json"))
-        digests, sizes = resume.publish(folder, output_dir)
-        resume.write_result(
+        digests, sizes = states.publish(folder, output_dir)
+        states.write_result(
             output_dir, "finished", step, files=digests, bytes=sizes, metrics=_summary(trainer)
         )
         say(f"finished after step {step}: {output_dir}")

@@ -6,17 +6,11 @@ from snakemake_interface_executor_plugins.settings import DeploymentMethod
 
 from workflow_scripts.config.load import load_config
 from workflow_scripts.io import UserError
-from workflow_scripts.plan.runs import (
-    STAGES,
-    Plan,
-    announce,
-    check_containers,
-    check_targets,
-    compact,
-    plain,
-    recipe,
-    resources_of,
-)
+from workflow_scripts.plan.runs import STAGES, Plan
+from workflow_scripts.plan.announce import announce
+from workflow_scripts.plan.checks import check_containers, check_targets
+from workflow_scripts.plan.specs import compact, plain, recipe
+from workflow_scripts.plan.resources import resources_of
 from workflow_scripts.step import command
 
 try:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 CODE_VERSION = 3
-CODE_DIGEST = "b7903653494a96a2"
+CODE_DIGEST = "0ab271f32425dc7e"
 
 # The modules whose code decides what a training computes.
 NUMERIC = (
@@ -28,6 +28,9 @@ NUMERIC = (
     "llava_ext/data/images.py",
     "llava_ext/data/assembly.py",
     "llava_ext/model/build.py",
+    "llava_ext/model/parts.py",
+    "llava_ext/checkpoints/stored.py",
+    "llava_ext/training/precision.py",
     "llava_ext/data/dataset.py",
     "llava_ext/data/sampler.py",
     "llava_ext/training/optimizer.py",

@@ -14,17 +14,17 @@ coordinates, ``projector`` with normalisation. Reading accepts any wrapping; wri
 from __future__ import annotations
 
 import json
-import pickle
-import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+from ..errors import TrainingError
+from ..files import write_json
+from ..model import parts
 from ..model.interventions import (
     DEFAULT_LAYERS,
     FIELD_NAMES,
@@ -34,210 +34,19 @@ from ..model.interventions import (
     VICUNA_7B_SCALE,
     Interventions,
 )
-from ..training.states import TrainingError, write_json
+from .keys import ORIGINAL_PROJECTOR, state_to_original
+from .tensors import WEIGHT_FILES, check_projector, read_projector, save_sharded
 
-State = dict[str, torch.Tensor]
-
-PROJECTOR = "model.multi_modal_projector."
-TOWER = "model.vision_tower."
-LLM = "model.language_model."
-ORIGINAL_PROJECTOR = "model.mm_projector."
-ORIGINAL_TOWER = "model.vision_tower.vision_tower.vision_model."
 OWN_KEY = "spatial_llava"
-WRAPPERS = ("proj", "projector")
-PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
-WEIGHT_FILES = (
-    "model.safetensors.index.json",
-    "model.safetensors",
-    "pytorch_model.bin.index.json",
-    "pytorch_model.bin",
-)
 
 
 # ---- files ------------------------------------------------------------------------------------------------------
 
 
-def read_tensors(path: Path) -> State:
-    """The tensors of one ``.safetensors`` or torch file; a pickle that holds anything else is refused.
-
-    Raises:
-        TrainingError: absent, damaged, or not only tensors.
-    """
-    if not path.is_file():
-        raise TrainingError(f"{path}: no such file")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, SafetensorError) as error:
-        raise TrainingError(f"{path}: damaged, or not only tensors, so it is not loaded: {error}") from error
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise TrainingError(f"{path}: holds something other than named tensors")
-    return state
-
-
-def read_folder(folder: Path) -> State:
-    """All tensors of a checkpoint folder, sharded or not, under the names in its files."""
-    for name in WEIGHT_FILES:
-        path = folder / name
-        if not path.is_file():
-            continue
-        if path.suffix != ".json":
-            return read_tensors(path)
-        shards = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
-        state: State = {}
-        for shard in shards:
-            state |= read_tensors(folder / Path(shard).name)
-        return state
-    raise TrainingError(f"{folder}: no weights; expected one of {', '.join(WEIGHT_FILES)}")
-
-
-def read_projector(path: Path) -> State:
-    """A projector's tensors under our names (``linear_1.weight``, ``norm.weight``), from any file that has one.
-
-    Args:
-        path: ``mm_projector.bin``, a ``.safetensors`` file, or a folder with either (or with a whole checkpoint).
-    """
-    if path.is_dir():
-        found = next((path / name for name in PROJECTOR_FILES if (path / name).is_file()), None)
-        state = read_tensors(found) if found else read_folder(path)
-    else:
-        state = read_tensors(path)
-    projector = projector_from_original(state) or {
-        name.rsplit("multi_modal_projector.", 1)[1]: tensor
-        for name, tensor in state.items()
-        if "multi_modal_projector." in name
-    }
-    if not projector:
-        raise TrainingError(f"{path}: no projector in it; expected keys like {ORIGINAL_PROJECTOR}0.weight")
-    return projector
-
-
-def tensor_shapes(path: Path) -> dict[str, list[int]]:
-    """Names and shapes in a safetensors file, from its header alone."""
-    with safe_open(path, framework="pt") as stream:
-        names = stream.keys()
-        return {name: stream.get_slice(name).get_shape() for name in names}
-
-
 # ---- projector --------------------------------------------------------------------------------------------------
 
 
-def projector_from_original(state: Mapping[str, torch.Tensor]) -> State:
-    """The projector in ``state`` (keys with ``mm_projector.``) under our names; empty when there is none.
-
-    Registers of the published code are left out: it cuts them off again, so they change nothing.
-    """
-    found: State = {}
-    for key, tensor in state.items():
-        _, separator, rest = key.partition("mm_projector.")
-        if not separator:
-            continue
-        parts = rest.split(".")
-        while parts[0] in WRAPPERS:
-            parts = parts[1:]
-        if parts[0] == "registers":
-            continue
-        if parts[0] == "norm":
-            name = "norm.weight"
-        elif parts[0].isdigit():
-            name = f"linear_{int(parts[0]) // 2 + 1}.{parts[1]}"
-        elif parts[0] in ("weight", "bias"):
-            name = f"linear_1.{parts[0]}"
-        else:
-            raise TrainingError(f"projector: unknown key {key!r}")
-        found[name] = tensor
-    return found
-
-
-def projector_to_original(projector: Mapping[str, torch.Tensor], interventions: Interventions) -> State:
-    """Our names to the keys of ``mm_projector.bin``, wrapped as the published code wraps them."""
-    outer = "proj." if interventions.compression_after_projection else ""
-    if interventions.add_spatial_coordinates:
-        outer += "projector."
-    inner = outer + ("projector." if interventions.normalize_projector else "")
-    linears = {name.split(".")[0] for name in projector if name.startswith("linear_")}
-    found: State = {}
-    for name, tensor in projector.items():
-        layer, _, leaf = name.partition(".")
-        if layer == "norm":
-            key = f"{outer}norm.{leaf}"
-        elif len(linears) == 1:
-            key = f"{inner}{leaf}"
-        else:
-            key = f"{inner}{2 * (int(layer.removeprefix('linear_')) - 1)}.{leaf}"
-        found[ORIGINAL_PROJECTOR + key] = tensor
-    return found
-
-
-def projector_of(state: Mapping[str, torch.Tensor]) -> State:
-    """The projector in a state with names as in memory, without the prefix."""
-    return {
-        name.removeprefix(PROJECTOR): tensor for name, tensor in state.items() if name.startswith(PROJECTOR)
-    }
-
-
-def projector_type(projector: Mapping[str, torch.Tensor]) -> str:
-    """LLaVA's name for the projector's shape."""
-    depth = sum(1 for name in projector if re.fullmatch(r"linear_\d+\.weight", name))
-    return "linear" if depth == 1 else f"mlp{depth}x_gelu"
-
-
-def check_projector(
-    projector: Mapping[str, torch.Tensor], expected: Mapping[str, Iterable[int]], what: str
-) -> None:
-    """Refuses a projector that does not fit the model, naming each key that differs.
-
-    Args:
-        projector: what was read, under our names.
-        expected: name to shape, of the model.
-        what: where it was read from, for the message.
-    """
-    wrong = [f"  {name}: missing there" for name in expected if name not in projector]
-    wrong += [f"  {name}: not in this model" for name in projector if name not in expected]
-    wrong += [
-        f"  {name}: {list(projector[name].shape)} there, {list(shape)} here"
-        for name, shape in expected.items()
-        if name in projector and list(projector[name].shape) != list(shape)
-    ]
-    if wrong:
-        raise TrainingError(
-            f"{what}: is not a projector for this model (other interventions, another vision tower or another LLM):\n"
-            + "\n".join(sorted(wrong))
-        )
-
-
 # ---- whole models -----------------------------------------------------------------------------------------------
-
-
-def state_from_original(state: Mapping[str, torch.Tensor]) -> State:
-    """A whole original checkpoint's tensors under the names in memory. Rotary buffers are left out (they are recomputed)."""
-    found: State = {PROJECTOR + name: tensor for name, tensor in projector_from_original(state).items()}
-    for key, tensor in state.items():
-        if "mm_projector." in key or ".rotary_emb." in key:
-            continue
-        if key.startswith(ORIGINAL_TOWER):
-            found[TOWER + key.removeprefix(ORIGINAL_TOWER)] = tensor
-        elif key.startswith("model."):
-            found[LLM + key.removeprefix("model.")] = tensor
-        else:
-            found[key] = tensor
-    return found
-
-
-def state_to_original(state: Mapping[str, torch.Tensor], interventions: Interventions) -> State:
-    """The reverse of :func:`state_from_original`."""
-    found = projector_to_original(projector_of(state), interventions)
-    for name, tensor in state.items():
-        if name.startswith(PROJECTOR):
-            continue
-        if name.startswith(TOWER):
-            found[ORIGINAL_TOWER + name.removeprefix(TOWER)] = tensor
-        elif name.startswith(LLM):
-            found["model." + name.removeprefix(LLM)] = tensor
-        else:
-            found[name] = tensor
-    return found
 
 
 # ---- configuration ----------------------------------------------------------------------------------------------
@@ -416,12 +225,11 @@ def load_original(
     Raises:
         TrainingError: something is missing; the message says which argument gives it.
     """
-    from ..model import build
 
     path = Path(folder)
     described = json.loads((path / "config.json").read_text(encoding="utf-8"))
     vision_folder = find_model(described.get("mm_vision_tower"), tower, path, "vision tower", "--tower")
-    vision = build.load_tower(vision_folder, dtype, attn_implementation)
+    vision = parts.load_tower(vision_folder, dtype, attn_implementation)
     grid = vision.config.image_size // vision.config.patch_size
     projector = read_projector(path)
     if any((path / name).is_file() for name in WEIGHT_FILES):
@@ -429,8 +237,8 @@ def load_original(
         language = _load_language_model(path, described, dtype, attn_implementation)
     else:
         text_folder = find_model(described.get("_name_or_path"), llm, path, "base LLM", "--llm")
-        language = build.load_llm(text_folder, dtype, attn_implementation)
-    tokenizer = build.load_tokenizer(text_folder, model_max_length)
+        language = parts.load_llm(text_folder, dtype, attn_implementation)
+    tokenizer = parts.load_tokenizer(text_folder, model_max_length)
     interventions = interventions_from_original(described, grid)
     model = _join(language, vision, interventions, _own_fields(described), tokenizer, vision_folder)
     module = model.model.multi_modal_projector
@@ -438,7 +246,7 @@ def load_original(
     check_projector(projector, shapes, str(path))
     module.load_state_dict(projector)
     module.to(language.dtype)
-    return model, tokenizer, build.load_image_processor(vision_folder)
+    return model, tokenizer, parts.load_image_processor(vision_folder)
 
 
 def _own_fields(described: Mapping[str, Any]) -> dict[str, Any]:
@@ -466,18 +274,18 @@ def _join(
     from ..model.configuration_spatial_llava import SpatialLlavaConfig
 
     chosen = build.resolve_statistics(interventions, language.get_input_embeddings(), len(tokenizer))
-    processor = build.load_image_processor(vision_folder)
+    processor = parts.load_image_processor(vision_folder)
     config = SpatialLlavaConfig(
         vision_config=vision.config,
         text_config=language.config,
-        image_token_index=build.image_token_id(tokenizer),
+        image_token_index=parts.image_token_id(tokenizer),
         tie_word_embeddings=language.config.tie_word_embeddings,
         image_mean=list(processor.image_mean),
         image_std=list(processor.image_std),
         **chosen.to_dict(),
         **fields,
     )
-    return build._assembled(config, language, vision)
+    return build.assembled(config, language, vision)
 
 
 def _load_language_model(
@@ -485,8 +293,6 @@ def _load_language_model(
 ) -> Any:
     """The LLM inside a whole original checkpoint."""
     from transformers import AutoConfig, AutoModelForCausalLM
-
-    from ..model import build
 
     kind = str(described.get("model_type", "")).removeprefix("llava_").removesuffix("2d")
     kind = "llama" if kind == "llava" else kind
@@ -503,7 +309,7 @@ def _load_language_model(
         trust_remote_code=False,
         output_loading_info=True,
     )
-    build._require_complete(folder, info, unexpected=False)
+    parts.require_complete(folder, info, unexpected=False)
     return model
 
 
@@ -536,7 +342,7 @@ def find_model(named: Any, given: str | Path | None, beside: Path, what: str, fl
     for root in (Path(), *beside.resolve().parents):
         if (root / str(named) / "config.json").is_file():
             return root / str(named)
-    from ..training.arguments import resolve_model
+    from ..model.parts import resolve_model
 
     try:
         return resolve_model(str(named), flag.lstrip("-"), None)
@@ -576,7 +382,7 @@ def export_original(
         torch.save(tensors, target / "mm_projector.bin")
         save_file(tensors, target / "mm_projector.safetensors", metadata={"format": "pt"})
     else:
-        _save_sharded(tensors, target)
+        save_sharded(tensors, target)
         tokenizer.save_pretrained(str(target))
         keep_sentencepiece(sentencepiece, target)
         model.generation_config.save_pretrained(str(target))
@@ -622,28 +428,3 @@ def _known_settings(model: Any, tokenizer: Any, projector_only: bool) -> dict[st
         "tokenizer_model_max_length": tokenizer.model_max_length,
         "torch_dtype": str(model.dtype).removeprefix("torch."),
     }
-
-
-def _save_sharded(tensors: State, folder: Path, shard_bytes: int = 5 * 10**9) -> None:
-    """``model.safetensors``, or numbered shards with their index when it would be too large."""
-    shards: list[State] = [{}]
-    room = shard_bytes
-    for name, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size()
-        if size > room and shards[-1]:
-            shards.append({})
-            room = shard_bytes
-        shards[-1][name] = tensor
-        room -= size
-    if len(shards) == 1:
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        return
-    places: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, folder / file, metadata={"format": "pt"})
-        places |= dict.fromkeys(shard, file)
-    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    write_json(
-        folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places}
-    )

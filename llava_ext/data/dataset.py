@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import Dataset
 
-from ..training.states import TrainingError
+from ..errors import TrainingError
 from .conversation import IGNORE_INDEX, encode
 
 if TYPE_CHECKING:

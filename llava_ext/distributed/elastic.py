@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
-from ..training import states as resume
-from ..training.states import TrainingError, say
+from ..errors import TrainingError, say
+from ..training import states
 
 # What DeepSpeed pickles beside tensors; nothing else is unpickled (see `only_tensors`).
 PICKLED = (
@@ -150,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("checkpoint", type=Path, help="a complete checkpoint-N")
     parser.add_argument("folder", type=Path, help="where the universal checkpoint goes")
     options = parser.parse_args(argv)
-    problem = resume.Checkpoint(options.checkpoint, 0).problem(contents=False)
+    problem = states.Checkpoint(options.checkpoint, 0).problem(contents=False)
     if problem:
         raise SystemExit(f"error: {options.checkpoint}: {problem}")
     source = state_folder(options.checkpoint)

@@ -20,7 +20,7 @@ from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NoReturn
 
-from ..training.states import TrainingError, say
+from ..errors import TrainingError, say
 
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed")
 VERDICT = "verdict"

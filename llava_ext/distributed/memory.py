@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from ..errors import TrainingError
 from ..training.optimizer import count
-from ..training.states import TrainingError
 from .offload import offloads_optimizer
 
 GIB = 2**30

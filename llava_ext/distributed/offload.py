@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ..training.states import TrainingError, say
+from ..errors import TrainingError, say
 
 
 def offloads_optimizer(deepspeed: Mapping[str, Any]) -> bool:

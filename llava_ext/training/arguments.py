@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import importlib.util
 import json
 import os
@@ -22,68 +21,11 @@ from typing import Any, Literal
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils import is_flash_attn_2_available
 
-from ..distributed import meeting as ranks
+from ..distributed import meeting
+from ..errors import TrainingError, say
 from ..model.interventions import Interventions
-from .states import TrainingError, say
-
-DEVICES = Path("/dev")
-TRUE, FALSE = ("true", "1", "yes", "t", "y"), ("false", "0", "no", "f", "n")
-
-# LLaVA's (transformers 4.37's) name -> today's.
-RENAMED = {
-    "evaluation_strategy": "eval_strategy",
-    "warmup_ratio": "warmup_steps",
-    "gradient_checkpointing": "activation_checkpointing",
-    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
-    "no_cuda": "use_cpu",
-    "per_gpu_train_batch_size": "per_device_train_batch_size",
-    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
-    "push_to_hub_model_id": "hub_model_id",
-    "push_to_hub_token": "hub_token",
-    "include_tokens_per_second": "include_num_input_tokens_seen",
-}
-# Accepted, and why nothing happens.
-WITHOUT_EFFECT = {
-    "lazy_preprocess": "samples are always encoded when they are needed",
-    "is_multimodal": "the data say whether a sample has an image",
-    "mpt_attn_impl": "only for MPT models",
-    "double_quant": "only with --bits 4 or 8, which are not supported",
-    "quant_type": "only with --bits 4 or 8, which are not supported",
-    "save_safetensors": "weights are always safetensors (stage 1 writes mm_projector.bin as well)",
-    "overwrite_output_dir": "a run continues by itself; delete the folder to start over",
-    "logging_dir": "TensorBoard files are in <output_dir>/tensorboard",
-    "num_vision_tokens": "counted from the vision tower",
-    "past_index": "never used in training a causal LM",
-    "half_precision_backend": "there is one backend today",
-    "fp16_backend": "there is one backend today",
-    "fp16_opt_level": "belonged to Apex",
-    "jit_mode_eval": "there is no evaluation during training",
-    "use_ipex": "no longer exists",
-    "use_mps_device": "devices are found by themselves",
-    "use_legacy_prediction_loop": "there is no evaluation during training",
-    "include_inputs_for_metrics": "there is no evaluation during training",
-    "ray_scope": "there is no hyper-parameter search",
-    "torchdynamo": "use --torch_compile",
-    "dispatch_batches": "every rank reads its own samples",
-    "split_batches": "every rank reads its own samples",
-    "mp_parameters": "belonged to SageMaker",
-    "tpu_num_cores": "TPUs are not supported",
-    "tpu_metrics_debug": "TPUs are not supported",
-    "fsdp_min_num_params": "use --fsdp_config",
-    "fsdp_transformer_layer_cls_to_wrap": "use --fsdp_config",
-    "push_to_hub_organization": "use --hub_model_id organization/name",
-    "length_column_name": "lengths come from the samples",
-    "num_registers": "the published code appends registers and cuts them off again",
-}
-# Accepted when off; the reason for refusing them when on.
-REFUSED = {
-    "mm_use_im_start_end": "image start and end tokens belong to LLaVA before 1.5",
-    "mm_use_im_patch_token": "the image patch token belongs to LLaVA before 1.5",
-    "adafactor": "use --optim adafactor",
-    "rearrange_image_features": "the published code accepts this flag and ignores it",
-    "add_registers": "the published code appends registers and cuts them off again",
-}
-
+from .llava_flags import FALSE, TRUE, translate
+from .machine import fit_machine, tf32_works
 
 # transformers' arguments that would do nothing here, or harm: the only value, and why.
 FIXED: dict[str, tuple[Any, str]] = {
@@ -245,95 +187,6 @@ class Arguments:
 # ---- translation ------------------------------------------------------------------------------------------------
 
 
-def split_flags(argv: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """``["--a", "1", "--b=2"]`` -> ``[("a", ["1"]), ("b", ["2"])]``. Dashes inside a name become underscores."""
-    pairs: list[tuple[str, list[str]]] = []
-    for token in argv:
-        if token.startswith("--"):
-            name, equals, value = token[2:].partition("=")
-            pairs.append((name.replace("-", "_"), [value] if equals else []))
-        elif not pairs:
-            raise TrainingError(
-                f"command line: {token!r} stands before any flag; flags look like --name value"
-            )
-        else:
-            pairs[-1][1].append(token)
-    return pairs
-
-
-def is_on(values: Sequence[str]) -> bool:
-    """Whether a switch is on: alone, or followed by a true word."""
-    return not values or values[0].lower() not in (*FALSE, "none", "")
-
-
-def translate(argv: Sequence[str], known: Sequence[str], tf32_works: bool) -> tuple[list[str], list[str]]:
-    """LLaVA's command line as today's.
-
-    Args:
-        argv: the command line without the program.
-        known: every flag that exists today.
-        tf32_works: whether this machine's GPU has TF32.
-
-    Returns:
-        the new command line, and one notice a flag that was changed.
-
-    Raises:
-        TrainingError: an unknown flag, with the nearest known one; a flag that can't be honoured.
-    """
-    out: list[str] = []
-    notices: list[str] = []
-    given = {name for name, _ in split_flags(argv)}
-    for name, values in split_flags(argv):
-        if name in WITHOUT_EFFECT:
-            notices.append(f"--{name} has no effect: {WITHOUT_EFFECT[name]}")
-        elif name in REFUSED:
-            if is_on(values):
-                raise TrainingError(
-                    f"--{name} {' '.join(values)}: not supported: {REFUSED[name]}; leave it out or give False"
-                )
-        elif name == "tf32" and is_on(values) and not tf32_works:
-            notices.append("--tf32 True is ignored: no GPU with TF32 here")
-        elif name == "warmup_ratio" and "warmup_steps" in given:
-            notices.append("--warmup_ratio is ignored: --warmup_steps is given")
-        elif name == "deepspeed" and values:
-            out += ["--deepspeed", deepspeed_config(values[0], notices)]
-        elif name == "report_to":
-            # the parser takes one value; _adjust takes them apart again
-            out += ["--report_to", ",".join(values)]
-        elif name == "fsdp" and (not values or values[0].lower() in (*TRUE, *FALSE)):
-            out += ["--fsdp"] * is_on(values)
-        elif (new := RENAMED.get(name, name)) in known:
-            if new == "warmup_steps" and name == "warmup_ratio" and float(values[0]) >= 1:
-                raise TrainingError(
-                    f"--warmup_ratio {values[0]}: allowed is a share from 0 to below 1; use --warmup_steps for steps"
-                )
-            out += [f"--{new}", *values]
-        else:
-            raise TrainingError(unknown_flag(name, known))
-    return out, notices
-
-
-def unknown_flag(name: str, known: Sequence[str]) -> str:
-    """The message for a flag that does not exist."""
-    every = [*known, *RENAMED, *WITHOUT_EFFECT]
-    near = difflib.get_close_matches(name, every, n=1, cutoff=0.6)
-    hint = f"did you mean --{near[0]}?" if near else "`python -m llava_ext.train --help` lists all flags"
-    return f"--{name}: unknown flag; {hint}"
-
-
-def deepspeed_config(path: str, notices: list[str]) -> str:
-    """The DeepSpeed JSON: the file itself, else the one of this name that comes with the package."""
-    if Path(path).is_file():
-        return path
-    shipped = Path(__file__).parents[1] / "deepspeed" / Path(path).name
-    if shipped.is_file():
-        if Path(path) != shipped and len(Path(path).parts) > 1:
-            notices.append(f"--deepspeed {path} does not exist; using {shipped.name} of this package")
-        return str(shipped)
-    names = ", ".join(sorted(item.name for item in shipped.parent.glob("*.json")))
-    raise TrainingError(f"--deepspeed {path}: no such file; give a path, or one of {names}")
-
-
 # ---- parsing ----------------------------------------------------------------------------------------------------
 
 
@@ -384,69 +237,6 @@ def make_parser() -> HfArgumentParser:
     return parser
 
 
-def tf32_works() -> bool:
-    """Whether the GPU has TF32 (Ampere or newer)."""
-    import torch
-
-    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8
-
-
-def _fit_machine(argv: list[str], notices: list[str]) -> list[str]:
-    """Adds ``--use_cpu`` where there is no GPU, so that bf16 and everything else run on the CPU."""
-    import torch
-
-    if not torch.cuda.is_available() and (why := _why_a_gpu_is_wanted(argv)):
-        raise TrainingError(
-            f"{why}, but torch {torch.__version__} can use no GPU here; {_cuda_error()}. --use_cpu True trains on the CPU"
-        )
-    cpu = not torch.cuda.is_available() or _given_switch(argv, "use_cpu")
-    argv = _fit_fsdp(argv, cpu and torch.cuda.is_available(), notices)
-    if not cpu:
-        if torch.cuda.device_count() > 1 and "RANK" not in os.environ:
-            notices.append(
-                f"one of {torch.cuda.device_count()} GPUs is used; start with torchrun to use more"
-            )
-        return argv
-    if _given_switch(argv, "bf16"):
-        notices.append("no GPU here: --bf16 runs on the CPU")
-    return argv if _given_switch(argv, "use_cpu") else [*argv, "--use_cpu", "True"]
-
-
-def _why_a_gpu_is_wanted(argv: Sequence[str]) -> str:
-    """In words, or nothing. A machine with GPUs is not meant to compute for days on its CPU because of a driver."""
-    given = [is_on(values) for name, values in split_flags(argv) if name == "use_cpu"]
-    if given:
-        return "" if given[-1] else "--use_cpu False"
-    found = sorted(path.name for path in DEVICES.glob("nvidia[0-9]*"))
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    return f"this machine has {DEVICES / found[0]}" if found and not hidden else ""
-
-
-def _cuda_error() -> str:
-    """Why CUDA can't be used, in torch's words."""
-    import torch
-
-    try:
-        torch.cuda.init()
-    except (RuntimeError, AssertionError) as error:
-        return f"it says: {str(error).splitlines()[0]}"
-    return "it gives no reason"
-
-
-def _fit_fsdp(argv: list[str], beside_gpu: bool, notices: list[str]) -> list[str]:
-    """Takes ``--fsdp`` away where nothing can be split: one process, or the CPU of a machine whose GPU torch would use."""
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    if "--fsdp" not in argv or not (alone or beside_gpu):
-        return argv
-    why = "one process" if alone else "--use_cpu on a machine with a GPU"
-    notices.append(f"--fsdp is ignored: {why}; every process holds the whole model")
-    return [text for flag, values in split_flags(argv) if flag != "fsdp" for text in (f"--{flag}", *values)]
-
-
-def _given_switch(argv: Sequence[str], name: str) -> bool:
-    return any(flag == name and is_on(values) for flag, values in split_flags(argv))
-
-
 def parse(argv: Sequence[str] | None = None) -> Arguments:
     """Reads and checks the command line. Raises :class:`TrainingError` or ``InterventionError`` with the fix."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -461,7 +251,7 @@ def parse(argv: Sequence[str] | None = None) -> Arguments:
         if option.startswith("--")
     ]
     translated, notices = translate(argv, known, tf32_works())
-    translated = _fit_machine(translated, notices)
+    translated = fit_machine(translated, notices)
     namespace, extra = parser.parse_known_args(translated)
     if extra:
         raise TrainingError(f"command line: {extra[0]!r} is not the value of any flag")
@@ -470,7 +260,7 @@ def parse(argv: Sequence[str] | None = None) -> Arguments:
     data = _build(DataArguments, namespace)
     _check_before(model, data, namespace)
     # Before anything talks to the other processes, which would only wait for one that never comes.
-    ranks.meet(namespace.meeting_timeout_s, on_gpus=not namespace.use_cpu)
+    meeting.meet(namespace.meeting_timeout_s, on_gpus=not namespace.use_cpu)
     if namespace.deepspeed:
         _prepare_deepspeed(namespace, explicit_clip="--max_grad_norm" in translated)
     training = _build(LlavaTrainingArguments, namespace)
@@ -593,30 +383,3 @@ def sampling_strategy(training: LlavaTrainingArguments) -> str:
     if training.group_by_modality_length:
         return "group_by_modality_length"
     return "group_by_length" if training.group_by_length else training.sampling
-
-
-def resolve_model(name: str, flag: str, cache_dir: str | None) -> Path:
-    """A model's folder: itself, or the hub's snapshot (from the cache first; the network only if it must).
-
-    Raises:
-        TrainingError: neither a folder nor a reachable hub id.
-    """
-    if Path(name).is_dir():
-        return Path(name)
-    if name.count("/") != 1 or name.startswith((".", "/")):
-        raise TrainingError(f"--{flag} {name}: no such folder")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, cache_dir=cache_dir, local_files_only=True))
-    except LocalEntryNotFoundError:
-        pass
-    patterns = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt"]
-    try:
-        return Path(snapshot_download(name, cache_dir=cache_dir, allow_patterns=patterns))
-    except (OSError, HfHubHTTPError) as error:
-        offline = " (offline mode is on)" if os.environ.get("HF_HUB_OFFLINE") else ""
-        raise TrainingError(
-            f"--{flag} {name}: no such folder, not in the cache, and the hub did not answer{offline}: {error}"
-        ) from error

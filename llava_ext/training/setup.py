@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -14,26 +13,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import set_seed
 
-from .. import statistics
-from ..checkpoints import original as formats
+from .. import files, statistics
+from ..checkpoints import original, tensors
+from ..checkpoints.stored import load_model, make_processor
 from ..data.assembly import Collator
 from ..data.dataset import EncodedSamples, TrainingCollator
 from ..data.images import ImagePreprocessor, decode
 from ..distributed import memory
-from ..model.build import (
-    build_model,
-    load_image_processor,
-    load_model,
-    load_tokenizer,
-    make_processor,
-    reset_projector,
-    save_checkpoint,
-)
-from ..model.interventions import Interventions
-from . import states as resume
-from .lora import add_adapters, is_adapted, merged_state, save_adapters
+from ..errors import TrainingError, say
+from ..model.build import build_model, reset_projector
+from ..model.parts import load_image_processor, load_tokenizer
+from . import states
+from .lora import add_adapters
 from .optimizer import count, freeze
-from .states import TrainingError, say
+from .precision import cast_frozen, load_dtype
 from .trainer import LlavaTrainer
 
 if TYPE_CHECKING:
@@ -80,7 +73,7 @@ def with_known_statistics(arguments: Arguments, checkpoint: Path | None) -> Argu
         return arguments
     projector = Path(adapter) if adapter else None
     for folder in (checkpoint, projector if projector is None or projector.is_dir() else projector.parent):
-        known = formats.measured_statistics(resume.read_json(folder / "config.json")) if folder else None
+        known = original.measured_statistics(files.read_json(folder / "config.json")) if folder else None
         if known is not None:
             return dataclasses.replace(arguments, interventions=mine.with_statistics(*known))
     return arguments
@@ -160,13 +153,13 @@ def _make_model(arguments: Arguments, folders: dict[str, Path]) -> tuple[Any, An
             freeze_mm_mlp_adapter=training.freeze_mm_mlp_adapter,
             freeze_backbone=model_args.freeze_backbone,
         )
-    _cast_frozen(model, training)
+    cast_frozen(model, training)
     return model, image_processor
 
 
 def _is_llava(folder: Path) -> bool:
     """Whether a model folder is a whole LLaVA checkpoint rather than a language model."""
-    described = resume.read_json(folder / "config.json") or {}
+    described = files.read_json(folder / "config.json") or {}
     return described.get("model_type") in ("llava", "spatial_llava") or "mm_vision_tower" in described
 
 
@@ -183,7 +176,7 @@ def _from_parts(arguments: Arguments, folders: dict[str, Path]) -> tuple[Any, An
         if model_args.mm_vision_select_feature == "cls_patch"
         else "default",
         attn_implementation=model_args.attn_implementation,
-        dtype=_load_dtype(training),
+        dtype=load_dtype(training),
         model_max_length=training.model_max_length,
         image_aspect_ratio=arguments.data.image_aspect_ratio,
         prompt_version=model_args.version,
@@ -199,16 +192,16 @@ def _from_checkpoint(arguments: Arguments, folders: dict[str, Path]) -> tuple[An
     model_args, training, folder = arguments.model, arguments.training, folders["llm"]
     model, _, image_processor = load_model(
         folder,
-        dtype=_load_dtype(training),
+        dtype=load_dtype(training),
         attn_implementation=model_args.attn_implementation,
         model_max_length=training.model_max_length,
-        tower=folders["vision_tower"] if formats.is_original(folder) else None,
+        tower=folders["vision_tower"] if original.is_original(folder) else None,
     )
     mine, theirs = arguments.interventions, model.config.interventions
-    known = formats.measured_statistics(theirs.to_dict())
+    known = original.measured_statistics(theirs.to_dict())
     if mine.normalize_projector and mine.fixed_statistics() is None and known is not None:
         mine = mine.with_statistics(*known)
-    formats.check_interventions(mine, theirs, str(folder))
+    original.check_interventions(mine, theirs, str(folder))
     if model.config.projector_type != model_args.mm_projector_type:
         raise TrainingError(
             f"--mm_projector_type {model_args.mm_projector_type}: {folder} has {model.config.projector_type}; give that"
@@ -218,32 +211,9 @@ def _from_checkpoint(arguments: Arguments, folders: dict[str, Path]) -> tuple[An
     return model.train(), image_processor
 
 
-def _load_dtype(training: Any) -> torch.dtype:
-    """DeepSpeed keeps float32 copies itself; elsewhere the weights that train stay in float32 under autocast."""
-    if training.deepspeed and training.bf16:
-        return torch.bfloat16
-    if training.deepspeed and training.fp16:
-        return torch.float16
-    return torch.float32
-
-
-def _half(training: Any) -> torch.dtype | None:
-    return torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None
-
-
-def _cast_frozen(model: Any, training: Any) -> None:
-    """Halves the memory of what does not train, as LLaVA does for the vision tower."""
-    half = _half(training)
-    if half is None or training.deepspeed or training.fsdp:
-        return
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            parameter.data = parameter.data.to(half)
-
-
 def load_projector(model: Any, path: Path) -> None:
     """Puts a saved projector into the model; refuses one of other interventions, naming the keys that differ."""
-    projector = formats.read_projector(path)
+    projector = tensors.read_projector(path)
     folder = path if path.is_dir() else path.parent
     _check_interventions(model.config, folder / "config.json", path)
     module = model.model.multi_modal_projector
@@ -259,7 +229,7 @@ def load_projector(model: Any, path: Path) -> None:
 
 def _fill(module: torch.nn.Module, projector: Mapping[str, torch.Tensor], path: Path) -> None:
     expected = {name: list(parameter.shape) for name, parameter in module.named_parameters()}
-    formats.check_projector(projector, expected, str(path))
+    tensors.check_projector(projector, expected, str(path))
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             parameter.copy_(projector[name])
@@ -267,13 +237,13 @@ def _fill(module: torch.nn.Module, projector: Mapping[str, torch.Tensor], path: 
 
 def _check_interventions(config: Any, stored: Path, what: Path) -> None:
     """Compares with the config beside a projector, if there is one that says anything."""
-    described = resume.read_json(stored)
+    described = files.read_json(stored)
     if not isinstance(described, dict) or not (
-        "mm_vision_tower" in described or formats.OWN_KEY in described
+        "mm_vision_tower" in described or original.OWN_KEY in described
     ):
         return
-    theirs = formats.interventions_from_original(described, config.grid_side)
-    formats.check_interventions(config.interventions, theirs, str(what))
+    theirs = original.interventions_from_original(described, config.grid_side)
+    original.check_interventions(config.interventions, theirs, str(what))
 
 
 def _preflight(model: Any, tokenizer: Any, image_processor: Any, arguments: Arguments) -> None:
@@ -290,7 +260,7 @@ def _preflight(model: Any, tokenizer: Any, image_processor: Any, arguments: Argu
     output_dir = Path(arguments.training.output_dir)
     try:
         generation.validate(strict=True)
-        with tempfile.TemporaryDirectory(prefix=f"{resume.STAGING}test-", dir=output_dir) as folder:
+        with tempfile.TemporaryDirectory(prefix=f"{states.STAGING}test-", dir=output_dir) as folder:
             generation.save_pretrained(folder)
             model.config.save_pretrained(folder)
             make_processor(model.config, tokenizer, image_processor).save_pretrained(folder)
@@ -315,107 +285,3 @@ def _check_disk(model: Any, output_dir: Path) -> None:
 
 
 # ---- after ------------------------------------------------------------------------------------------------------
-
-
-def write_final(
-    trainer: LlavaTrainer,
-    state: dict[str, torch.Tensor],
-    arguments: Arguments,
-    folders: dict[str, Path],
-    folder: Path,
-) -> None:
-    """The stage's result, written to ``folder`` and read back.
-
-    Stage 1: ``mm_projector.bin``, ``mm_projector.safetensors`` and ``config.json`` as LLaVA's; stage 2: a HF checkpoint.
-    """
-    folder.mkdir(parents=True)
-    model = trainer.plain_model
-    if is_adapted(model):
-        if not arguments.training.lora_merge:
-            save_adapters(model, state, folder / "adapters")
-        state = merged_state(model, state)
-        model = model.get_base_model()
-    half = _half(arguments.training)
-    if half is not None:
-        state = {
-            name: tensor.to(half) if tensor.is_floating_point() else tensor for name, tensor in state.items()
-        }
-    state = {name: tensor.detach().cpu() for name, tensor in state.items()}
-    # Off while training; a finished model generates with it.
-    model.config.text_config.use_cache = True
-    vars(model.config).pop("use_cache", None)
-    if arguments.model.tune_mm_mlp_adapter:
-        _write_projector(model, state, arguments, folders, folder)
-    else:
-        tokenizer = load_tokenizer(folders["llm"], arguments.training.model_max_length)
-        processor = load_image_processor(folders["vision_tower"])
-        save_checkpoint(
-            model,
-            tokenizer,
-            processor,
-            folder,
-            prompt_version=arguments.model.version,
-            image_aspect_ratio=arguments.data.image_aspect_ratio,
-            state_dict=state,
-        )
-        formats.keep_sentencepiece(formats.find_sentencepiece(folders["llm"]), folder)
-    _read_back(folder)
-
-
-def _write_projector(
-    model: Any, state: dict[str, torch.Tensor], arguments: Arguments, folders: dict[str, Path], folder: Path
-) -> None:
-    from safetensors.torch import save_file
-
-    projector = formats.projector_to_original(formats.projector_of(state), model.config.interventions)
-    projector = {name: tensor.contiguous() for name, tensor in projector.items()}
-    torch.save(projector, folder / "mm_projector.bin")
-    save_file(projector, folder / "mm_projector.safetensors", metadata={"format": "pt"})
-    described = formats.config_to_original(
-        json.loads(model.config.text_config.to_json_string(use_diff=False)),
-        json.loads(model.config.vision_config.to_json_string(use_diff=False)),
-        model.config.interventions,
-        original_settings(arguments),
-    )
-    resume.write_json(folder / "config.json", described)
-
-
-def original_settings(arguments: Arguments) -> dict[str, Any]:
-    """LLaVA's config fields that come from the command line."""
-    model, training = arguments.model, arguments.training
-    return {
-        "mm_vision_tower": model.vision_tower,
-        "mm_projector_type": model.mm_projector_type,
-        "mm_vision_select_layer": model.mm_vision_select_layer,
-        "mm_vision_select_feature": model.mm_vision_select_feature,
-        "mm_projector_lr": training.mm_projector_lr,
-        "image_aspect_ratio": arguments.data.image_aspect_ratio,
-        "tokenizer_model_max_length": training.model_max_length,
-        "tune_mm_mlp_adapter": model.tune_mm_mlp_adapter,
-        "freeze_mm_mlp_adapter": training.freeze_mm_mlp_adapter,
-        "_name_or_path": model.model_name_or_path,
-    }
-
-
-def _read_back(folder: Path) -> None:
-    """Proves that what was written can be read: every header, and every name that an index lists."""
-    for path in folder.rglob("*.safetensors"):
-        try:
-            shapes = formats.tensor_shapes(path)
-        except Exception as error:
-            raise TrainingError(f"{path}: was written but can't be read: {error}") from error
-        empty = [name for name, shape in shapes.items() if 0 in shape]
-        if not shapes or empty:
-            raise TrainingError(
-                f"{path}: was written but {f'{empty[:3]} hold nothing' if empty else 'holds no tensors'}"
-            )
-    index = resume.read_json(folder / "model.safetensors.index.json")
-    if index:
-        for shard in set(index["weight_map"].values()):
-            listed = {name for name, place in index["weight_map"].items() if place == shard}
-            missing = listed - formats.tensor_shapes(folder / shard).keys()
-            if missing:
-                raise TrainingError(f"{folder / shard}: lacks {sorted(missing)[:3]}")
-
-
-__all__ = ["Interventions", "load_projector", "make_samples", "make_trainer", "write_final"]

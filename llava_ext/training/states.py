@@ -7,89 +7,22 @@ valid list is never resumed from, and is never counted when old ones are pruned.
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import json
-import os
 import re
 import shutil
-import socket
-import sys
 import time
-import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..errors import say
+from ..files import crc32, flush, read_json, sha256, write_json
+
 MARKER = "complete.json"
 RESULT = "train_result.json"
-IDENTITY = "run_identity.json"
 STAGING = ".saving-"
 DAMAGED = "damaged-"
-LOCK = ".training.lock"
-# Who holds the lock, in a file of its own: a process loses a lock when it closes any descriptor of the locked file.
-HOLDER = ".training.holder"
-CHUNK = 1 << 22
-
-
-class TrainingError(Exception):
-    """A mistake that its reader can mend, or a stop with a reason: shown without a traceback."""
-
-
-def say(message: str) -> None:
-    """One line for the person who reads the log, from the first rank only."""
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(f"llava_ext: {message}", file=sys.stderr, flush=True)
-
-
-def crc32(path: Path) -> str:
-    """CRC-32 of a file as eight hex digits, with the fast implementation where it is installed."""
-    try:
-        from isal.isal_zlib import crc32 as update
-    except ImportError:
-        update = zlib.crc32
-    value = 0
-    with path.open("rb") as stream:
-        while piece := stream.read(CHUNK):
-            value = update(piece, value)
-    return f"{value:08x}"
-
-
-def sha256(path: Path) -> str:
-    """sha256 of a file as hex."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def flush(path: Path) -> None:
-    """Forces a file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON under a temporary name, flushes, renames."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        flush(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def read_json(path: Path) -> Any | None:
-    """The JSON in ``path``, or None when it is absent or damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
 
 
 # ---- checkpoints ------------------------------------------------------------------------------------------------
@@ -229,116 +162,8 @@ def prune(output_dir: Path, keep: int | None) -> None:
 
 # ---- one training a folder --------------------------------------------------------------------------------------
 
-_held: list[Any] = []
-
-
-def claim(output_dir: Path, patience_s: float = 150.0) -> None:
-    """Makes this process the only training in ``output_dir`` for as long as it lives.
-
-    The lock goes with the process, also after kill -9; that of a machine that has died, when the file server's lease ends
-    (NFS: 90 s). A file system without locks is used as it is.
-
-    Raises:
-        TrainingError: another living process holds it, after waiting ``patience_s`` for it to end.
-    """
-    stream = (output_dir / LOCK).open("a+", encoding="utf-8")
-    end = time.monotonic() + patience_s
-    said = False
-    while True:
-        try:
-            fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except (BlockingIOError, PermissionError):
-            if time.monotonic() > end:
-                raise TrainingError(
-                    f"{output_dir}: another training runs here ({holder(output_dir)}); stop that one"
-                ) from None
-            if not said:
-                say(f"{output_dir}: held by {holder(output_dir)}; waiting up to {patience_s:g} s for its end")
-                said = True
-            time.sleep(0.5)
-        except OSError as error:
-            say(
-                f"{output_dir}: no locks here ({error}): see to it yourself that no second training starts in it"
-            )
-            break
-    _held.append(stream)
-    temporary = output_dir / f"{HOLDER}.{os.getpid()}.tmp"
-    temporary.write_text(_me(), encoding="utf-8")
-    temporary.replace(output_dir / HOLDER)
-
-
-def _me() -> str:
-    return f"process {os.getpid()} on {socket.gethostname()}"
-
-
-def holder(output_dir: Path) -> str:
-    """The process that has claimed ``output_dir``, in words; empty where none has."""
-    try:
-        return (output_dir / HOLDER).read_text(encoding="utf-8").strip()
-    except OSError:
-        return ""
-
-
-def check_claim(output_dir: Path) -> None:
-    """Stops this process when the training was given to another one: a machine that was cut off for a while, say.
-
-    Raises:
-        TrainingError: another process has claimed ``output_dir`` since; nothing must be written there any more.
-    """
-    owner = holder(output_dir)
-    if owner and owner != _me():
-        raise TrainingError(
-            f"{output_dir}: {owner} has taken this training over; this process ({_me()}) stops without writing"
-        )
-
 
 # ---- identity ---------------------------------------------------------------------------------------------------
-
-
-def folder_digest(folder: Path) -> str:
-    """A digest of a model folder that is cheap at any size: JSON whole; of other files size, head and tail."""
-    whole = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if not path.is_file() or path.name.startswith(".") or path.suffix in (".md", ".txt"):
-            continue
-        with path.open("rb") as stream:
-            piece = stream.read(1 << 20)
-            size = path.stat().st_size
-            if size > 1 << 21:
-                stream.seek(-(1 << 20), os.SEEK_END)
-                piece += stream.read()
-        whole.update(f"{path.name}\0{size}\0".encode() + hashlib.sha256(piece).digest())
-    return whole.hexdigest()
-
-
-def check_identity(
-    output_dir: Path, identity: dict[str, Any], rounding: frozenset[str] = frozenset()
-) -> None:
-    """Refuses to continue a run with another configuration; records the identity of a new one.
-
-    A changed value of ``rounding`` is said and accepted.
-
-    Raises:
-        TrainingError: names each other key whose value differs from the recorded one.
-    """
-    path = output_dir / IDENTITY
-    recorded = read_json(path)
-    if isinstance(recorded, dict) and (checkpoints(output_dir) or (output_dir / RESULT).exists()):
-        changed = {
-            key: f"{key}: {recorded.get(key)!r} when it was started, now {identity.get(key)!r}"
-            for key in sorted(recorded.keys() | identity.keys())
-            if recorded.get(key) != identity.get(key)
-        }
-        if not changed.keys() <= rounding:
-            raise TrainingError(
-                f"--output_dir {output_dir}: holds a training with another configuration:\n  "
-                + "\n  ".join(changed.values())
-                + "\nChoose another --output_dir, or undo the change, or delete the folder to start over."
-            )
-        for line in changed.values():
-            say(f"{line}: the same steps, rounded otherwise from here on")
-    write_json(path, identity)
 
 
 def finished(output_dir: Path) -> dict[str, Any] | None:

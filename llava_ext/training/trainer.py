@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -22,17 +23,17 @@ from transformers.trainer_callback import PrinterCallback
 
 from ..data.conversation import IGNORE_INDEX
 from ..data.sampler import EpochSampler
+from ..distributed.collectives import any_rank, from_all, world_size
 from ..distributed.elastic import load_universal
 from ..distributed.offload import offloads_optimizer, replay_steps
-from . import signals
-from . import states as resume
+from ..errors import TrainingError
+from . import claim, signals, states
 from .arguments import LlavaTrainingArguments, sampling_strategy
-from .callbacks import any_rank, finite, from_all, let_fail, world_size
 from .optimizer import parameter_groups, trainable_names
-from .states import TrainingError
+from .trackers import let_fail
 
 if TYPE_CHECKING:
-    from .callbacks import NoStep
+    from .watchdogs import NoStep
 
 TRAINED = "trained.safetensors"
 
@@ -170,7 +171,7 @@ class LlavaTrainer(Trainer):
         return self.taken
 
     def _check_finite(self, loss: torch.Tensor) -> None:
-        mine = not finite(loss)
+        mine = not math.isfinite(float(loss.detach()))
         if not any_rank(mine, self.args.device):
             return
         where = f"at step {self.state.global_step + 1}"
@@ -212,9 +213,9 @@ class LlavaTrainer(Trainer):
         if step == self._saved_step:
             return
         output_dir = Path(self.args.output_dir)
-        root = resume.staging(output_dir, step)
+        root = states.staging(output_dir, step)
         if self.args.should_save:
-            resume.check_claim(output_dir)
+            claim.check_claim(output_dir)
             shutil.rmtree(root, ignore_errors=True)
             root.mkdir(parents=True)
         self._barrier()
@@ -240,9 +241,9 @@ class LlavaTrainer(Trainer):
 
         Every rank says which files it sees: on a shared file system a machine may see another's only later.
         """
-        seen = from_all(resume.file_names(folder))
-        mine = resume.shares(seen)[dist.get_rank() if world_size() > 1 else 0]
-        parts = from_all(resume.listing(folder, mine))
+        seen = from_all(states.file_names(folder))
+        mine = states.shares(seen)[dist.get_rank() if world_size() > 1 else 0]
+        parts = from_all(states.listing(folder, mine))
         return {name: facts for part in parts for name, facts in part.items()}
 
     def _seal(self, root: Path, output_dir: Path, step: int, files: dict[str, dict[str, Any]]) -> None:
@@ -253,19 +254,19 @@ class LlavaTrainer(Trainer):
             "engine": self.engine,
         }
         name = f"checkpoint-{step}"
-        resume.seal(root / name, output_dir / name, step, files, **facts)
+        states.seal(root / name, output_dir / name, step, files, **facts)
         shutil.rmtree(root, ignore_errors=True)
-        resume.prune(output_dir, args.save_total_limit)
+        states.prune(output_dir, args.save_total_limit)
 
     def _save_failure(self, root: Path, error: Exception) -> TrainingError:
         shutil.rmtree(root, ignore_errors=True)
         good = next(
-            (item for item in resume.checkpoints(root.parent) if not item.problem(contents=False)), None
+            (item for item in states.checkpoints(root.parent) if not item.problem(contents=False)), None
         )
         kept = f"the last good one is {good.path}" if good else "there is no earlier one"
         free = shutil.disk_usage(root.parent).free / 2**30
         return TrainingError(
-            f"{root.name.removeprefix(resume.STAGING)}: could not be saved: {error}\n"
+            f"{root.name.removeprefix(states.STAGING)}: could not be saved: {error}\n"
             f"{kept}; {free:.1f} GiB are free in {root.parent}. Make room and start the same command again."
         )
 

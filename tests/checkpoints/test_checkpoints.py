@@ -19,9 +19,11 @@ from transformers import (
 )
 
 from llava_ext.analysis.generation import answer
+from llava_ext.checkpoints.stored import load_model, save_checkpoint
 from llava_ext.data.conversation import inference_prompt, prompt_ids
-from llava_ext.model.build import load_model, load_tokenizer, reset_projector, save_checkpoint
+from llava_ext.model.build import reset_projector
 from llava_ext.model.interventions import FLAGS, Interventions
+from llava_ext.model.parts import load_tokenizer
 from tests.support.models import ALONE, flags, make_batch, make_model, picture
 
 QUESTION = "What color is the circle?"
@@ -220,7 +222,7 @@ def test_a_variant_loads_where_this_package_is_not_installed_and_only_with_trust
 
 def load_model_only(folder: Path):
     """A model whose folder has no processor files."""
-    from llava_ext.model.build import shrink_vocabulary
+    from llava_ext.checkpoints.stored import shrink_vocabulary
     from llava_ext.model.configuration_spatial_llava import SpatialLlavaConfig
     from llava_ext.model.modeling_spatial_llava import SpatialLlavaForConditionalGeneration
 
@@ -279,7 +281,7 @@ def test_published_hub_checkpoints_are_read(tmp_path):
 def test_missing_weights_are_an_error(tmp_path):
     from safetensors.torch import load_file, save_file
 
-    from llava_ext.model.build import BuildError
+    from llava_ext.model.parts import BuildError
 
     model, tokenizer, images = make_model()
     save_checkpoint(model, tokenizer, images, tmp_path)

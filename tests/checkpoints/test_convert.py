@@ -12,10 +12,12 @@ import torch
 from safetensors.torch import save_file
 
 from llava_ext import convert
-from llava_ext.checkpoints import original as formats
-from llava_ext.model.build import build_model, load_model, load_tokenizer, save_checkpoint
+from llava_ext.checkpoints import original, tensors
+from llava_ext.checkpoints.stored import load_model, save_checkpoint
+from llava_ext.errors import TrainingError
+from llava_ext.model.build import build_model
 from llava_ext.model.interventions import Interventions
-from llava_ext.training.states import TrainingError
+from llava_ext.model.parts import load_tokenizer
 from tests.support.trainings import GOLDEN
 
 LLM, TOWER = GOLDEN / "llm", GOLDEN / "clip_g4"
@@ -66,8 +68,8 @@ def run(*words, expect: int = 0) -> None:
     assert status == expect
 
 
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return formats.read_folder(folder)
+def all_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return tensors.read_folder(folder)
 
 
 def assert_equal(ours, theirs):
@@ -84,7 +86,7 @@ def test_round_trip(name, tmp_path):
     hf = checkpoint(tmp_path / "hf", **VARIANTS[name])
     run(hf, tmp_path / "original", "--to", "llava", "--vision_tower", TOWER)
     run(tmp_path / "original", tmp_path / "back", "--to", "hf")
-    assert_equal(tensors(hf), tensors(tmp_path / "back"))
+    assert_equal(all_tensors(hf), all_tensors(tmp_path / "back"))
     first, second = (load_model(folder)[0].config for folder in (hf, tmp_path / "back"))
     assert first.interventions == second.interventions
     assert (first.image_aspect_ratio, first.vision_feature_layer) == (
@@ -98,7 +100,7 @@ def test_round_trip_of_other_projectors(projector_type, tmp_path):
     hf = checkpoint(tmp_path / "hf", projector_type, normalize_projector=True)
     run(hf, tmp_path / "original", "--to", "llava", "--vision_tower", TOWER)
     run(tmp_path / "original", tmp_path / "back", "--to", "hf")
-    assert_equal(tensors(hf), tensors(tmp_path / "back"))
+    assert_equal(all_tensors(hf), all_tensors(tmp_path / "back"))
 
 
 def test_original_round_trip(tmp_path):
@@ -106,9 +108,9 @@ def test_original_round_trip(tmp_path):
     run(checkpoint(tmp_path / "hf"), tmp_path / "one", "--to", "llava", "--vision_tower", TOWER)
     run(tmp_path / "one", tmp_path / "two", "--to", "hf")
     run(tmp_path / "two", tmp_path / "three", "--to", "llava", "--vision_tower", TOWER)
-    assert_equal(tensors(tmp_path / "one"), tensors(tmp_path / "three"))
+    assert_equal(all_tensors(tmp_path / "one"), all_tensors(tmp_path / "three"))
     first, second = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("one", "three"))
-    assert {key for key in first if first[key] != second.get(key)} <= {"_name_or_path", formats.OWN_KEY}
+    assert {key for key in first if first[key] != second.get(key)} <= {"_name_or_path", original.OWN_KEY}
 
 
 def test_the_sentencepiece_model_comes_along(tmp_path):
@@ -137,7 +139,7 @@ def test_exported_config_speaks_the_published_names(tmp_path):
     )
     assert config["model_type"] == "llava_llama" and config["mm_vision_tower"] == str(TOWER)
     assert config["spatial_llava"]["loads_with"] == ["the published intervention code", "llava_ext"]
-    assert "model.mm_projector.proj.projector.0.weight" in tensors(tmp_path / "original")
+    assert "model.mm_projector.proj.projector.0.weight" in all_tensors(tmp_path / "original")
 
 
 def test_what_the_published_code_can_not_load_says_so(tmp_path):
@@ -166,13 +168,13 @@ PUBLISHED = [
 @pytest.mark.parametrize(("fields", "meaning"), PUBLISHED)
 def test_published_configs_are_understood(fields, meaning):
     """`config.json` as the published code writes it: what its fields mean there."""
-    found = formats.interventions_from_original({"add_registers": False, **fields}, grid_side=4)
+    found = original.interventions_from_original({"add_registers": False, **fields}, grid_side=4)
     found.validate(4, 24)
     assert {key: getattr(found, key) for key in meaning} == meaning
 
 
 def test_published_interleave_on_its_own_grid_needs_no_switch():
-    found = formats.interventions_from_original({"interleave": True}, grid_side=24)
+    found = original.interventions_from_original({"interleave": True}, grid_side=24)
     assert found == Interventions(interleave=True, interleave_sparsity=4)
 
 
@@ -190,8 +192,8 @@ def test_a_stage_1_folder_on_its_base_llm(name, tmp_path):
     run(folder, tmp_path / "hf", "--to", "hf", "--llm", LLM, "--tower", TOWER)
     run(tmp_path / "hf", tmp_path / "again", "--to", "llava", "--projector_only", "--vision_tower", TOWER)
     assert_equal(
-        formats.read_tensors(folder / "mm_projector.bin"),
-        formats.read_tensors(tmp_path / "again" / "mm_projector.bin"),
+        tensors.read_tensors(folder / "mm_projector.bin"),
+        tensors.read_tensors(tmp_path / "again" / "mm_projector.bin"),
     )
     assert not (tmp_path / "again" / "model.safetensors").exists()
 
@@ -199,7 +201,7 @@ def test_a_stage_1_folder_on_its_base_llm(name, tmp_path):
 def test_sharded_and_pickled_originals(tmp_path):
     """`pytorch_model-*.bin` with an index, as older LLaVA checkpoints are."""
     run(checkpoint(tmp_path / "hf"), tmp_path / "original", "--to", "llava", "--vision_tower", TOWER)
-    state = tensors(tmp_path / "original")
+    state = all_tensors(tmp_path / "original")
     names, old = sorted(state), tmp_path / "old"
     shutil.copytree(tmp_path / "original", old)
     (old / "model.safetensors").unlink()
@@ -209,7 +211,7 @@ def test_sharded_and_pickled_originals(tmp_path):
     places = {name: file for file, members in halves.items() for name in members}
     (old / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
     run(old, tmp_path / "back", "--to", "hf")
-    assert_equal(tensors(tmp_path / "hf"), tensors(tmp_path / "back"))
+    assert_equal(all_tensors(tmp_path / "hf"), all_tensors(tmp_path / "back"))
 
 
 def test_other_interventions_than_expected_are_refused(tmp_path, capsys):
@@ -252,10 +254,10 @@ def test_a_harmful_pickle_is_not_run(tmp_path, monkeypatch):
     path = tmp_path / "mm_projector.bin"
     path.write_bytes(pickle.dumps({"model.mm_projector.0.weight": Harmful()}))
     with pytest.raises(TrainingError, match="not only tensors"):
-        formats.read_projector(path)
+        tensors.read_projector(path)
     torch.save({"model.mm_projector.0.weight": Harmful()}, path)
     with pytest.raises(TrainingError, match="not only tensors"):
-        formats.read_projector(path)
+        tensors.read_projector(path)
     assert not (tmp_path / "harm_was_done").exists()
 
 
@@ -264,7 +266,7 @@ def test_damaged_weights_are_named(tmp_path):
     whole = (tmp_path / "mm_projector.safetensors").read_bytes()
     (tmp_path / "mm_projector.safetensors").write_bytes(whole[:-3])
     with pytest.raises(TrainingError, match=r"mm_projector.safetensors: damaged"):
-        formats.read_projector(tmp_path)
+        tensors.read_projector(tmp_path)
 
 
 def test_projector_keys_of_every_recorded_configuration():
@@ -287,7 +289,7 @@ def test_projector_keys_of_every_recorded_configuration():
         if "registers" in parts or {"spatial", "compress"} <= set(parts):
             continue
         flags = {flag: True for word, flag in words.items() if word in parts}
-        ours = formats.projector_from_original({key: torch.zeros(1) for key in keys})
-        assert set(formats.projector_to_original(ours, Interventions(**flags))) == keys, name
+        ours = keys.projector_from_original({key: torch.zeros(1) for key in keys})
+        assert set(keys.projector_to_original(ours, Interventions(**flags))) == keys, name
         tried += 1
     assert tried > 20

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llava_ext.training import states as resume
+from llava_ext.training import states
 from tests.support.trainings import (
     GOLDEN,
     REPOSITORY,
@@ -206,9 +206,9 @@ def test_deepspeeds_files_can_not_run_code(data, tmp_path):
     checkpoint = tmp_path / "out/checkpoint-1"
     (poisoned,) = checkpoint.glob("global_step1/*_optim_states.pt")
     torch.save({"optimizer_state_dict": Evil(tmp_path / "ran")}, poisoned)
-    (checkpoint / resume.MARKER).unlink()
+    (checkpoint / states.MARKER).unlink()
     checkpoint.rename(tmp_path / "sealed")
-    resume.seal(tmp_path / "sealed", checkpoint, 1, world_size=1, engine="deepspeed-zero2")
+    states.seal(tmp_path / "sealed", checkpoint, 1, world_size=1, engine="deepspeed-zero2")
     text = run(
         command_line(2, tmp_path / "out", data_path=data, **flags), tmp_path / "log", expect=1, timeout=100
     )
@@ -273,7 +273,7 @@ def test_fsdp(data, tmp_path):
     fewer = two(data, tmp_path, fsdp=True, **small | {"gradient_accumulation_steps": 2})
     assert "saved by 4 processes, now 2" in run(fewer, tmp_path / "log", processes=2)
     assert_close(tmp_path / "out", one / "out")
-    assert resume.Checkpoint(tmp_path / "out/checkpoint-4", STEPS).facts["engine"] == "fsdp"
+    assert states.Checkpoint(tmp_path / "out/checkpoint-4", STEPS).facts["engine"] == "fsdp"
     assert_loads_in_stock_transformers(tmp_path / "out")
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.distributed import TCPStore
 
-from llava_ext.distributed import meeting as ranks
+from llava_ext.distributed import meeting
 from tests.support.trainings import REPOSITORY, environment
 
 FACTS = {
@@ -30,12 +30,12 @@ def said(*changes):
 
 
 def test_processes_that_fit_have_no_problems():
-    assert ranks.problems(said({"local_rank": 1, "gpu": "GPU-b"}, {"host": "n2"})) == []
-    here = ranks.describe(0, on_gpus=True)
+    assert meeting.problems(said({"local_rank": 1, "gpu": "GPU-b"}, {"host": "n2"})) == []
+    here = meeting.describe(0, on_gpus=True)
     assert torch.__version__.startswith(
         here["versions"]["torch"]
     )  # a CUDA wheel names its build in one of the two only
-    assert ranks.problems({0: here, 1: here | {"host": "n2"}}) == []
+    assert meeting.problems({0: here, 1: here | {"host": "n2"}}) == []
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_processes_that_fit_have_no_problems():
     ],
 )
 def test_what_does_not_fit_is_named(change, message):
-    assert message in "\n".join(ranks.problems(said(change)))
+    assert message in "\n".join(meeting.problems(said(change)))
 
 
 def meet(store: TCPStore, rank: int, size: int, timeout_s: float) -> subprocess.Popen:
@@ -59,9 +59,9 @@ def meet(store: TCPStore, rank: int, size: int, timeout_s: float) -> subprocess.
     values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": store.port}
     values |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
     script = (
-        "from llava_ext.distributed import meeting as ranks\nfrom llava_ext.training import states as resume\n"
-        f"try: ranks.meet({timeout_s}, on_gpus=False)\n"
-        "except resume.TrainingError as error: raise SystemExit(str(error))"
+        "from llava_ext.distributed import meeting\nfrom llava_ext.training import states\n"
+        f"try: meeting.meet({timeout_s}, on_gpus=False)\n"
+        "except states.TrainingError as error: raise SystemExit(str(error))"
     )
     changes = {name: str(value) for name, value in values.items()}
     return subprocess.Popen(
@@ -104,14 +104,14 @@ def test_a_network_that_does_not_answer_is_said_soon(store):
     script = (
         "import sys, time, torch, torch.distributed as dist\n"
         "from datetime import timedelta\n"
-        "from llava_ext import train\nfrom llava_ext.distributed import meeting as ranks\nfrom llava_ext.training import states as resume\n"
+        "from llava_ext import train\nfrom llava_ext.distributed import meeting\nfrom llava_ext.training import states\n"
         "rank, port = map(int, sys.argv[1:])\n"
         "there = dist.TCPStore('127.0.0.1', port, is_master=False)\n"
         "dist.init_process_group('gloo', store=there, rank=rank, world_size=2)\n"
         "if rank == 1:\n"
         "    dist.new_group(timeout=timedelta(seconds=3)); time.sleep(60)\n"
-        "try: ranks.check_traffic(torch.device('cpu'), 3.0)\n"
-        "except resume.TrainingError as error: train._fail(error)"
+        "try: meeting.check_traffic(torch.device('cpu'), 3.0)\n"
+        "except states.TrainingError as error: train._fail(error)"
     )
     first, second = (
         subprocess.Popen(

@@ -11,8 +11,8 @@ import torch
 
 from llava_ext.distributed import memory
 from llava_ext.distributed.memory import Layout, layout
-from llava_ext.training.arguments import deepspeed_config
-from llava_ext.training.states import TrainingError
+from llava_ext.errors import TrainingError
+from llava_ext.training.llava_flags import deepspeed_config
 
 LLAVA_7B, TOWER = 6.76e9, 0.3e9
 

@@ -89,7 +89,7 @@ def test_prompts_have_the_ids_of_training(export, held_out):
     from PIL import Image
 
     from llava_ext.data.conversation import IMAGE_TOKEN_INDEX, inference_prompt, prompt_ids
-    from llava_ext.model.build import load_tokenizer
+    from llava_ext.model.parts import load_tokenizer
 
     loaded = evaluate.load_checkpoint(export)
     asked = evaluate.read_questions(held_out[1], 5)

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from llava_ext.checkpoints import original as formats
+from llava_ext.checkpoints import keys, tensors
+from llava_ext.checkpoints.stored import load_model
 from llava_ext.data.assembly import Collator
 from llava_ext.data.conversation import prompt_ids
 from llava_ext.data.images import ImagePreprocessor, decode
-from llava_ext.model.build import build_model, load_model
+from llava_ext.model.build import build_model
 from llava_ext.model.interventions import FIELD_NAMES, Interventions
 from llava_ext.training.setup import load_projector
 
@@ -96,6 +97,6 @@ def test_the_tower_in_a_checkpoint_is_the_one_in_its_config(root):
     folders = list((root / "checkpoint").glob("*")) if (root / "checkpoint").is_dir() else []
     if not folders:
         pytest.skip("this folder of vectors has no whole checkpoint")
-    state = formats.state_from_original(formats.read_folder(folders[0]))
+    state = keys.state_from_original(tensors.read_folder(folders[0]))
     model, _, _ = load_model(folders[0])
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in state.items())

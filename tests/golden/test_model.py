@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from llava_ext.analysis.diagnostics import permuted_vision_tokens
-from llava_ext.checkpoints import original as formats
+from llava_ext.checkpoints import keys
 from llava_ext.data.assembly import Collator, interleaved_block, published_coordinate_ids
 from llava_ext.data.conversation import IMAGE_TOKEN_INDEX
 from llava_ext.model.build import build_model
@@ -81,7 +81,7 @@ def bare_model(root: Path, name: str, which: str, settings: str):
         vision_feature_select_strategy="full" if description.get("feat") == "cls_patch" else "default",
         attn_implementation="eager",
     )
-    weights = formats.projector_from_original(load_file(root / "projectors" / f"{which}_{name}.safetensors"))
+    weights = keys.projector_from_original(load_file(root / "projectors" / f"{which}_{name}.safetensors"))
     model.model.multi_modal_projector.load_state_dict(weights, strict=True)
     model.requires_grad_(True)
     model.model.vision_tower.requires_grad_(False)
@@ -275,7 +275,7 @@ def compare_gradients(model, recorded: dict[str, np.ndarray], compare: Any) -> N
         if "mm_projector" in key
     }
     ours = dict(model.model.multi_modal_projector.named_parameters())
-    theirs = formats.projector_from_original(projector)
+    theirs = keys.projector_from_original(projector)
     assert set(ours) == set(theirs)
     for key, gradient in theirs.items():
         compare("projector gradients", ours[key].grad, gradient)

@@ -9,7 +9,7 @@ import pytest
 
 from llava_ext.data import conversation
 from llava_ext.data.assembly import coordinate_ids, published_coordinate_ids
-from llava_ext.model.build import load_tokenizer
+from llava_ext.model.parts import load_tokenizer
 
 from . import reference
 
@@ -155,7 +155,7 @@ def test_chat_template_gives_the_ids_of_training(root):
     """transformers' own path (chat template, `<image>` as a token) and ours agree on single-image dialogues."""
     from jinja2 import Environment
 
-    from llava_ext.model.build import image_token_id, with_image_token
+    from llava_ext.model.parts import image_token_id, with_image_token
 
     tokenizer = tokenizer_of(root, "tokenizer")
     extended, placeholder = with_image_token(tokenizer), image_token_id(tokenizer)

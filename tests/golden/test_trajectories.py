@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from llava_ext import convert
-from llava_ext.checkpoints import original as formats
-from llava_ext.model.build import build_model, load_model
+from llava_ext.checkpoints import keys, tensors
+from llava_ext.checkpoints.stored import load_model
+from llava_ext.model.build import build_model
 from llava_ext.training.arguments import parse
 from llava_ext.training.optimizer import freeze, parameter_groups
 
@@ -78,9 +79,9 @@ def metrics(folder: Path) -> list[dict]:
 def final_state(root: Path, folder: Path) -> dict[str, torch.Tensor]:
     """The final weights under the original layout's names."""
     if (folder / "mm_projector.bin").is_file():
-        return formats.read_tensors(folder / "mm_projector.bin")
+        return tensors.read_tensors(folder / "mm_projector.bin")
     model, _, _ = load_model(folder)
-    return formats.state_to_original(model.state_dict(), model.config.interventions)
+    return keys.state_to_original(model.state_dict(), model.config.interventions)
 
 
 def test_trajectory(root, outputs, training, report_difference):
@@ -199,11 +200,11 @@ def test_round_trip_through_the_original_layout(root, outputs, tmp_path):
         tower = root / reference.read(root / "train" / f"{name}.json")["argv"]["vision_tower"]
         original, back = tmp_path / name, tmp_path / f"{name}_back"
         convert.main([str(outputs / name), str(original), "--to", "llava", "--vision_tower", str(tower)])
-        written = {key: list(tensor.shape) for key, tensor in formats.read_folder(original).items()}
+        written = {key: list(tensor.shape) for key, tensor in tensors.read_folder(original).items()}
         assert written == listed_tensors(listing)
         assert_config_as_recorded_but_tower(original, root / "artefacts" / f"{name}_config.json")
         convert.main([str(original), str(back), "--to", "hf"])
-        first, second = formats.read_folder(outputs / name), formats.read_folder(back)
+        first, second = tensors.read_folder(outputs / name), tensors.read_folder(back)
         assert first.keys() == second.keys()
         assert all(torch.equal(tensor, second[key]) for key, tensor in first.items())
         assert without_origin(reference.read(outputs / name / "config.json")) == without_origin(
@@ -234,5 +235,5 @@ def test_stage_1_writes_the_recorded_keys(root, outputs):
     for name in names(root):
         path = outputs / name / "mm_projector.bin"
         if path.is_file():
-            for key, tensor in formats.read_tensors(path).items():
+            for key, tensor in tensors.read_tensors(path).items():
                 assert f"{key}  {list(tensor.shape)}" in listed

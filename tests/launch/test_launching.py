@@ -29,8 +29,9 @@ from workflow_scripts.launch.command import (
 from workflow_scripts.launch.ownership import Ownership
 from workflow_scripts.launch.process import Training
 from workflow_scripts.launch.step import complete
-from workflow_scripts.plan.runs import Plan, resources_of
-from workflow_scripts.status.cli import last_metrics
+from workflow_scripts.plan.resources import resources_of
+from workflow_scripts.plan.runs import Plan
+from workflow_scripts.status.read import last_metrics
 
 
 @pytest.fixture()

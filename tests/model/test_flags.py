@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from llava_ext.data.assembly import AssemblyError, Collator, image_block
-from llava_ext.model.build import BuildError, mean_token_norm
+from llava_ext.model.build import mean_token_norm
 from llava_ext.model.configuration_spatial_llava import SpatialLlavaConfig
 from llava_ext.model.interventions import FLAGS, InterventionError, Interventions
+from llava_ext.model.parts import BuildError
 from tests.support.models import RECORDS, flags, make_batch, make_model, make_samples
 
 
@@ -262,7 +263,8 @@ def test_more_placeholders_than_images_name_the_sample():
 
 
 def test_folders_of_the_wrong_kind_are_named(tmp_path):
-    from llava_ext.model.build import load_model, load_tower
+    from llava_ext.checkpoints.stored import load_model
+    from llava_ext.model.parts import load_tower
     from tests.support.models import LLM
 
     with pytest.raises(BuildError, match="a CLIP vision tower is expected"):

@@ -12,7 +12,7 @@ from tests.support.rerun_rows import check_raised_version, check_row, rows
 from tests.support.workspace import kill_group, wait_for
 from tests.workflow.test_crash import attempts, losses
 from workflow_scripts.launch.requeue import requeue_preempted
-from workflow_scripts.status.cli import all_statuses, read_status
+from workflow_scripts.status.read import all_statuses, read_status
 
 TRAINED = "experiments/long/checkpoint.json"
 # large enough that a training of 60 steps does not end while its first checkpoint is being noticed

@@ -18,7 +18,8 @@ from workflow_scripts.launch import attempts
 from workflow_scripts.launch.ownership import Ownership
 from workflow_scripts.launch.step import complete
 from workflow_scripts.plan.runs import Plan
-from workflow_scripts.status.cli import all_statuses, draw, read_status, render
+from workflow_scripts.status.cli import draw, render
+from workflow_scripts.status.read import all_statuses, read_status
 from workflow_scripts.status.table import duration, shorten, table
 
 LOG = "llava_ext: step 3/8\nTraceback (most recent call last):\nerror: an older one\nerror: {}\nand its second line\n"

@@ -86,7 +86,8 @@ def write_export(folder: Path, llm: Path, tower: Path, interventions: dict) -> P
     """An untrained checkpoint, exported as the export step does; returns its manifest."""
     import torch
 
-    from llava_ext.model.build import build_model, save_checkpoint
+    from llava_ext.checkpoints.stored import save_checkpoint
+    from llava_ext.model.build import build_model
     from llava_ext.model.interventions import Interventions
 
     torch.manual_seed(0)

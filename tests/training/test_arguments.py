@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 from transformers.utils import is_flash_attn_2_available
 
+from llava_ext.errors import TrainingError
 from llava_ext.model.interventions import InterventionError
-from llava_ext.training.arguments import LlavaTrainingArguments, make_parser, parse, split_flags, translate
-from llava_ext.training.states import TrainingError
+from llava_ext.training.arguments import LlavaTrainingArguments, make_parser, parse
+from llava_ext.training.llava_flags import split_flags, translate
 
 # The flags of LLaVA-1.5's pretrain and finetune scripts, and of the published interventions' scripts.
 PRETRAIN = [

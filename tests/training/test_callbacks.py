@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 from transformers import TrainerCallback
 
-from llava_ext.training.callbacks import let_fail
+from llava_ext.training.trackers import let_fail
 
 
 class BrittleCallback(TrainerCallback):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_ext.training import states as resume
+from llava_ext.training import claim, states
 from tests.support.trainings import (
     GOLDEN,
     command_line,
@@ -149,12 +149,12 @@ def test_dataset_workers_do_not_outlive_a_killed_trainer(tmp_path, context):
     assert not [path for path in left if path.exists()]
 
 
-@pytest.mark.parametrize("error", ["RuntimeError", "resume.TrainingError"])
+@pytest.mark.parametrize("error", ["RuntimeError", "errors.TrainingError"])
 def test_an_error_ends_the_dataset_workers_too(tmp_path, error):
     """They do not heed signals from outside; without an end from the trainer it would wait for them for ever."""
     workers = {"dataloader_num_workers": 2, "dataloader_persistent_workers": True}
     argv = command_line(2, tmp_path / "out", **workers)
-    then = f"from llava_ext.training import states as resume; raise {error}('it broke')"
+    then = f"from llava_ext.training import states; raise {error}('it broke')"
     done = run_with("trainer.LlavaTrainer.take_counts", then, argv, tmp_path)
     assert done.returncode == 1 and "it broke" in done.stderr
     run(argv, tmp_path / "log")  # and those that are left at a good end
@@ -190,12 +190,12 @@ def test_signal_during_a_save_needs_no_second_one(tmp_path, uninterrupted):
 def test_a_process_whose_training_was_taken_over_writes_nothing_more(tmp_path):
     """Its machine was cut off, Slurm gave the job to another one, and now it is back."""
     argv = command_line(2, tmp_path / "out", save_steps=4)
-    lock = (tmp_path / "out" / resume.HOLDER).as_posix()
+    lock = (tmp_path / "out" / claim.HOLDER).as_posix()
     done = run_with("states.seal", f"open({lock!r}, 'w').write('process 7 on elsewhere')", argv, tmp_path)
     assert done.returncode == 1
     assert "process 7 on elsewhere has taken this training over" in done.stderr
     assert rows(tmp_path / "out")[-1]["step"] == 4
-    assert [item.step for item in resume.checkpoints(tmp_path / "out")] == [4]
+    assert [item.step for item in states.checkpoints(tmp_path / "out")] == [4]
 
 
 def test_damaged_newest_checkpoint(tmp_path, uninterrupted):

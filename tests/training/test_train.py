@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llava_ext.checkpoints import original as formats
-from llava_ext.model.build import load_model
+from llava_ext.checkpoints import keys, original, tensors
+from llava_ext.checkpoints.stored import load_model
 from tests.support.trainings import GOLDEN, command_line, losses, result, rows, run
 
 SHORT = {"max_steps": 3, "gradient_accumulation_steps": 1, "save_strategy": "no", "num_train_epochs": None}
@@ -41,7 +41,7 @@ def stopped(outcome, *words):
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     """Final weights by the original layout's names."""
     model, _, _ = load_model(folder)
-    return formats.state_to_original(model.state_dict(), model.config.interventions)
+    return keys.state_to_original(model.state_dict(), model.config.interventions)
 
 
 def base_weights() -> dict[str, torch.Tensor]:
@@ -63,12 +63,10 @@ def test_stage_1_changes_the_projector_only(tmp_path, train_here):
         "mm_projector.safetensors",
     ]
     assert not (tmp_path / "model.safetensors").exists()
-    assert formats.is_original(tmp_path)
+    assert original.is_original(tmp_path)
     assert result(tmp_path)["status"] == "finished" and "mm_projector.bin" in result(tmp_path)["files"]
     model, _, _ = load_model(tmp_path, llm=GOLDEN / "llm", tower=GOLDEN / "clip_g4")
-    assert not changed(
-        formats.state_to_original(model.state_dict(), model.config.interventions), base_weights()
-    )
+    assert not changed(keys.state_to_original(model.state_dict(), model.config.interventions), base_weights())
 
 
 def test_stage_2_changes_all_but_the_tower(tmp_path, train_here):
@@ -79,7 +77,7 @@ def test_stage_2_changes_all_but_the_tower(tmp_path, train_here):
     tower = load_file(GOLDEN / "clip_g4" / "model.safetensors")
     names = {name.removeprefix("vision_model."): tensor for name, tensor in tower.items()}
     assert not changed(
-        {name.removeprefix(formats.ORIGINAL_TOWER): tensor for name, tensor in final.items()}, names
+        {name.removeprefix(keys.ORIGINAL_TOWER): tensor for name, tensor in final.items()}, names
     )
 
 
@@ -90,14 +88,14 @@ def test_freeze_backbone_leaves_lm_head_to_train_as_llava_does(tmp_path, train_h
 
 def test_freeze_mm_mlp_adapter(tmp_path, train_here):
     ok(train_here(short(2, tmp_path, freeze_mm_mlp_adapter=True)))
-    start = formats.read_tensors(GOLDEN / "train" / "vanilla_stage1_mm_projector.bin")
+    start = tensors.read_tensors(GOLDEN / "train" / "vanilla_stage1_mm_projector.bin")
     assert not changed(weights(tmp_path), start)
 
 
 def test_mm_projector_lr_of_zero_decay_group_moves_only_the_rest(tmp_path, train_here):
     """A tiny rate of its own: the projector hardly moves while the LLM does."""
     ok(train_here(short(2, tmp_path, mm_projector_lr=1e-9)))
-    start = formats.read_tensors(GOLDEN / "train" / "vanilla_stage1_mm_projector.bin")
+    start = tensors.read_tensors(GOLDEN / "train" / "vanilla_stage1_mm_projector.bin")
     final = weights(tmp_path)
     assert max((final[name] - tensor).abs().max().item() for name, tensor in start.items()) < 1e-7
     assert changed(final, base_weights())
@@ -118,7 +116,7 @@ def test_lora_trains_adapters_and_merges_them(tmp_path, train_here):
         - base_weights()["model.layers.0.self_attn.q_proj.weight"]
     )
     assert torch.linalg.matrix_rank(delta, rtol=1e-4) <= 4
-    start = formats.read_tensors(GOLDEN / "train" / "vanilla_stage1_mm_projector.bin")
+    start = tensors.read_tensors(GOLDEN / "train" / "vanilla_stage1_mm_projector.bin")
     assert changed(final, start) == set(start)
 
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from tests.support.workspace import ROOT, Workspace
-from workflow_scripts.status.cli import all_statuses
+from workflow_scripts.status.read import all_statuses
 
 pytestmark = pytest.mark.slow
 

@@ -12,7 +12,7 @@ from workflow_scripts.merge.joins import Store
 from workflow_scripts.merge.writing import empty_images, empty_records
 
 if TYPE_CHECKING:
-    from workflow_scripts.merge.step import MergedPart
+    from workflow_scripts.merge.parts import MergedPart
 
 
 class Tables:
@@ -33,7 +33,7 @@ class Tables:
         self._keep_used_sources()
 
     def _records(self, part: MergedPart, rows: slice, first: int) -> None:
-        from workflow_scripts.merge.step import label_of_records
+        from workflow_scripts.merge.parts import label_of_records
 
         source_of_label = np.array([self.sources.index(name) for name in part.names], np.uint16)
         table = self.records[rows]

@@ -6,38 +6,20 @@ share a training where they agree, and a changed learning rate makes a new run b
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from workflow_scripts.code_version import CODE_VERSION
-from workflow_scripts.config.base import StrictModel
 from workflow_scripts.config.compute import ComputeSpec, split_gres
 from workflow_scripts.config.experiments import Experiment
 from workflow_scripts.config.load import Loaded
-from workflow_scripts.config.schema import known, suggestion
 from workflow_scripts.config.sources import source_inputs
-from workflow_scripts.io import UserError, digest, read_json
-from workflow_scripts.report.table import text_table
+from workflow_scripts.io import digest
+from workflow_scripts.plan.names import slug
+from workflow_scripts.plan.specs import plain, recipe
 
 STAGES = ("pretrain", "finetune")
-# How a file is fetched and what it is compared with, not what it is.
-TRANSPORT = frozenset(
-    {"mirrors", "connections_per_host", "bytes", "about_gb", "trust", "local", "expected_images"}
-)
-# Short words for run folders; flags without one appear under their own name.
-SHORT = {
-    "normalize_projector": "normalize",
-    "use_multilayer_features": "multilayer",
-    "compression_after_projection": "compress",
-    "twoD_vision_embedding": "2d",
-    "interleave": "interleave",
-    "add_spatial_coordinates": "coordinates",
-}
 
 
 @dataclass(frozen=True)
@@ -57,30 +39,6 @@ class Run:
     def manifest(self) -> str:
         """What says that the run is finished."""
         return f"{self.folder}/manifest.json"
-
-
-def plain(model: StrictModel) -> dict[str, Any]:
-    """A section as JSON values: what differs from the defaults, and always the kind."""
-    found = model.model_dump(mode="json", exclude_defaults=True)
-    kind = getattr(model, "kind", None)
-    return {"kind": kind, **found} if kind else found
-
-
-def recipe(model: StrictModel) -> dict[str, Any]:
-    """What a section says about the result: :func:`plain` without transport and bookkeeping."""
-    left_out = TRANSPORT | getattr(type(model), "NOT_IN_RECIPE", frozenset())
-    return {key: _strip(value) for key, value in plain(model).items() if key not in left_out}
-
-
-def _strip(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _strip(item) for key, item in value.items() if key not in TRANSPORT}
-    return [_strip(item) for item in value] if isinstance(value, list) else value
-
-
-def compact(value: Any) -> str:
-    """JSON for a command line: one spelling per value."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
 class Plan:
@@ -267,94 +225,3 @@ class Plan:
     def used_folders(self) -> list[str]:
         """The run folders of this configuration's experiments."""
         return sorted(run.folder for run in self.by_name.values())
-
-
-def resources_of(compute: ComputeSpec, attempt: int = 1) -> dict[str, Any]:
-    """What a training asks of a cluster; None where it asks for nothing.
-
-    With several machines the job runs in the batch script on the first of them (`mpi`), because only from there an
-    inner `srun` sees the whole allocation. `--signal` lets a training save ahead of its time limit.
-    """
-    several = compute.nodes > 1
-    gres = compute.gres or (f"gpu:{compute.gpus_per_node}" if compute.gpus_per_node else None)
-    extra = f"--signal=TERM@{compute.save_before_end_s} --open-mode=append"
-    return {
-        "mem_mb": compute.mem_mb,
-        "runtime": compute.runtime_min,
-        "nodes": compute.nodes,
-        "gres": gres,
-        "mpi": "srun" if several else None,
-        "tasks": compute.nodes if several else None,
-        "tasks_per_gpu": 0 if gres else None,
-        "slurm_extra": f"{extra} --ntasks-per-node=1" if several else extra,
-        "train_slots": 1 if compute.gpus_per_node else 0,
-    }
-
-
-def announce(plan: Plan) -> None:
-    """Prints where the results are. Called at the end of a successful run."""
-    lines = []
-    for name in plan.experiments:
-        folder = Path("experiments") / name
-        if (folder / "checkpoint.json").is_file():
-            lines.append(f"  {name:<24} {folder}/hf")
-    if lines:
-        print(
-            "\ncheckpoints (checkpoint.json beside each says what it is):", *lines, sep="\n", file=sys.stderr
-        )
-    table = accuracy_table(
-        {name: run.manifest for (stage, name), run in plan.runs.items() if stage == "evaluate"}
-    )
-    if table:
-        print(
-            "\naccuracy in % (as is, vision tokens permuted, blank picture):",
-            table,
-            sep="\n",
-            file=sys.stderr,
-        )
-    if Path("report/index.html").is_file():
-        print(f"\nreport: {Path('report/index.html').absolute()}\n", file=sys.stderr)
-
-
-def accuracy_table(manifests: Mapping[str, str]) -> str:
-    """The evaluations' accuracies as a text table, one line an experiment; empty when there are none."""
-    return text_table(
-        {name: read_json(Path(path)) for name, path in manifests.items() if Path(path).is_file()}
-    )
-
-
-def check_targets(plan: Plan, targets: Iterable[str]) -> None:
-    """Raises UserError for a checkpoint of an experiment that does not exist, before Snakemake only says "no rule"."""
-    for target in targets:
-        parts = Path(target).parts[-3:]
-        if len(parts) == 3 and parts[0] == "experiments" and parts[2] == "checkpoint.json":
-            name = parts[1]
-            if name not in plan.experiments:
-                advice = suggestion(name, plan.experiments, "add it to the section experiments")
-                raise UserError(
-                    f"{target}: no experiment is called {name!r}; experiments: {known(plan.experiments)}; {advice}"
-                )
-
-
-def check_containers(plan: Plan) -> None:
-    """Raises UserError when a training on several nodes is to run in a container, before a job waits in a queue for that."""
-    for stage in STAGES:
-        for run in plan.names(stage):
-            nodes = plan.compute(stage, run).nodes
-            if nodes > 1:
-                name = plan.experiment_of(stage, run).stage(stage).compute
-                raise UserError(
-                    f"compute.{name}.nodes: found {nodes}, for runs/{stage}/{run}; inside a container it must be 1: a job on several "
-                    "nodes starts its processes with Slurm's srun, which would start them outside of the container. Use a virtual "
-                    "environment or conda for it (docs/slurm.md)"
-                )
-
-
-def slug(experiment: Experiment) -> str:
-    """A readable beginning of a run's folder: its flags, not its experiment's name, since runs are shared."""
-    flags = experiment.flags
-    words = [SHORT.get(key, key) for key, value in flags.items() if value is True]
-    size = flags.get("final_spatial_size")
-    if size is not None:
-        words.append(str(size))
-    return "-".join(words) or "vanilla"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from workflow_scripts.status.cli import Status
+    from workflow_scripts.status.read import Status
 
 STATES = (
     "running",

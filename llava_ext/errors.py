@@ -1,0 +1,16 @@
+"""What a person reads: errors that name the mend, and lines from the first rank."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+
+class TrainingError(Exception):
+    """A mistake that its reader can mend, or a stop with a reason: shown without a traceback."""
+
+
+def say(message: str) -> None:
+    """One line for the person who reads the log, from the first rank only."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"llava_ext: {message}", file=sys.stderr, flush=True)

@@ -1,0 +1,160 @@
+"""The parts of a model from their folders: tokenizer, image processor, vision tower, language model."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Tokenizer
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from ..data.conversation import IMAGE_TOKEN
+from ..errors import TrainingError
+
+
+def resolve_model(name: str, flag: str, cache_dir: str | None) -> Path:
+    """A model's folder: itself, or the hub's snapshot (from the cache first; the network only if it must).
+
+    Raises:
+        TrainingError: neither a folder nor a reachable hub id.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    if name.count("/") != 1 or name.startswith((".", "/")):
+        raise TrainingError(f"--{flag} {name}: no such folder")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, cache_dir=cache_dir, local_files_only=True))
+    except LocalEntryNotFoundError:
+        pass
+    patterns = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt"]
+    try:
+        return Path(snapshot_download(name, cache_dir=cache_dir, allow_patterns=patterns))
+    except (OSError, HfHubHTTPError) as error:
+        offline = " (offline mode is on)" if os.environ.get("HF_HUB_OFFLINE") else ""
+        raise TrainingError(
+            f"--{flag} {name}: no such folder, not in the cache, and the hub did not answer{offline}: {error}"
+        ) from error
+
+
+class BuildError(ValueError):
+    """A model folder that cannot be used; the message names the folder, what was found and the fix."""
+
+
+def load_tokenizer(folder: str | Path, model_max_length: int = 2048, padding_side: str = "right") -> Any:
+    """The folder's tokenizer, set up so that :mod:`llava_ext.data.conversation` gives LLaVA's ids.
+
+    The padding token is `<unk>`, as in LLaVA. An `<image>` token that an exported checkpoint's tokenizer has is taken out again: in
+    training the text `<image>` of a sample without image is ordinary text.
+
+    Raises:
+        BuildError: no tokenizer there, or one whose padding token would also be a label.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder),
+            legacy=False,
+            model_max_length=model_max_length,
+            padding_side=padding_side,
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise BuildError(
+            f"{folder}: no usable tokenizer ({error}); it needs tokenizer.model or tokenizer.json"
+        ) from None
+    _remove_image_token(tokenizer)
+    if tokenizer.unk_token is not None:
+        tokenizer.pad_token = tokenizer.unk_token
+    if tokenizer.pad_token is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        raise BuildError(
+            f"{folder}: the tokenizer has no <unk> and its padding token is {tokenizer.pad_token!r}; padding is dropped from texts, so it "
+            "must be a token of its own: set pad_token in tokenizer_config.json"
+        )
+    return tokenizer
+
+
+def _remove_image_token(tokenizer: Any) -> None:
+    """Takes a special `<image>` token out of the tokenizer, in place."""
+    description = json.loads(tokenizer.backend_tokenizer.to_str())
+    kept = [token for token in description["added_tokens"] if token["content"] != IMAGE_TOKEN]
+    if len(kept) == len(description["added_tokens"]) or IMAGE_TOKEN in description["model"].get("vocab", {}):
+        return
+    description["added_tokens"] = kept
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(description))
+
+
+def with_image_token(tokenizer: Any) -> Any:
+    """A copy of the tokenizer in which `<image>` is one special token, after all others."""
+    extended = copy.deepcopy(tokenizer)
+    extended.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
+    return extended
+
+
+def image_token_id(tokenizer: Any) -> int:
+    """The id that `<image>` has in exported checkpoints: the first that the tokenizer does not use."""
+    return int(with_image_token(tokenizer).convert_tokens_to_ids(IMAGE_TOKEN))
+
+
+def load_image_processor(folder: str | Path) -> Any:
+    """The vision tower's image processor (Pillow backend)."""
+    try:
+        return CLIPImageProcessorPil.from_pretrained(str(folder))
+    except (OSError, ValueError) as error:
+        raise BuildError(
+            f"{folder}: no image processor ({error}); it needs preprocessor_config.json"
+        ) from None
+
+
+def load_tower(folder: str | Path, dtype: torch.dtype | None, attn_implementation: str | None) -> Any:
+    """The vision part of a CLIP checkpoint, with every weight found. Raises :class:`BuildError` otherwise."""
+    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    config = getattr(config, "vision_config", config)
+    if config.model_type != "clip_vision_model":
+        raise BuildError(f"{folder}: found a {config.model_type} model; a CLIP vision tower is expected")
+    tower, info = AutoModel.from_pretrained(
+        str(folder),
+        config=config,
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+        output_loading_info=True,
+    )
+    require_complete(folder, info, unexpected=False)
+    return tower
+
+
+def load_llm(folder: str | Path, dtype: torch.dtype | None, attn_implementation: str | None) -> Any:
+    """A causal language model with every weight found. Raises :class:`BuildError` otherwise."""
+    model, info = AutoModelForCausalLM.from_pretrained(
+        str(folder),
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+        trust_remote_code=False,
+        output_loading_info=True,
+    )
+    require_complete(folder, info, unexpected=False)
+    return model
+
+
+def require_complete(folder: str | Path, info: Mapping[str, Any], unexpected: bool = True) -> None:
+    """transformers only prints what was missing; here it is an error."""
+    kinds = ["missing_keys", "mismatched_keys", *(["unexpected_keys"] if unexpected else [])]
+    for kind in kinds:
+        if info[kind]:
+            names = sorted(str(name) for name in info[kind])
+            raise BuildError(
+                f"{folder}: {len(names)} {kind.replace('_', ' ')}, e.g. {', '.join(names[:4])}; the weights do not belong to this "
+                "kind of model, or the files are not all there"
+            )

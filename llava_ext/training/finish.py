@@ -1,0 +1,122 @@
+"""From a training's weights to the files that a stage leaves behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .. import files
+from ..checkpoints import keys, original, tensors
+from ..checkpoints.stored import save_checkpoint
+from ..errors import TrainingError
+from ..model.parts import load_image_processor, load_tokenizer
+from .lora import is_adapted, merged_state, save_adapters
+from .precision import half_precision
+from .trainer import LlavaTrainer
+
+if TYPE_CHECKING:
+    from .arguments import Arguments
+
+
+def write_final(
+    trainer: LlavaTrainer,
+    state: dict[str, torch.Tensor],
+    arguments: Arguments,
+    folders: dict[str, Path],
+    folder: Path,
+) -> None:
+    """The stage's result, written to ``folder`` and read back.
+
+    Stage 1: ``mm_projector.bin``, ``mm_projector.safetensors`` and ``config.json`` as LLaVA's; stage 2: a HF checkpoint.
+    """
+    folder.mkdir(parents=True)
+    model = trainer.plain_model
+    if is_adapted(model):
+        if not arguments.training.lora_merge:
+            save_adapters(model, state, folder / "adapters")
+        state = merged_state(model, state)
+        model = model.get_base_model()
+    half = half_precision(arguments.training)
+    if half is not None:
+        state = {
+            name: tensor.to(half) if tensor.is_floating_point() else tensor for name, tensor in state.items()
+        }
+    state = {name: tensor.detach().cpu() for name, tensor in state.items()}
+    # Off while training; a finished model generates with it.
+    model.config.text_config.use_cache = True
+    vars(model.config).pop("use_cache", None)
+    if arguments.model.tune_mm_mlp_adapter:
+        _write_projector(model, state, arguments, folders, folder)
+    else:
+        tokenizer = load_tokenizer(folders["llm"], arguments.training.model_max_length)
+        processor = load_image_processor(folders["vision_tower"])
+        save_checkpoint(
+            model,
+            tokenizer,
+            processor,
+            folder,
+            prompt_version=arguments.model.version,
+            image_aspect_ratio=arguments.data.image_aspect_ratio,
+            state_dict=state,
+        )
+        original.keep_sentencepiece(original.find_sentencepiece(folders["llm"]), folder)
+    _read_back(folder)
+
+
+def _write_projector(
+    model: Any, state: dict[str, torch.Tensor], arguments: Arguments, folders: dict[str, Path], folder: Path
+) -> None:
+    from safetensors.torch import save_file
+
+    projector = keys.projector_to_original(keys.projector_of(state), model.config.interventions)
+    projector = {name: tensor.contiguous() for name, tensor in projector.items()}
+    torch.save(projector, folder / "mm_projector.bin")
+    save_file(projector, folder / "mm_projector.safetensors", metadata={"format": "pt"})
+    described = original.config_to_original(
+        json.loads(model.config.text_config.to_json_string(use_diff=False)),
+        json.loads(model.config.vision_config.to_json_string(use_diff=False)),
+        model.config.interventions,
+        original_settings(arguments),
+    )
+    files.write_json(folder / "config.json", described)
+
+
+def original_settings(arguments: Arguments) -> dict[str, Any]:
+    """LLaVA's config fields that come from the command line."""
+    model, training = arguments.model, arguments.training
+    return {
+        "mm_vision_tower": model.vision_tower,
+        "mm_projector_type": model.mm_projector_type,
+        "mm_vision_select_layer": model.mm_vision_select_layer,
+        "mm_vision_select_feature": model.mm_vision_select_feature,
+        "mm_projector_lr": training.mm_projector_lr,
+        "image_aspect_ratio": arguments.data.image_aspect_ratio,
+        "tokenizer_model_max_length": training.model_max_length,
+        "tune_mm_mlp_adapter": model.tune_mm_mlp_adapter,
+        "freeze_mm_mlp_adapter": training.freeze_mm_mlp_adapter,
+        "_name_or_path": model.model_name_or_path,
+    }
+
+
+def _read_back(folder: Path) -> None:
+    """Proves that what was written can be read: every header, and every name that an index lists."""
+    for path in folder.rglob("*.safetensors"):
+        try:
+            shapes = tensors.tensor_shapes(path)
+        except Exception as error:
+            raise TrainingError(f"{path}: was written but can't be read: {error}") from error
+        empty = [name for name, shape in shapes.items() if 0 in shape]
+        if not shapes or empty:
+            raise TrainingError(
+                f"{path}: was written but {f'{empty[:3]} hold nothing' if empty else 'holds no tensors'}"
+            )
+    index = files.read_json(folder / "model.safetensors.index.json")
+    if index:
+        for shard in set(index["weight_map"].values()):
+            listed = {name for name, place in index["weight_map"].items() if place == shard}
+            missing = listed - tensors.tensor_shapes(folder / shard).keys()
+            if missing:
+                raise TrainingError(f"{folder / shard}: lacks {sorted(missing)[:3]}")

@@ -1,0 +1,172 @@
+"""What determines a training's result, by content; a run continues only with the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import files
+from ..errors import TrainingError, say
+from ..files import read_json, write_json
+from .states import RESULT, checkpoints
+
+if TYPE_CHECKING:
+    from ..data.samples import SampleStore
+    from .arguments import Arguments
+
+
+IDENTITY = "run_identity.json"
+
+
+def folder_digest(folder: Path) -> str:
+    """A digest of a model folder that is cheap at any size: JSON whole; of other files size, head and tail."""
+    whole = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if not path.is_file() or path.name.startswith(".") or path.suffix in (".md", ".txt"):
+            continue
+        with path.open("rb") as stream:
+            piece = stream.read(1 << 20)
+            size = path.stat().st_size
+            if size > 1 << 21:
+                stream.seek(-(1 << 20), os.SEEK_END)
+                piece += stream.read()
+        whole.update(f"{path.name}\0{size}\0".encode() + hashlib.sha256(piece).digest())
+    return whole.hexdigest()
+
+
+def check_identity(
+    output_dir: Path, identity: dict[str, Any], rounding: frozenset[str] = frozenset()
+) -> None:
+    """Refuses to continue a run with another configuration; records the identity of a new one.
+
+    A changed value of ``rounding`` is said and accepted.
+
+    Raises:
+        TrainingError: names each other key whose value differs from the recorded one.
+    """
+    path = output_dir / IDENTITY
+    recorded = read_json(path)
+    if isinstance(recorded, dict) and (checkpoints(output_dir) or (output_dir / RESULT).exists()):
+        changed = {
+            key: f"{key}: {recorded.get(key)!r} when it was started, now {identity.get(key)!r}"
+            for key in sorted(recorded.keys() | identity.keys())
+            if recorded.get(key) != identity.get(key)
+        }
+        if not changed.keys() <= rounding:
+            raise TrainingError(
+                f"--output_dir {output_dir}: holds a training with another configuration:\n  "
+                + "\n  ".join(changed.values())
+                + "\nChoose another --output_dir, or undo the change, or delete the folder to start over."
+            )
+        for line in changed.values():
+            say(f"{line}: the same steps, rounded otherwise from here on")
+    write_json(path, identity)
+
+
+# Not part of what determines the result: where things lie, what is logged, how work is spread over processes.
+WITHOUT_INFLUENCE = frozenset(
+    [
+        "output_dir",
+        "cache_dir",
+        "logging_strategy",
+        "logging_first_step",
+        "logging_steps",
+        "log_level",
+        "log_level_replica",
+        "log_on_each_node",
+        "save_strategy",
+        "save_steps",
+        "save_total_limit",
+        "save_on_each_node",
+        "save_only_model",
+        "report_to",
+        "run_name",
+        "project",
+        "disable_tqdm",
+        "dataloader_num_workers",
+        "dataloader_pin_memory",
+        "dataloader_persistent_workers",
+        "dataloader_prefetch_factor",
+        "dataloader_multiprocessing_context",
+        "dataloader_in_order",
+        "local_rank",
+        "ddp_timeout",
+        "ddp_backend",
+        "ddp_bucket_cap_mb",
+        "ddp_find_unused_parameters",
+        "ddp_broadcast_buffers",
+        "ddp_static_graph",
+        "skip_memory_metrics",
+        "push_to_hub",
+        "hub_model_id",
+        "hub_strategy",
+        "hub_token",
+        "hub_private_repo",
+        "hub_always_push",
+        "hub_revision",
+        "watchdog_minutes",
+        "watchdog_zero_steps",
+        "meeting_timeout_s",
+        "resume",
+        "debug",
+        "resume_from_checkpoint",
+        "ignore_data_skip",
+        "per_device_eval_batch_size",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "deepspeed",
+        "fsdp",
+        "fsdp_config",
+        "use_cpu",
+        "model_name_or_path",
+        "vision_tower",
+        "pretrain_mm_mlp_adapter",
+        "data_path",
+        "image_folder",
+        "cache_pixels",
+        "supervised_share_bound",
+        "mismatch_bound",
+        "preflight_samples",
+        "lora_merge",
+        "trackio_space_id",
+        "trackio_bucket_id",
+        "trackio_static_space_id",
+        "accelerator_config",
+        "parallelism_config",
+        "activation_checkpointing",
+        "activation_checkpointing_kwargs",
+        "gradient_checkpointing",
+        "gradient_checkpointing_kwargs",
+        "torch_empty_cache_steps",
+    ]
+)
+
+
+# How the same steps are computed: what helps against too little memory may change on the way, and is said.
+ROUNDING = frozenset(["micro_batch_size", "attn_implementation", "pack", "tf32"])
+
+
+def identity(arguments: Arguments, store: SampleStore, folders: dict[str, Path]) -> dict[str, Any]:
+    """Everything that determines the result, by content rather than by path."""
+    training = arguments.training
+    values: dict[str, Any] = {}
+    for group in (arguments.model, arguments.data, training):
+        for name in type(group).__dataclass_fields__:
+            value = getattr(group, name, None)
+            if name not in WITHOUT_INFLUENCE:
+                values[name] = value if isinstance(value, (bool, int, float, type(None))) else str(value)
+    values |= {f"interventions.{name}": value for name, value in arguments.interventions.to_dict().items()}
+    values["micro_batch_size"] = training.per_device_train_batch_size
+    values["global_batch_size"] = (
+        training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
+    )
+    values["samples"] = store.digest
+    values |= {f"{name}_content": folder_digest(folder) for name, folder in folders.items()}
+    adapter = arguments.model.pretrain_mm_mlp_adapter
+    if adapter:
+        path = Path(adapter)
+        values["projector_content"] = folder_digest(path) if path.is_dir() else files.sha256(path)
+    return json.loads(json.dumps(values, default=str))

@@ -1,0 +1,37 @@
+"""Targets and deployments that a configuration does not have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from workflow_scripts.config.schema import known, suggestion
+from workflow_scripts.io import UserError
+from workflow_scripts.plan.runs import STAGES, Plan
+
+
+def check_targets(plan: Plan, targets: Iterable[str]) -> None:
+    """Raises UserError for a checkpoint of an experiment that does not exist, before Snakemake only says "no rule"."""
+    for target in targets:
+        parts = Path(target).parts[-3:]
+        if len(parts) == 3 and parts[0] == "experiments" and parts[2] == "checkpoint.json":
+            name = parts[1]
+            if name not in plan.experiments:
+                advice = suggestion(name, plan.experiments, "add it to the section experiments")
+                raise UserError(
+                    f"{target}: no experiment is called {name!r}; experiments: {known(plan.experiments)}; {advice}"
+                )
+
+
+def check_containers(plan: Plan) -> None:
+    """Raises UserError when a training on several nodes is to run in a container, before a job waits in a queue for that."""
+    for stage in STAGES:
+        for run in plan.names(stage):
+            nodes = plan.compute(stage, run).nodes
+            if nodes > 1:
+                name = plan.experiment_of(stage, run).stage(stage).compute
+                raise UserError(
+                    f"compute.{name}.nodes: found {nodes}, for runs/{stage}/{run}; inside a container it must be 1: a job on several "
+                    "nodes starts its processes with Slurm's srun, which would start them outside of the container. Use a virtual "
+                    "environment or conda for it (docs/slurm.md)"
+                )

@@ -1,0 +1,29 @@
+"""What a training asks of Snakemake and Slurm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from workflow_scripts.config.compute import ComputeSpec
+
+
+def resources_of(compute: ComputeSpec, attempt: int = 1) -> dict[str, Any]:
+    """What a training asks of a cluster; None where it asks for nothing.
+
+    With several machines the job runs in the batch script on the first of them (`mpi`), because only from there an
+    inner `srun` sees the whole allocation. `--signal` lets a training save ahead of its time limit.
+    """
+    several = compute.nodes > 1
+    gres = compute.gres or (f"gpu:{compute.gpus_per_node}" if compute.gpus_per_node else None)
+    extra = f"--signal=TERM@{compute.save_before_end_s} --open-mode=append"
+    return {
+        "mem_mb": compute.mem_mb,
+        "runtime": compute.runtime_min,
+        "nodes": compute.nodes,
+        "gres": gres,
+        "mpi": "srun" if several else None,
+        "tasks": compute.nodes if several else None,
+        "tasks_per_gpu": 0 if gres else None,
+        "slurm_extra": f"{extra} --ntasks-per-node=1" if several else extra,
+        "train_slots": 1 if compute.gpus_per_node else 0,
+    }
