@@ -274,22 +274,22 @@ def test_projector_keys_of_every_recorded_configuration():
     listed: dict[str, set[str]] = {}
     for line in (GOLDEN / "artefacts" / "projector_keys_all_configs.txt").read_text().splitlines():
         if line.endswith(".safetensors"):
-            keys = listed.setdefault(line, set())
+            found = listed.setdefault(line, set())
         elif line.startswith("    model."):
-            keys.add(line.split()[0])
+            found.add(line.split()[0])
     words = {
         "normalize": "normalize_projector",
         "spatial": "add_spatial_coordinates",
         "compress": "compression_after_projection",
     }
     tried = 0
-    for name, keys in listed.items():
+    for name, names in listed.items():
         parts = name.removesuffix(".safetensors").split("_")
         # Registers do nothing; coordinates with compression never worked there.
         if "registers" in parts or {"spatial", "compress"} <= set(parts):
             continue
         flags = {flag: True for word, flag in words.items() if word in parts}
-        ours = keys.projector_from_original({key: torch.zeros(1) for key in keys})
-        assert set(keys.projector_to_original(ours, Interventions(**flags))) == keys, name
+        ours = keys.projector_from_original({key: torch.zeros(1) for key in names})
+        assert set(keys.projector_to_original(ours, Interventions(**flags))) == names, name
         tried += 1
     assert tried > 20

@@ -59,9 +59,9 @@ def meet(store: TCPStore, rank: int, size: int, timeout_s: float) -> subprocess.
     values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": store.port}
     values |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
     script = (
-        "from llava_ext.distributed import meeting\nfrom llava_ext.training import states\n"
+        "from llava_ext.distributed import meeting\nfrom llava_ext import errors\n"
         f"try: meeting.meet({timeout_s}, on_gpus=False)\n"
-        "except states.TrainingError as error: raise SystemExit(str(error))"
+        "except errors.TrainingError as error: raise SystemExit(str(error))"
     )
     changes = {name: str(value) for name, value in values.items()}
     return subprocess.Popen(
@@ -104,14 +104,14 @@ def test_a_network_that_does_not_answer_is_said_soon(store):
     script = (
         "import sys, time, torch, torch.distributed as dist\n"
         "from datetime import timedelta\n"
-        "from llava_ext import train\nfrom llava_ext.distributed import meeting\nfrom llava_ext.training import states\n"
+        "from llava_ext import train\nfrom llava_ext.distributed import meeting\nfrom llava_ext import errors\n"
         "rank, port = map(int, sys.argv[1:])\n"
         "there = dist.TCPStore('127.0.0.1', port, is_master=False)\n"
         "dist.init_process_group('gloo', store=there, rank=rank, world_size=2)\n"
         "if rank == 1:\n"
         "    dist.new_group(timeout=timedelta(seconds=3)); time.sleep(60)\n"
         "try: meeting.check_traffic(torch.device('cpu'), 3.0)\n"
-        "except states.TrainingError as error: train._fail(error)"
+        "except errors.TrainingError as error: train._fail(error)"
     )
     first, second = (
         subprocess.Popen(

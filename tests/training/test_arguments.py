@@ -89,7 +89,7 @@ FINETUNE = [
 @pytest.fixture
 def base(tmp_path, monkeypatch):
     """The flags that every run needs, on a machine without a GPU that torch can't use."""
-    monkeypatch.setattr("llava_ext.training.arguments.DEVICES", tmp_path / "dev")
+    monkeypatch.setattr("llava_ext.training.machine.DEVICES", tmp_path / "dev")
     (tmp_path / "data.json").write_text("[]")
     return [
         "--model_name_or_path", "llm", "--vision_tower", "tower", "--data_path", str(tmp_path / "data.json"),

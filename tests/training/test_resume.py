@@ -137,7 +137,10 @@ def test_every_file_is_read_by_a_rank_that_sees_it():
 
 def test_one_training_a_folder(tmp_path):
     """Another process is refused while the first lives, and may go on at once when it was killed."""
-    script = f"from pathlib import Path; from llava_ext.training.states import check_claim, claim; f = Path({str(tmp_path)!r}); claim(f, 0.1); check_claim(f); print('mine', flush=True); input()"
+    script = (
+        "from pathlib import Path; from llava_ext.training.claim import check_claim, claim\n"
+        f"f = Path({str(tmp_path)!r}); claim(f, 0.1); check_claim(f); print('mine', flush=True); input()"
+    )
 
     def another():
         return subprocess.Popen(
