@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from llava_ext import convert
-from llava_ext.checkpoints import original, tensors
+from llava_ext.checkpoints import keys, original, tensors
 from llava_ext.checkpoints.stored import load_model, save_checkpoint
 from llava_ext.errors import TrainingError
 from llava_ext.model.build import build_model
