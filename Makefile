@@ -52,4 +52,4 @@ slurm-sandbox: env  ## a shell with a private Slurm: two virtual nodes, pretende
 	$(BIN)/python -m tests.slurm.sandbox $(ARGS)
 
 bench: env  ## every benchmark, with the ratio against what one would run instead
-	for script in packing scan merge loading preprocess download checkpoint; do $(BIN)/python benchmarks/$$script.py || exit 1; done
+	$(BIN)/python -m benchmarks

@@ -1,6 +1,6 @@
 """What a save of the whole training state costs, in seconds and bytes, against transformers' Trainer on the same training.
 
-    python benchmarks/checkpoint.py [--hidden 512] [--layers 8] [--repeats 5]
+    python -m benchmarks.checkpoint [--hidden 512] [--layers 8] [--repeats 5]
 
 Two trainings of a random Llama of that size are made ready by one step each, stage 1 (the projector) and stage 2 (projector and
 LLM), and saved in turns by `llava_ext` and by the stock Trainer's own code. Ours lists every file with its CRC and forces it to the disk
@@ -9,7 +9,6 @@ before the checkpoint gets its name; the stock save is followed by a `sync`, so 
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import tempfile
@@ -17,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from measure import ROOT, interleaved, table
+from benchmarks.support.measure import ROOT, interleaved, sized_parser, table
 
 DATA = ROOT / "tests/golden/data"
 
@@ -82,10 +81,7 @@ def save(trainer: Any, stock: bool) -> int:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser = sized_parser(__doc__, argv, hidden=(512, 64), layers=(8, 1), repeats=(5, 1))
     options = parser.parse_args(argv)
     rows = []
     with tempfile.TemporaryDirectory() as folder:

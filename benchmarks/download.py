@@ -1,6 +1,6 @@
 """A download with its hash verified: ours against curl and against the hub's client, from a local server.
 
-python benchmarks/download.py [--mb 500] [--repeats 5]
+python -m benchmarks.download [--mb 500] [--repeats 5]
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
-from measure import Cost, child, interleaved, table
+from benchmarks.support.measure import Cost, child, interleaved, sized_parser, table
 
 SERVER = """
 import os, sys
@@ -61,14 +62,9 @@ def fresh(folder: Path) -> Path:
     return folder
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--mb", type=int, default=500)
-    parser.add_argument("--repeats", type=int, default=5)
-    options = parser.parse_args()
+    options = sized_parser(__doc__, argv, mb=(500, 3), repeats=(5, 1)).parse_args(argv)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         block = random.Random(0).randbytes(1 << 20)

@@ -1,30 +1,27 @@
 """Reading samples: images from the archive against extracted files and zipfile; memory of dataset workers.
 
-python benchmarks/loading.py [--records 100000] [--repeats 5]
+    python -m benchmarks.loading [--records 100000] [--repeats 5]
+
+There are at least 2000 records: one for each image.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import json
 import multiprocessing
 import os
 import random
-import sys
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
-from measure import ROOT, interleaved, table
-
-sys.path.insert(0, str(ROOT / "tests" / "data"))
-
-from damage import jpeg
-from mixing import Kitchen, conversation
-
+from benchmarks.support.measure import interleaved, sized_parser, table
 from llava_ext.data.samples import open_samples
+from tests.support.damage import jpeg
+from tests.support.mixing import Kitchen, conversation
 
 IMAGES = 2000
 
@@ -109,14 +106,9 @@ def memory(mixture: Path) -> str:
     return table((f"{len(records)} records", "private MB in each worker", "x this store"), rows)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Prints both tables."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--records", type=int, default=100_000, help="at least 2000 (%(default)s)")
-    parser.add_argument("--repeats", type=int, default=5)
-    options = parser.parse_args()
+    options = sized_parser(__doc__, argv, records=(100_000, IMAGES), repeats=(5, 1)).parse_args(argv)
     with tempfile.TemporaryDirectory() as name:
         mixture = make(Path(name), options.records)
         print(images(Path(name), mixture, options.repeats), memory(mixture), sep="\n\n")

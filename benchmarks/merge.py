@@ -1,21 +1,28 @@
 """The merge against the standard library's json: CPU time and memory.
 
-    python benchmarks/merge.py [--scale 0.1] [--repeats 3]
+    python -m benchmarks.merge [--scale 0.1] [--repeats 3]
 
-The rival is what people write: load both files, drop the records whose image is missing, dump. It makes no index,
+A scale of 1 is LLaVA-1.5's size. The rival is what people write: load both files, drop the records whose image is missing, dump. It makes no index,
 counts no words and computes no hash; the merge does.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
-from measure import Cost, child, interleaved, table
-from synthetic import INSTRUCT, PRETRAIN, TEXT_ONLY, scaled, write_annotations, write_archive
+from benchmarks.support.measure import Cost, child, interleaved, sized_parser, table
+from benchmarks.support.synthetic import (
+    INSTRUCT,
+    PRETRAIN,
+    TEXT_ONLY,
+    scaled,
+    write_annotations,
+    write_archive,
+)
 
 STDLIB = """
 import json, sys, zipfile, tarfile
@@ -94,14 +101,9 @@ def acquire(folder: Path, name: str, spec: dict[str, str]) -> None:
     run("workflow_scripts.acquire", "--name", name, "--spec", text, "--manifest", manifest)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--scale", type=float, default=0.1, help="1 is LLaVA-1.5's size (%(default)s)")
-    parser.add_argument("--repeats", type=int, default=3)
-    options = parser.parse_args()
+    options = sized_parser(__doc__, argv, scale=(0.1, 0.0005), repeats=(3, 1)).parse_args(argv)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         rival, ours, _ = prepare(folder, options.scale)

@@ -1,6 +1,6 @@
 """How much padding packed batches save, on lengths like those of LLaVA-1.5's finetuning mixture.
 
-    python benchmarks/packing.py [--samples 20000] [--batch 16] [--image_tokens 576 16]
+    python -m benchmarks.packing [--samples 20000] [--batch 16] [--image_tokens 576 16]
 
 Compared in one run: random order, the trainer's own grouping by modality and length, and packing. Printed is the share of the computed
 tokens that are padding, and the tokens computed relative to packing. With `--data_path` the lengths are those of your own mixture.
@@ -8,12 +8,12 @@ tokens that are padding, and the tokens computed relative to packing. With `--da
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
+from benchmarks.support.measure import sized_parser, table
 from llava_ext.data.sampler import modality_grouped_order
 
 SYSTEM_TOKENS = 45
@@ -48,8 +48,7 @@ def padded_cost(lengths: np.ndarray, order: Sequence[int], batch: int) -> int:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--samples", type=int, default=20_000)
+    parser = sized_parser(__doc__, argv, samples=(20_000, 500))
     parser.add_argument("--batch", type=int, default=16, help="samples per device and step")
     parser.add_argument(
         "--devices", type=int, default=8, help="the grouped order balances batches between them"
@@ -67,29 +66,28 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         words = np.asarray(open_samples(options.data_path, options.image_folder).lengths, dtype=np.int64)
     print(f"{len(words)} samples, {100 * (words < 0).mean():.0f} % text-only, batches of {options.batch}")
-    print(f"{'tokens per image':>16}  {'order':<22}  {'padding':>8}  {'tokens computed, packed = 1':>28}")
+    rows = []
     for image_tokens in options.image_tokens:
-        report(
-            words,
-            token_lengths(words, image_tokens, options.model_max_length),
-            image_tokens,
-            options.batch,
-            options.devices,
-        )
+        lengths = token_lengths(words, image_tokens, options.model_max_length)
+        rows += measured(words, lengths, image_tokens, options.batch, options.devices)
+    print(table(("tokens per image", "order", "padding", "tokens computed, packed = 1"), rows))
 
 
-def report(words: np.ndarray, lengths: np.ndarray, image_tokens: int, batch: int, devices: int) -> None:
+def measured(
+    words: np.ndarray, lengths: np.ndarray, image_tokens: int, batch: int, devices: int
+) -> list[tuple[object, ...]]:
     """The three rows for one number of tokens per image."""
     torch.manual_seed(0)
     orders = {
         "random": torch.randperm(len(words)).tolist(),
         "grouped by modality": modality_grouped_order(words, batch, devices, None),
     }
+    rows: list[tuple[object, ...]] = []
     for name, order in orders.items():
         used = len(order) // batch * batch
         real, cost = int(lengths[np.asarray(order[:used])].sum()), padded_cost(lengths, order, batch)
-        print(f"{image_tokens:>16}  {name:<22}  {100 * (1 - real / cost):>7.1f}%  {cost / real:>28.2f}")
-    print(f"{image_tokens:>16}  {'packed':<22}  {0:>7.1f}%  {1:>28.2f}")
+        rows.append((image_tokens, name, f"{100 * (1 - real / cost):.1f}%", f"{cost / real:.2f}"))
+    return [*rows, (image_tokens, "packed", "0.0%", "1.00")]
 
 
 if __name__ == "__main__":

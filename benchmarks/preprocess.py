@@ -1,25 +1,21 @@
 """LLaVA's image preprocessing from JPEG bytes: ours against transformers' processor.
 
-python benchmarks/preprocess.py [--images 40] [--repeats 5]
+python -m benchmarks.preprocess [--images 40] [--repeats 5]
 """
 
 from __future__ import annotations
 
-import argparse
 import io
-import sys
+from collections.abc import Sequence
 
 import numpy as np
-from measure import ROOT, interleaved, table
-
-sys.path.insert(0, str(ROOT / "tests" / "data"))
-
 import torch
-from damage import jpeg
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
+from benchmarks.support.measure import interleaved, sized_parser, table
 from llava_ext.data.images import ImagePreprocessor, decode
+from tests.support.damage import jpeg
 
 
 def expand_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
@@ -30,14 +26,9 @@ def expand_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.
     return canvas
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--images", type=int, default=40)
-    parser.add_argument("--repeats", type=int, default=5)
-    options = parser.parse_args()
+    options = sized_parser(__doc__, argv, images=(40, 2), repeats=(5, 1)).parse_args(argv)
     torch.set_num_threads(1)
     processor = CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
     ours = ImagePreprocessor.from_processor(processor, "pad")
@@ -61,9 +52,8 @@ def main() -> None:
     base = costs["Pillow, padding, transformers' CLIP processor"].cpu
     rows = [(n, f"{c.cpu / len(files) * 1000:.1f}", f"{base / c.cpu:.2f}") for n, c in costs.items()]
     print(table(("way", "CPU ms an image", "x faster"), rows))
-    print(
-        f"\nlargest difference of pixel values: {different:.2g} (one level is {1 / 255 / np.mean(processor.image_std):.2g})"
-    )
+    level = 1 / 255 / np.mean(processor.image_std)
+    print(f"\nlargest difference of pixel values: {different:.2g} (one level is {level:.2g})")
 
 
 if __name__ == "__main__":

@@ -1,26 +1,22 @@
 """The scan against the folk methods: speed, damage found, false alarms.
 
-    python benchmarks/scan.py [--images 200] [--repeats 5]
+    python -m benchmarks.scan [--images 200] [--repeats 5] [--seeds 50]
 
-Pictures are drawn with detail everywhere, so that their JPEGs are as large and as dense as photos of that size.
+``--seeds`` is the number of pictures for the table of damage. Pictures are drawn with detail everywhere, so that their JPEGs are as large and as dense as photos of that size.
 """
 
 from __future__ import annotations
 
-import argparse
 import io
-import sys
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
-from measure import ROOT, interleaved, table
-
-sys.path.insert(0, str(ROOT / "tests" / "data"))
-
-from damage import damaged_jpegs, damaged_others, jpeg, whole_files
 from PIL import Image, ImageFile
 
+from benchmarks.support.measure import interleaved, sized_parser, table
+from tests.support.damage import damaged_jpegs, damaged_others, jpeg, whole_files
 from workflow_scripts.scan.image_check import check, prepare_process
 from workflow_scripts.scan.table import ScanSettings, scan_store
 
@@ -124,15 +120,10 @@ def speed(images: int, repeats: int) -> str:
     return f"{images} JPEGs of 640 x 480, {size:.0f} kB each\n\n" + table(head, rows)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Prints both tables."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--images", type=int, default=200)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--seeds", type=int, default=50, help="pictures for the table of damage")
-    options = parser.parse_args()
+    parser = sized_parser(__doc__, argv, images=(200, 4), repeats=(5, 1), seeds=(50, 1))
+    options = parser.parse_args(argv)
     prepare_process()
     print(quality(options.seeds), speed(options.images, options.repeats), sep="\n\n")
 

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from synthetic import (
+
+from benchmarks.support.synthetic import (
     INSTRUCT,
     PRETRAIN,
     TEXT_ONLY,
@@ -26,7 +27,6 @@ from synthetic import (
     write_annotations,
     write_archive,
 )
-
 from llava_ext.data.samples import open_samples
 from workflow_scripts.io import read_json
 

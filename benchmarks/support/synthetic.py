@@ -17,49 +17,12 @@ from pathlib import Path
 
 from PIL import Image
 
-WORDS = [
-    "the",
-    "a",
-    "of",
-    "image",
-    "shows",
-    "person",
-    "standing",
-    "next",
-    "to",
-    "red",
-    "car",
-    "with",
-    "blue",
-    "sky",
-    "and",
-    "some",
-    "trees",
-    "in",
-    "background",
-    "where",
-    "small",
-    "dog",
-    "is",
-    "sitting",
-    "on",
-    "grass",
-    "near",
-    "table",
-    "that",
-    "has",
-    "several",
-    "cups",
-    "plates",
-    "what",
-    "color",
-    "how",
-    "many",
-    "answer",
-    "using",
-    "single",
-    "word",
-]
+VOCABULARY = (
+    "the a of image shows person standing next to red car with blue sky and some trees in background "
+    "where small dog is sitting on grass near table that has several cups plates what color how many "
+    "answer using single word"
+)
+WORDS = VOCABULARY.split()
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import statistics
 import sys
@@ -10,8 +11,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def benchmark_names() -> list[str]:
+    """The benchmarks: the modules of the folder `benchmarks`."""
+    return sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if path.stem[0] != "_")
+
+
+def sized_parser(
+    doc: str, argv: Sequence[str] | None, **sizes: tuple[float, float]
+) -> argparse.ArgumentParser:
+    """A command line with one option a size, each with its default and what ``--smallest`` makes of it."""
+    smallest = "--smallest" in (sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, (usual, least) in sizes.items():
+        default = least if smallest else usual
+        parser.add_argument(f"--{name}", type=type(usual), default=default, help="default: %(default)s")
+    parser.add_argument("--smallest", action="store_true", help="the smallest sizes, to see that it runs")
+    return parser
 
 
 @dataclass(frozen=True)
