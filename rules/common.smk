@@ -6,11 +6,12 @@ from snakemake_interface_executor_plugins.settings import DeploymentMethod
 
 from workflow_scripts.config.load import load_config
 from workflow_scripts.io import UserError
-from workflow_scripts.plan.runs import STAGES, Plan
+from workflow_scripts.plan.plan import Plan
 from workflow_scripts.plan.announce import announce
 from workflow_scripts.plan.checks import check_containers, check_targets
 from workflow_scripts.plan.specs import compact, plain, recipe
 from workflow_scripts.plan.resources import resources_of
+from workflow_scripts.stages import STAGES, last_stage
 from workflow_scripts.step import command
 
 try:
@@ -103,7 +104,7 @@ def run_of(stage, experiment):
 
 
 def training_inputs(stage):
-    """A function of the wildcards: the mixture, the models, and for stage 2 the parent of a training."""
+    """A function of the wildcards: the mixture, the models and the parent of a training."""
 
     def inputs(wildcards):
         experiment = training(stage, wildcards.run)
@@ -114,8 +115,8 @@ def training_inputs(stage):
                 for name in (experiment.model.llm, experiment.model.vision_tower)
             ],
         }
-        if stage == "finetune":
-            found["parent"] = plan.run("pretrain", experiment.name).manifest
+        if parent := STAGES[stage].parent:
+            found["parent"] = plan.run(parent, experiment.name).manifest
         return found
 
     return inputs
@@ -129,3 +130,15 @@ def training_resource(stage, name):
         return resources_of(plan.compute(stage, wildcards.run), attempt)[name]
 
     return value
+
+
+def training_spec(stage):
+    """A function of the wildcards: what the launcher has to know about a training."""
+    return lambda wildcards, resources: compact(
+        plan.training_spec(stage, wildcards.run)
+    )
+
+
+def training_threads(stage):
+    """A function of the wildcards: the CPUs of one process's machine."""
+    return lambda wildcards: plan.compute(stage, wildcards.run).cpus

@@ -3,8 +3,8 @@
 
 rule export:
     input:
-        finetune=lambda wildcards: plan.run(
-            "finetune", training("export", wildcards.run).name
+        trained=lambda wildcards: plan.run(
+            last_stage(), training("export", wildcards.run).name
         ).manifest,
     output:
         manifest="runs/export/{run}/manifest.json",
@@ -19,14 +19,17 @@ rule export:
         step=step,
         spec=lambda wildcards, resources: compact(plan.export_spec(wildcards.run)),
     shell:
-        "{params.step} --log {log} export --spec {params.spec:q} --finetune {input.finetune} --manifest {output.manifest}"
+        "{params.step} --log {log} export --spec {params.spec:q} --trained {input.trained} --manifest {output.manifest}"
 
 
 rule checkpoint:
     input:
-        pretrain=lambda wildcards: run_of("pretrain", wildcards.experiment),
-        finetune=lambda wildcards: run_of("finetune", wildcards.experiment),
-        export=lambda wildcards: run_of("export", wildcards.experiment),
+        unpack(
+            lambda wildcards: {
+                stage: run_of(stage, wildcards.experiment)
+                for stage in (*STAGES, "export")
+            }
+        ),
     output:
         manifest="experiments/{experiment}/checkpoint.json",
     log:
@@ -37,8 +40,9 @@ rule checkpoint:
         step=step,
         spec=lambda wildcards: compact(plan.checkpoint_spec(wildcards.experiment)),
     shell:
-        "{params.step} --log {log} link --spec {params.spec:q} --pretrain {input.pretrain} --finetune {input.finetune}"
-        " --export {input.export} --manifest {output.manifest}"
+        "{params.step} --log {log} link --spec {params.spec:q} "
+        + " ".join(f"--{stage} {{input.{stage}}}" for stage in (*STAGES, "export"))
+        + " --manifest {output.manifest}"
 
 
 rule evaluate:
@@ -78,18 +82,12 @@ rule report:
             for name in plan.experiments
             if plan.config.evaluation
         ],
-        trainings=[
-            f"runs/{stage}/{name}/manifest.json"
-            for stage in STAGES
-            for name in plan.names(stage)
-        ],
+        trainings=[run.manifest for run in plan.trainings()],
         mixtures=expand(
             "data/mixtures/{mixture}/manifest.json", mixture=plan.used_mixtures()
         ),
         scans=expand("data/scans/{source}/manifest.json", source=plan.scanned()),
-        sources=expand(
-            "data/sources/{source}/manifest.json", source=plan.used_sources()
-        ),
+        sources=[source_manifest(name) for name in sorted(plan.used_sources())],
     output:
         page=report(
             "report/index.html",

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from workflow_scripts.io import UserError, read_json, user_errors
 from workflow_scripts.launch.ownership import OWNER, alive
+from workflow_scripts.stages import STAGES
 
 
 @dataclass(frozen=True)
@@ -62,24 +63,26 @@ def _measures(folder: Path, kept: set[str]) -> bool:
     return f"runs/export/{read_json(manifest).get('checkpoint', {}).get('run')}" in kept
 
 
-def parents_in_use(root: Path, kept: set[str]) -> set[str]:
-    """Stage-1 runs that a stage-2 training needs which is kept or is being computed, whatever configuration asked for it."""
-    wanted = {
-        read_json(path).get("inputs", {}).get("parent")
-        for path in root.glob("runs/finetune/*/*/spec.json")
-        if str(path.parents[1].relative_to(root)) in kept or is_computing(path.parents[1])
-    }
-    return {
-        str(path.parent.relative_to(root))
-        for path in root.glob("runs/pretrain/*/manifest.json")
-        if read_json(path).get("digest") in wanted
-    }
+def with_parents(root: Path, kept: set[str]) -> set[str]:
+    """``kept``, and the parents of trainings that are kept or being computed, whatever configuration asked for them."""
+    found = set(kept)
+    for stage in [stage for stage in reversed(STAGES.values()) if stage.parent]:
+        wanted = {
+            read_json(path).get("inputs", {}).get("parent")
+            for path in root.glob(f"runs/{stage.name}/*/*/spec.json")
+            if str(path.parents[1].relative_to(root)) in found or is_computing(path.parents[1])
+        }
+        found |= {
+            str(path.parent.relative_to(root))
+            for path in root.glob(f"runs/{stage.parent}/*/manifest.json")
+            if read_json(path).get("digest") in wanted
+        }
+    return found
 
 
 def find_unused(root: Path, used: Sequence[str], forget: Sequence[str] = ()) -> Iterator[Unused]:
     """The folders below ``root`` that can go."""
-    kept = {*used, *named_by_experiments(root, forget)}
-    kept |= parents_in_use(root, kept)
+    kept = with_parents(root, {*used, *named_by_experiments(root, forget)})
     for folder in sorted(path for path in root.glob("runs/*/*") if path.is_dir()):
         name = str(folder.relative_to(root))
         if is_computing(folder):
@@ -114,10 +117,9 @@ def clean(root: Path, used: Sequence[str], forget: Sequence[str], really: bool) 
 
 def used_by_files(files: Sequence[Path]) -> list[str]:
     """The run folders that configurations use."""
-    from workflow_scripts.config.load import load_file
-    from workflow_scripts.plan.runs import Plan
+    from workflow_scripts.plan.plan import read_plan
 
-    return sorted({folder for file in files for folder in Plan(load_file(file)).used_folders()})
+    return sorted({folder for file in files for folder in read_plan([file]).used_folders()})
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from workflow_scripts.io import read_json, user_errors, write_json
+from workflow_scripts.stages import STAGES
 
 
 def relative_link(link: Path, target: Path) -> None:
@@ -26,15 +27,12 @@ def relative_link(link: Path, target: Path) -> None:
 
 
 def link_experiment(
-    spec: Mapping[str, Any], pretrain: Path, finetune: Path, export: Path, manifest: Path
+    spec: Mapping[str, Any], trained: Mapping[str, Path], export: Path, manifest: Path
 ) -> dict[str, Any]:
-    """Makes the links and writes `checkpoint.json`."""
+    """Makes the links and writes `checkpoint.json`; ``trained`` are the manifests by stage."""
     folder = manifest.parent
     folder.mkdir(parents=True, exist_ok=True)
-    stages = {
-        name: (path.parent, read_json(path))
-        for name, path in (("pretrain", pretrain), ("finetune", finetune))
-    }
+    stages = {name: (path.parent, read_json(path)) for name, path in trained.items()}
     exported = read_json(export)
     targets = {name: home / content["folder"] for name, (home, content) in stages.items()}
     targets |= {name: export.parent / place for name, place in exported["folders"].items()}
@@ -65,16 +63,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Links one experiment."""
     parser = argparse.ArgumentParser(prog="python -m workflow_scripts.link", description=__doc__)
     parser.add_argument("--spec", required=True, help="what `Plan.checkpoint_spec` gives, as JSON")
-    for name in ("pretrain", "finetune", "export"):
+    for name in (*STAGES, "export"):
         parser.add_argument(f"--{name}", required=True, type=Path, help=f"the manifest of the {name} run")
     parser.add_argument(
         "--manifest", required=True, type=Path, help="the experiment's checkpoint.json, to be written"
     )
     options = parser.parse_args(argv)
     with user_errors():
-        link_experiment(
-            json.loads(options.spec), options.pretrain, options.finetune, options.export, options.manifest
-        )
+        trained = {name: getattr(options, name) for name in STAGES}
+        link_experiment(json.loads(options.spec), trained, options.export, options.manifest)
 
 
 if __name__ == "__main__":

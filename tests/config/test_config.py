@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from workflow_scripts.config import reference
-from workflow_scripts.config.load import load_config, load_file
+from workflow_scripts.config.load import load_config, load_files
 from workflow_scripts.io import UserError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -112,7 +112,7 @@ def test_all_problems_come_in_one_message():
 
 
 def test_the_demo_is_valid_and_its_experiments_are_complete():
-    loaded = load_file(ROOT / "config/config.yaml")
+    loaded = load_files([ROOT / "config/config.yaml"])
     assert loaded.names == ["vanilla", "normalize", "normalize_multilayer", "compress_4", "compress_1"]
     assert loaded.experiments["compress_4"].interventions.final_spatial_size == 4
     assert loaded.experiments["vanilla"].interventions.is_vanilla
@@ -126,8 +126,8 @@ def test_identical_experiments_are_pointed_out():
 
 def test_an_override_of_the_length_replaces_the_other_kind_of_length():
     loaded = load_config(changed("experiments/vanilla/finetune", {"epochs": 2}))
-    assert loaded.experiments["vanilla"].finetune.epochs == 2
-    assert loaded.experiments["vanilla"].finetune.max_steps is None
+    assert loaded.experiments["vanilla"].stage("finetune").epochs == 2
+    assert loaded.experiments["vanilla"].stage("finetune").max_steps is None
 
 
 def test_the_generated_schema_and_page_are_up_to_date():
@@ -175,8 +175,8 @@ def test_snakemake_shows_the_message_without_a_traceback(tmp_path):
 
 def test_parsing_loads_nothing_heavy():
     code = (
-        "import sys, workflow_scripts.plan.runs, workflow_scripts.config.load as l, pathlib;"
-        "from workflow_scripts.plan.runs import Plan; Plan(l.load_file(pathlib.Path('config/config.yaml')));"
+        "import sys, pathlib;"
+        "from workflow_scripts.plan.plan import read_plan; read_plan([pathlib.Path('config/config.yaml')]);"
         "print([m for m in ('torch', 'transformers', 'pyarrow', 'numpy', 'PIL', 'requests') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)

@@ -15,7 +15,6 @@ import llava_ext
 from tests.support.workspace import ROOT
 from workflow_scripts.clean import find_unused
 from workflow_scripts.config.compute import ComputeSpec
-from workflow_scripts.config.load import load_file
 from workflow_scripts.io import UserError, write_json
 from workflow_scripts.launch import attempts, command, ownership, preflight
 from workflow_scripts.launch.command import (
@@ -29,14 +28,14 @@ from workflow_scripts.launch.command import (
 from workflow_scripts.launch.ownership import Ownership
 from workflow_scripts.launch.process import Training
 from workflow_scripts.launch.step import complete
+from workflow_scripts.plan.plan import read_plan
 from workflow_scripts.plan.resources import resources_of
-from workflow_scripts.plan.runs import Plan
 from workflow_scripts.status.read import last_metrics
 
 
 @pytest.fixture()
 def spec():
-    plan = Plan(load_file(ROOT / "config/config.yaml"))
+    plan = read_plan([ROOT / "config/config.yaml"])
     return complete(plan.training_spec("finetune", plan.run("finetune", "normalize_multilayer").name))
 
 

@@ -12,14 +12,9 @@ import yaml
 from workflow_scripts.config.sources import MixtureSpec, source_spec
 from workflow_scripts.launch.preflight import importable
 from workflow_scripts.plan import describe as plan
-from workflow_scripts.plan.describe import (
-    Item,
-    cached_in_hub,
-    describe_plan,
-    is_dry_run,
-    load_files,
-    source_items,
-)
+from workflow_scripts.plan.describe import describe_plan, is_dry_run
+from workflow_scripts.plan.needs import Item, cached_in_hub, source_items
+from workflow_scripts.plan.plan import read_plan
 
 ROOT = Path(__file__).parents[2]
 FULL = ROOT / "config" / "llava-v1.5-7b.yaml"
@@ -52,7 +47,7 @@ def test_dry_runs_are_recognised(words, dry):
 
 
 def test_the_demo_fetches_nothing():
-    text = describe_plan(load_files([DEMO]))
+    text = describe_plan(read_plan([DEMO]))
     assert "Nothing is fetched" in text
     assert "10 of 10 trainings are to be done" in text
 
@@ -137,7 +132,7 @@ def test_the_exploratory_experiments_are_valid_when_they_are_taken_in(tmp_path):
         taken_in = inside and not line.startswith("  # Exploratory")
         text.append(line.replace("  # ", "  ", 1) if taken_in else line)
     (tmp_path / "all.yaml").write_text("\n".join(text))
-    experiments = load_files([tmp_path / "all.yaml"]).experiments
+    experiments = read_plan([tmp_path / "all.yaml"]).experiments
     assert {"positions_2d", "interleave_8", "coordinates"} <= set(experiments)
     assert len(experiments) == 10
 
@@ -172,7 +167,7 @@ def test_a_site_file_is_merged_over_the_configuration(tmp_path):
     """As Snakemake merges several --configfile."""
     mine = tmp_path / "mysite.yaml"
     mine.write_text("mixtures: {shapes_pretrain: {seed: 7}}\n")
-    assert load_files([DEMO, mine]).config.mixtures["shapes_pretrain"].seed == 7
+    assert read_plan([DEMO, mine]).config.mixtures["shapes_pretrain"].seed == 7
 
 
 @pytest.mark.parametrize(("text", "message"), [("a: [", "not valid YAML"), ("sources: 3", "sources")])
@@ -190,7 +185,7 @@ def test_trackers_that_are_not_installed_are_said_before_anything_runs(tmp_path)
     more = tmp_path / "more.yaml"
     more.write_text("stages: {finetune: {report_to: [tensorboard, wandb, trackio]}}\n")
     missing = [name for name in ("wandb", "trackio") if not importable(name)]
-    text = describe_plan(load_files([DEMO, more]))
+    text = describe_plan(read_plan([DEMO, more]))
     assert text.count("NOT INSTALLED") == len(missing)
     assert all(f"stages.finetune.report_to names {name}, but {sys.executable}" in text for name in missing)
-    assert "NOT INSTALLED" not in describe_plan(load_files([DEMO]))
+    assert "NOT INSTALLED" not in describe_plan(read_plan([DEMO]))

@@ -12,7 +12,7 @@ from tests.slurm.sandbox import missing, running
 from tests.support.workspace import ROOT
 from workflow_scripts.config.compute import ComputeSpec
 from workflow_scripts.launch.preflight import importable
-from workflow_scripts.plan.describe import load_files
+from workflow_scripts.plan.plan import read_plan
 from workflow_scripts.selftest import machine, needs, nodes
 
 DEMO = ROOT / "config/config.yaml"
@@ -94,11 +94,11 @@ def test_shared_memory_is_compared_with_what_data_workers_fill():
 
 def test_space_and_what_is_fetched(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path))
-    found = {item.what: item for item in needs.check_needs(load_files([FULL]), tmp_path)}
+    found = {item.what: item for item in needs.check_needs(read_plan([FULL]), tmp_path)}
     assert found["space"].good == (shutil.disk_usage(tmp_path).free > 694e9)
     assert "about 694 GB are needed" in found["space"].text
     assert "10 of 10 are not there yet (data/sources/llava_pretrain" in found["data and models"].text
-    plan = load_files([DEMO])
+    plan = read_plan([DEMO])
     made = [Path("data/sources") / name for name in plan.config.sources]
     for folder in [*made, *(Path("models") / name for name in plan.config.models)]:
         (tmp_path / folder).mkdir(parents=True)
@@ -110,7 +110,7 @@ def test_space_and_what_is_fetched(tmp_path, monkeypatch):
 def test_trackers_that_are_missing_fail(tmp_path):
     more = tmp_path / "more.yaml"
     more.write_text("stages: {pretrain: {report_to: [wandb, trackio]}}\n")
-    found = lines(needs.check_needs(load_files([DEMO, more]), tmp_path))
+    found = lines(needs.check_needs(read_plan([DEMO, more]), tmp_path))
     lacking = [name for name in ("wandb", "trackio") if not importable(name)]
     assert sum(line.startswith("FAIL tracker: stages.pretrain.report_to names") for line in found) == len(
         lacking
@@ -126,21 +126,21 @@ def test_one_small_job_for_each_kind_with_the_sites_options(tmp_path):
         "set-resources": {"finetune": {"slurm_partition": "gpu", "constraint": "a100"}},
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(site))
-    found = nodes.commands(load_files([FULL]), tmp_path, ["test"])
+    found = nodes.commands(read_plan([FULL]), tmp_path, ["test"])
     assert list(found) == ["compute.pretrain_8gpu", "compute.finetune_8gpu"]
     last = found["compute.finetune_8gpu"]
     assert last[-3:] == ["test", "--gpus", "8"]
     wanted = {"--gres=gpu:8", "--partition=gpu", "--account=vision", "--constraint=a100", "--nodes=1"}
     assert wanted <= set(last)
     assert "--partition=cpu" in found["compute.pretrain_8gpu"]
-    same = nodes.commands(load_files([FULL]), tmp_path / "absent", ["test"])
+    same = nodes.commands(read_plan([FULL]), tmp_path / "absent", ["test"])
     assert list(same) == ["compute.pretrain_8gpu, compute.finetune_8gpu"], "equal jobs are run once"
 
 
 def test_it_starts_as_a_step_does_with_the_sites_interpreter_after_its_setup(tmp_path):
     site = {"config": {"setup": "ulimit -n 77", "python": "echo"}}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(site))
-    command = nodes.site_test(load_files([FULL]), tmp_path, ["--directory", "a b"])
+    command = nodes.site_test(read_plan([FULL]), tmp_path, ["--directory", "a b"])
     command[2] = command[2].replace("exec", "ulimit -n; exec")
     done = subprocess.run([*command, "--gpus", "8"], capture_output=True, text=True, check=True)
     assert done.stdout == "77\n-m workflow_scripts.selftest --directory a b --gpus 8\n"

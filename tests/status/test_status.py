@@ -12,12 +12,11 @@ import time
 import pytest
 
 from tests.support.workspace import ROOT
-from workflow_scripts.config.load import load_file
 from workflow_scripts.io import UserError, write_json
 from workflow_scripts.launch import attempts
 from workflow_scripts.launch.ownership import Ownership
 from workflow_scripts.launch.step import complete
-from workflow_scripts.plan.runs import Plan
+from workflow_scripts.plan.plan import read_plan
 from workflow_scripts.status.cli import draw, render
 from workflow_scripts.status.read import all_statuses, read_status
 from workflow_scripts.status.table import duration, shorten, table
@@ -30,7 +29,7 @@ class Folder:
 
     def __init__(self, root):
         self.root = root
-        self.plan = Plan(load_file(ROOT / "config/config.yaml"))
+        self.plan = read_plan([ROOT / "config/config.yaml"])
 
     def training(self, experiment, stage="finetune", steps=3, **compute):
         """The state folder of a training that has made so many steps."""

@@ -165,7 +165,7 @@ class Workspace:
 
     def plan(self):
         from workflow_scripts.config.load import load_config
-        from workflow_scripts.plan.runs import Plan
+        from workflow_scripts.plan.plan import Plan
 
         here = Path.cwd()
         os.chdir(self.folder)

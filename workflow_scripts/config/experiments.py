@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import ConfigDict, Field, create_model
@@ -12,6 +13,7 @@ from llava_ext.model.interventions import Interventions
 from workflow_scripts.config.base import StrictModel
 from workflow_scripts.config.models import ModelSection
 from workflow_scripts.config.stages import StageOverrides, StageSpec, partial_model
+from workflow_scripts.stages import STAGES
 
 
 def _from_dataclass(cls: type, doc: str) -> type[StrictModel]:
@@ -34,7 +36,7 @@ ModelOverrides = partial_model(
 )
 
 
-class ExperimentSpec(StrictModel):
+class _Experiment(StrictModel):
     """One experiment: everything that is left out is as in the common sections."""
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
@@ -45,10 +47,20 @@ class ExperimentSpec(StrictModel):
     """The flags, in both stages."""
     model: ModelOverrides = Field(default_factory=ModelOverrides)  # type: ignore[valid-type]
     """Other models or another projector."""
-    pretrain: StageOverrides = Field(default_factory=StageOverrides)  # type: ignore[valid-type]
-    """Changes of stage 1."""
-    finetune: StageOverrides = Field(default_factory=StageOverrides)  # type: ignore[valid-type]
-    """Changes of stage 2."""
+
+
+ExperimentSpec = create_model(
+    "ExperimentSpec",
+    __base__=_Experiment,
+    __doc__=_Experiment.__doc__,
+    **{
+        name: (
+            StageOverrides,
+            Field(default_factory=StageOverrides, description=f"Changes of `stages.{name}`."),
+        )
+        for name in STAGES
+    },  # type: ignore[call-overload]
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,12 +71,11 @@ class Experiment:
     description: str
     interventions: Interventions
     model: ModelSection
-    pretrain: StageSpec
-    finetune: StageSpec
+    stages: Mapping[str, StageSpec]
 
     def stage(self, name: str) -> StageSpec:
-        """The stage called ``name`` (`pretrain` or `finetune`)."""
-        return self.pretrain if name == "pretrain" else self.finetune
+        """The stage called ``name``."""
+        return self.stages[name]
 
     @property
     def flags(self) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from workflow_scripts.config.models import ModelSection
 from workflow_scripts.config.schema import CHECKS, Config, Problem, known, suggestion
 from workflow_scripts.config.stages import StageSpec
 from workflow_scripts.io import UserError
+from workflow_scripts.stages import STAGES
 
 # pydantic's word for what a value should be, in plain English.
 EXPECTED = {
@@ -68,8 +69,21 @@ def load_config(raw: Mapping[str, Any], files: typing.Sequence[str | Path] = ())
     return Loaded(config, experiments, _warnings(experiments))
 
 
-def load_file(path: Path) -> Loaded:
-    """Reads and validates one YAML file."""
+def load_files(files: typing.Sequence[Path]) -> Loaded:
+    """Reads and validates YAML files; later ones are merged into earlier ones, as Snakemake does."""
+    merged_files: dict[str, Any] = {}
+    for path in files:
+        content = _read(path)
+        if merged_files:
+            from snakemake.utils import update_config  # takes half a second to import
+
+            update_config(merged_files, content)
+        else:
+            merged_files = content
+    return load_config(merged_files, files)
+
+
+def _read(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
@@ -80,7 +94,7 @@ def load_file(path: Path) -> Loaded:
         raise UserError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: found {type(raw).__name__}; allowed: the sections of docs/config.md")
-    return load_config(raw, [path])
+    return raw
 
 
 def _resolve_all(config: Config) -> tuple[dict[str, Experiment], list[Problem]]:
@@ -106,8 +120,7 @@ def resolve(config: Config, name: str) -> Experiment:
     problems: list[Problem] = []
     bases: dict[str, Any] = {
         "model": config.model,
-        "pretrain": config.stages.pretrain,
-        "finetune": config.stages.finetune,
+        **{name: getattr(config.stages, name) for name in STAGES},
     }
     for part, base in bases.items():
         model = ModelSection if part == "model" else StageSpec
@@ -122,13 +135,13 @@ def resolve(config: Config, name: str) -> Experiment:
     if problems:
         raise _OverrideError(problems)
     flags = {key: getattr(spec.interventions, key) for key in spec.interventions.model_fields_set}
-    return Experiment(name, spec.description or "", Interventions(**flags), **parts)
+    return Experiment(name, spec.description or "", Interventions(**flags), parts.pop("model"), parts)
 
 
 def _warnings(experiments: dict[str, Experiment]) -> list[str]:
     found, first = [], dict[str, str]()
     for name, item in experiments.items():
-        same = repr((item.interventions, item.model, item.pretrain, item.finetune))
+        same = repr((item.interventions, item.model, item.stages))
         if same in first:
             found.append(f"experiments {first[same]} and {name} are identical: they share one training")
         first.setdefault(same, name)

@@ -15,8 +15,9 @@ from workflow_scripts.config.evaluation import EvaluationSpec
 from workflow_scripts.config.experiments import Experiment, ExperimentSpec
 from workflow_scripts.config.models import ModelSection, ModelSpec
 from workflow_scripts.config.sources import MixtureSpec, PathSource, SourceSpec
-from workflow_scripts.config.stages import Stages
+from workflow_scripts.config.stages import Stages, StageSpec
 from workflow_scripts.config.types import Name
+from workflow_scripts.stages import STAGES, Stage
 
 
 class Config(StrictModel):
@@ -33,7 +34,7 @@ class Config(StrictModel):
     compute: dict[Name, ComputeSpec]
     """Kinds of jobs, by name."""
     stages: Stages
-    """The two training stages."""
+    """The training stages."""
     experiments: dict[Name, ExperimentSpec] = Field(min_length=1)
     """What is trained, by name: each becomes `experiments/<name>/checkpoint.json`."""
     evaluation: EvaluationSpec | None = None
@@ -175,28 +176,26 @@ def check_stages(config: Config, experiments: list[Experiment]) -> Iterator[Prob
     seen: set[str] = set()
     for experiment in experiments:
         spec: Any = config.experiments[experiment.name]
-        for stage_name, overrides in (("pretrain", spec.pretrain), ("finetune", spec.finetune)):
-            where = (
-                f"experiments.{experiment.name}.{stage_name}"
-                if overrides.model_fields_set
-                else f"stages.{stage_name}"
-            )
-            for problem in _check_stage(config, experiment, stage_name, where):
+        for stage in STAGES.values():
+            overridden = getattr(spec, stage.name).model_fields_set
+            where = f"experiments.{experiment.name}.{stage.name}" if overridden else f"stages.{stage.name}"
+            for problem in _check_stage(config, experiment.stage(stage.name), stage, where):
                 if str(problem) not in seen:
                     seen.add(str(problem))
                     yield problem
 
 
-def _check_stage(config: Config, experiment: Experiment, name: str, where: str) -> Iterator[Problem]:
-    stage = experiment.stage(name)
+def _check_stage(config: Config, stage: StageSpec, kind: Stage, where: str) -> Iterator[Problem]:
     yield from _reference(f"{where}.mixture", stage.mixture, "mixtures", config.mixtures)
     yield from _reference(f"{where}.compute", stage.compute, "compute", config.compute)
-    if name == "pretrain" and stage.lora is not None:
-        yield Problem(f"{where}.lora", "a LoRA", "nothing in stage 1", "move it to finetune")
-    if name == "pretrain" and not stage.train_projector:
+    if not kind.trains_llm and stage.lora is not None:
+        others = " or ".join(item.name for item in STAGES.values() if item.trains_llm)
         yield Problem(
-            f"{where}.train_projector", False, "true: stage 1 trains only the projector", "leave it out"
+            f"{where}.lora", "a LoRA", f"nothing: {kind.name} does not train the LLM", f"move it to {others}"
         )
+    if not kind.trains_llm and not stage.train_projector:
+        message = f"true: {kind.name} trains only the projector"
+        yield Problem(f"{where}.train_projector", False, message, "leave it out")
     if stage.compute not in config.compute:
         return
     compute = config.compute[stage.compute]

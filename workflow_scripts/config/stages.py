@@ -1,4 +1,4 @@
-"""The two training stages and what an experiment may change about them."""
+"""The training stages and what an experiment may change about them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pydantic import Field, create_model, model_validator
 
 from workflow_scripts.config.base import StrictModel
 from workflow_scripts.config.types import Integer, NonNegative, Positive, Rate, Share
+from workflow_scripts.stages import STAGES
 
 
 class LoraSpec(StrictModel):
@@ -84,7 +85,7 @@ class StageSpec(StrictModel):
     train_projector: bool = True
     """Train the projector. `false` freezes it in stage 2 (LLaVA's `freeze_mm_mlp_adapter`)."""
     lora: LoraSpec | None = None
-    """Train low-rank updates of the LLM instead of all its weights; only in `finetune`."""
+    """Train low-rank updates of the LLM instead of all its weights; not in `pretrain`."""
     save_steps: Positive = 500
     """Full training state is saved every so many steps."""
     save_total_limit: Positive = 2
@@ -133,11 +134,9 @@ StageOverrides = partial_model(
     StageSpec, "StageOverrides", "What an experiment changes about a stage; all fields are optional."
 )
 
-
-class Stages(StrictModel):
-    """The two stages of LLaVA's recipe."""
-
-    pretrain: StageSpec
-    """Stage 1: aligns the projector with the LLM on captions."""
-    finetune: StageSpec
-    """Stage 2: instruction tuning."""
+Stages = create_model(
+    "Stages",
+    __base__=StrictModel,
+    __doc__="The stages of LLaVA's recipe.",
+    **{stage.name: (StageSpec, Field(description=stage.purpose)) for stage in STAGES.values()},  # type: ignore[call-overload]
+)

@@ -1,6 +1,6 @@
 """Exports a finished training for others: a clean HF folder and the original LLaVA layout.
 
-    python -m workflow_scripts.export --spec JSON --finetune runs/finetune/R/manifest.json --manifest runs/export/R/manifest.json
+    python -m workflow_scripts.export --spec JSON --trained runs/finetune/R/manifest.json --manifest runs/export/R/manifest.json
 
 The HF folder holds hard links to the training's final files, so it costs no space and outlives the trainer's state.
 """
@@ -21,10 +21,10 @@ from workflow_scripts.prepare_model.step import link
 NOT_EXPORTED = {"trainer_state.json", "training_args.bin"}
 
 
-def export_hf(finetune: Path, target: Path) -> dict[str, str]:
+def export_hf(trained: Path, target: Path) -> dict[str, str]:
     """Links the final files into ``target`` and verifies each: the file's sha256 by its name."""
-    content = read_json(finetune)
-    state = finetune.parent / content["folder"]
+    content = read_json(trained)
+    state = trained.parent / content["folder"]
     staging = target.with_name(f".{target.name}.part")
     shutil.rmtree(staging, ignore_errors=True)
     names = [
@@ -35,7 +35,7 @@ def export_hf(finetune: Path, target: Path) -> dict[str, str]:
         link(state / name, staging / name)
         if file_sha256(staging / name) != content["files"][name]:
             raise UserError(
-                f"{state / name}: has changed since the training finished; put the file back, or delete {finetune} and "
+                f"{state / name}: has changed since the training finished; put the file back, or delete {trained} and "
                 f"{state} to train again"
             )
     shutil.copyfile(state / "provenance.json", staging / "provenance.json")
@@ -53,21 +53,21 @@ def export_llava(hf: Path, target: Path, vision_tower: str) -> dict[str, str]:
     return {path.name: file_sha256(path) for path in sorted(target.iterdir()) if path.is_file()}
 
 
-def export(spec: Mapping[str, Any], finetune: Path, manifest: Path) -> dict[str, Any]:
+def export(spec: Mapping[str, Any], trained: Path, manifest: Path) -> dict[str, Any]:
     """Both exports and, last, the manifest."""
     from llava_ext.checkpoints.original import loads_with
     from llava_ext.model.interventions import Interventions
 
-    content = read_json(finetune)
+    content = read_json(trained)
     home = manifest.parent / content["digest"][:10]
     home.mkdir(parents=True, exist_ok=True)
     files = {
-        "hf": export_hf(finetune, home / "hf"),
+        "hf": export_hf(trained, home / "hf"),
         "llava": export_llava(home / "hf", home / "llava", spec["vision_tower"]),
     }
     result = {
         "run": manifest.parent.name,
-        "finetune": content["run"],
+        content["stage"]: content["run"],
         "folder": home.name,
         "folders": {name: f"{home.name}/{name}" for name in files},
         "digest": digest(files["hf"]),
@@ -101,11 +101,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--spec", required=True, help="what `Plan.export_spec` gives, as JSON")
-    parser.add_argument("--finetune", required=True, type=Path, help="the manifest of the finished stage 2")
+    parser.add_argument("--trained", required=True, type=Path, help="the manifest of the last stage's run")
     parser.add_argument("--manifest", required=True, type=Path, help="the export's manifest, to be written")
     options = parser.parse_args(argv)
     with user_errors():
-        result = export(json.loads(options.spec), options.finetune, options.manifest)
+        result = export(json.loads(options.spec), options.trained, options.manifest)
         print(f"exported to {options.manifest.parent / result['folder']}", flush=True)
 
 

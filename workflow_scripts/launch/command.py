@@ -13,6 +13,7 @@ from typing import Any
 from workflow_scripts.config.compute import ComputeSpec
 from workflow_scripts.config.stages import StageSpec
 from workflow_scripts.io import UserError, digest
+from workflow_scripts.stages import STAGES
 
 TRAIN = "llava_ext.train"
 # LLaVA's file names where it has one: its zero3_offload.json moves the parameters too.
@@ -91,7 +92,7 @@ def _model_flags(spec: Mapping[str, Any], stage: StageSpec, inputs: Inputs) -> d
         "mm_projector_type": model["projector_type"],
         "mm_vision_select_layer": model["vision_feature_layer"],
         "mm_vision_select_feature": model["vision_feature_select"],
-        "tune_mm_mlp_adapter": True if spec["stage"] == "pretrain" else None,
+        "tune_mm_mlp_adapter": None if STAGES[spec["stage"]].trains_llm else True,
         "freeze_mm_mlp_adapter": None if stage.train_projector else True,
         "pretrain_mm_mlp_adapter": inputs.projector,
     }

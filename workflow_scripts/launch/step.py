@@ -38,6 +38,7 @@ from workflow_scripts.launch.ownership import PATIENCE_S, Ownership
 from workflow_scripts.launch.preflight import check_all
 from workflow_scripts.launch.process import Training
 from workflow_scripts.launch.provenance import provenance
+from workflow_scripts.stages import STAGES
 
 RESULT = "train_result.json"
 # EX_TEMPFAIL: saved, to be continued.
@@ -98,7 +99,7 @@ def prepare(
     projector = None
     if parent is not None:
         content = read_json(parent)
-        projector = parent.parent / content["folder"] / "mm_projector.safetensors"
+        projector = parent.parent / content["folder"] / str(STAGES[spec["stage"]].takes)
         digests["parent"] = content["digest"]
     inputs = Inputs(mixture.parent / "samples.json", roles["llm"][0], roles["vision_tower"][0], projector)
     return Job(complete(spec), inputs, digests, manifest)
@@ -233,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--models", required=True, nargs=2, type=Path, help="the manifests of the LLM and of the vision tower"
     )
-    parser.add_argument("--parent", type=Path, help="stage 2: the manifest of the stage-1 run")
+    parser.add_argument("--parent", type=Path, help="the manifest of the run that the stage begins with")
     parser.add_argument("--manifest", required=True, type=Path, help="written when the training is finished")
     options = parser.parse_args(argv)
     with user_errors():

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from workflow_scripts.io import read_json
-from workflow_scripts.plan.runs import Plan
+from workflow_scripts.plan.plan import Plan
 from workflow_scripts.report.table import text_table
 
 

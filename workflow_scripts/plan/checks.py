@@ -7,7 +7,7 @@ from pathlib import Path
 
 from workflow_scripts.config.schema import known, suggestion
 from workflow_scripts.io import UserError
-from workflow_scripts.plan.runs import STAGES, Plan
+from workflow_scripts.plan.plan import Plan
 
 
 def check_targets(plan: Plan, targets: Iterable[str]) -> None:
@@ -25,13 +25,10 @@ def check_targets(plan: Plan, targets: Iterable[str]) -> None:
 
 def check_containers(plan: Plan) -> None:
     """Raises UserError when a training on several nodes is to run in a container, before a job waits in a queue for that."""
-    for stage in STAGES:
-        for run in plan.names(stage):
-            nodes = plan.compute(stage, run).nodes
-            if nodes > 1:
-                name = plan.experiment_of(stage, run).stage(stage).compute
-                raise UserError(
-                    f"compute.{name}.nodes: found {nodes}, for runs/{stage}/{run}; inside a container it must be 1: a job on several "
-                    "nodes starts its processes with Slurm's srun, which would start them outside of the container. Use a virtual "
-                    "environment or conda for it (docs/slurm.md)"
-                )
+    for name, compute in plan.used_compute().items():
+        if compute.nodes > 1:
+            raise UserError(
+                f"compute.{name}.nodes: found {compute.nodes}; inside a container it must be 1: a job on several nodes "
+                "starts its processes with Slurm's srun, which would start them outside of the container. Use a "
+                "virtual environment or conda for it (docs/slurm.md)"
+            )

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from workflow_scripts.io import UserError, read_json
+from workflow_scripts.stages import STAGES
 
 Manifest = tuple[Path, dict[str, Any]]
-STAGES = ("pretrain", "finetune")
 
 
 @dataclass

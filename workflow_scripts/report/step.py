@@ -7,7 +7,7 @@ configuration without an evaluation gets a page without accuracies:
 
   experiments/<experiment>/checkpoint.json   names of the experiments, their runs, links to the checkpoints
   runs/evaluate/<run>/manifest.json          accuracies and example answers
-  runs/{pretrain,finetune}/<run>/manifest.json   losses and provenance, from the files beside it
+  runs/<stage>/<run>/manifest.json   losses and provenance, from the files beside it
   data/mixtures/<mixture>/manifest.json      what was dropped and kept, a contact sheet of samples
   data/scans/<source>/manifest.json          counts by status, from the table beside it which file is damaged
   data/sources/<source>/manifest.json        where the pictures are, for thumbnails
@@ -33,11 +33,7 @@ from workflow_scripts.report.table import (
     standard_error,
     text_table,
 )
-
-STAGE_TITLES = {
-    "pretrain": "Stage 1: projector on captions",
-    "finetune": "Stage 2: projector and language model",
-}
+from workflow_scripts.stages import STAGES
 
 
 def accuracy_section(
@@ -109,8 +105,8 @@ def loss_sections(found: Collected, colours: Mapping[str, int]) -> list[dict[str
     from workflow_scripts.report import plots
 
     users, sections = collect.training_users(found), []
-    for stage in collect.STAGES:
-        keys = [key for key in users if key[0] == stage]
+    for stage in STAGES.values():
+        keys = [key for key in users if key[0] == stage.name]
         keys.sort(key=lambda key: min((colours[name] for name in users[key]), default=len(colours)))
         curves, legend, rows = {}, [], []
         for position, key in enumerate(keys):
@@ -122,10 +118,15 @@ def loss_sections(found: Collected, colours: Mapping[str, int]) -> list[dict[str
             rows.append({**row, "colour": plots.colour(index), "dash": plots.dash(index)})
             legend.append({"colour": plots.colour(index), "names": users[key] or [key[1]]})
         if rows:
-            title = STAGE_TITLES[stage]
             window = max((plots.window(len(steps)) for _, steps, _ in curves.values()), default=1)
-            figure = plots.loss_figure(curves, f"Training loss. {title}") if curves else None
-            section = {"stage": stage, "title": title, "figure": figure, "legend": legend, "rows": rows}
+            figure = plots.loss_figure(curves, f"Training loss. {stage.title}") if curves else None
+            section = {
+                "stage": stage.name,
+                "title": stage.title,
+                "figure": figure,
+                "legend": legend,
+                "rows": rows,
+            }
             sections.append(section | {"window": window})
     return sections
 

@@ -11,8 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from workflow_scripts.io import UserError, user_errors
-from workflow_scripts.plan.describe import load_files
-from workflow_scripts.plan.runs import Plan
+from workflow_scripts.plan.plan import Plan, read_plan
 from workflow_scripts.selftest.findings import Finding
 from workflow_scripts.selftest.machine import (
     check_cluster,
@@ -48,7 +47,7 @@ def findings(options: argparse.Namespace) -> Iterator[Finding]:
 
 def _read(files: Sequence[Path]) -> Plan | Finding:
     try:
-        return load_files(files)
+        return read_plan(files)
     except UserError as error:
         return Finding("configuration", False, str(error))
 

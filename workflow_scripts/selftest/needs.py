@@ -12,8 +12,8 @@ from pathlib import Path
 
 from workflow_scripts.config.compute import ComputeSpec
 from workflow_scripts.launch.preflight import importable
-from workflow_scripts.plan.describe import disk_needs, items_of, missing_trackers, used_models, used_sources
-from workflow_scripts.plan.runs import STAGES, Plan
+from workflow_scripts.plan.needs import disk_needs, items_of, missing_trackers
+from workflow_scripts.plan.plan import Plan
 from workflow_scripts.selftest.findings import GB, Finding
 
 # A picture as float32 at CLIP-L's 336 pixels; every worker keeps two batches ready.
@@ -23,7 +23,7 @@ READY_BATCHES = 2
 
 def check_needs(plan: Plan, folder: Path) -> Iterator[Finding]:
     """Everything that the configuration's trainings need here, in the working folder ``folder``."""
-    kinds = used_compute(plan)
+    kinds = plan.used_compute()
     yield from (Finding("tracker", False, text) for text in missing_trackers(plan))
     yield from check_flash_attention(kinds)
     yield from check_compiler(kinds)
@@ -31,12 +31,6 @@ def check_needs(plan: Plan, folder: Path) -> Iterator[Finding]:
     with contextlib.chdir(folder):
         yield from check_space(plan)
         yield from check_fetched(plan)
-
-
-def used_compute(plan: Plan) -> dict[str, ComputeSpec]:
-    """The kinds of job that some training of the configuration asks for."""
-    used = {experiment.stage(stage).compute for experiment in plan.experiments.values() for stage in STAGES}
-    return {name: plan.config.compute[name] for name in plan.config.compute if name in used}
 
 
 def check_flash_attention(kinds: Mapping[str, ComputeSpec]) -> Iterator[Finding]:
@@ -98,8 +92,8 @@ def check_space(plan: Plan) -> Iterator[Finding]:
 
 def check_fetched(plan: Plan) -> Iterator[Finding]:
     """Whether data and models are prepared: compute nodes may have no network."""
-    wanted = [Path("data/sources") / name for name in used_sources(plan)]
-    wanted += [Path("models") / name for name in used_models(plan)]
+    wanted = [Path("data/sources") / name for name in plan.used_sources()]
+    wanted += [Path("models") / name for name in plan.used_models()]
     missing = [str(path) for path in wanted if not (path / "manifest.json").is_file()]
     if missing:
         shown = ", ".join(missing[:4]) + (", ..." if len(missing) > 4 else "")

@@ -16,9 +16,10 @@ from workflow_scripts import step
 from workflow_scripts.config.compute import ComputeSpec
 from workflow_scripts.io import UserError
 from workflow_scripts.launch.provenance import ROOT
+from workflow_scripts.plan.plan import Plan
 from workflow_scripts.plan.resources import resources_of
-from workflow_scripts.plan.runs import STAGES, Plan
 from workflow_scripts.selftest.findings import Finding
+from workflow_scripts.stages import STAGES
 
 # What a site says in the profile, and srun's word for it.
 SITE = {

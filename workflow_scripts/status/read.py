@@ -13,9 +13,7 @@ from typing import Any
 from workflow_scripts.io import UserError, read_json
 from workflow_scripts.launch.attempts import REFUSAL, read_attempts, saved_step
 from workflow_scripts.launch.ownership import OWNER, alive
-
-STAGES = ("pretrain", "finetune")
-
+from workflow_scripts.stages import STAGES
 
 TAIL = 1 << 16
 

@@ -1,0 +1,159 @@
+"""All that a configuration asks for: its runs, and what the rules ask about them.
+
+Cheap: the Snakefile makes one when it is parsed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from workflow_scripts.code_version import CODE_VERSION
+from workflow_scripts.config.compute import ComputeSpec, split_gres
+from workflow_scripts.config.experiments import Experiment
+from workflow_scripts.config.load import Loaded, load_files
+from workflow_scripts.config.sources import source_inputs
+from workflow_scripts.config.stages import StageSpec
+from workflow_scripts.plan.runs import Run, find_runs
+from workflow_scripts.plan.specs import plain
+from workflow_scripts.stages import STAGES, last_stage
+
+
+class Plan:
+    """All runs of a configuration."""
+
+    def __init__(self, loaded: Loaded) -> None:
+        self.config = loaded.config
+        self.experiments = loaded.experiments
+        self.runs = find_runs(self.config, self.experiments)
+        self.by_name = {(run.stage, run.name): run for run in self.runs.values()}
+
+    # -- runs ------------------------------------------------------------------------------------------------
+
+    def run(self, stage: str, experiment: str) -> Run:
+        """The run of ``experiment`` in ``stage`` (one of the register's, `export`, `evaluate`)."""
+        return self.runs[stage, experiment]
+
+    def experiment_of(self, stage: str, name: str) -> Experiment:
+        """The experiment behind the run folder ``runs/<stage>/<name>``. Raises KeyError for a folder of another config."""
+        return self.experiments[self.by_name[stage, name].experiment]
+
+    def names(self, stage: str) -> list[str]:
+        """The folders' names of all runs of a stage."""
+        return [name for found, name in self.by_name if found == stage]
+
+    def trainings(self) -> list[Run]:
+        """The runs of all stages, stage by stage."""
+        return [self.by_name[stage, name] for stage in STAGES for name in self.names(stage)]
+
+    def used_by(self, stage: str, name: str) -> list[str]:
+        """The experiments that share the run."""
+        return [item for (found, item), run in self.runs.items() if found == stage and run.name == name]
+
+    def used_folders(self) -> list[str]:
+        """The run folders of this configuration's experiments."""
+        return sorted(run.folder for run in self.by_name.values())
+
+    def compute(self, stage: str, name: str) -> ComputeSpec:
+        """The kind of job that computes a training."""
+        return self.config.compute[self.experiment_of(stage, name).stage(stage).compute]
+
+    def single_job(self, stage: str, name: str) -> dict[str, Any]:
+        """Resources of an export (CPU) or an evaluation (one GPU where the training has some)."""
+        compute = self.config.compute[self.experiment_of(stage, name).stage(last_stage()).compute]
+        on_gpu = stage == "evaluate" and compute.gpus_per_node > 0
+        return {
+            "mem_mb": min(compute.mem_mb, 64000),
+            "gres": f"{split_gres(compute.gres or 'gpu')[0]}:1" if on_gpu else None,
+            "train_slots": int(on_gpu),
+        }
+
+    # -- what is used ----------------------------------------------------------------------------------------
+
+    def stage_specs(self) -> list[tuple[str, StageSpec]]:
+        """All (stage, recipe) of all experiments."""
+        return [(stage, item.stage(stage)) for item in self.experiments.values() for stage in STAGES]
+
+    def used_mixtures(self) -> list[str]:
+        """The mixtures that some experiment trains on, in the order of the configuration."""
+        used = {spec.mixture for _, spec in self.stage_specs()}
+        return [name for name in self.config.mixtures if name in used]
+
+    def used_compute(self) -> dict[str, ComputeSpec]:
+        """The kinds of job that some training asks for, in the order of the configuration."""
+        used = {spec.compute for _, spec in self.stage_specs()}
+        return {name: spec for name, spec in self.config.compute.items() if name in used}
+
+    def used_models(self) -> list[str]:
+        """The models that some experiment is built from, in the order of the configuration."""
+        used = {name for e in self.experiments.values() for name in (e.model.llm, e.model.vision_tower)}
+        return [name for name in self.config.models if name in used]
+
+    def used_sources(self) -> list[str]:
+        """The sources of the used mixtures and of the evaluation, in the order of the configuration."""
+        used = {
+            name
+            for mixture in self.used_mixtures()
+            for part in self.config.mixtures[mixture].source_names()
+            for name in part
+        } | ({self.config.evaluation.source} if self.config.evaluation else set())
+        return [name for name in self.config.sources if name in used]
+
+    def scanned(self) -> list[str]:
+        """The sources whose images the used mixtures need."""
+        mixtures = [self.config.mixtures[name] for name in self.used_mixtures()]
+        return sorted({name for mixture in mixtures for name in mixture.source_names()[1]})
+
+    def source_files(self, name: str) -> list[str]:
+        """Local files that a source is made of; a replaced one makes it new."""
+        return source_inputs(self.config.sources[name])
+
+    @property
+    def retries(self) -> int:
+        """How often Snakemake may start a training again."""
+        return max(spec.attempts for spec in self.used_compute().values()) - 1
+
+    # -- what the steps have to know -------------------------------------------------------------------------
+
+    def training_spec(self, stage: str, name: str) -> dict[str, Any]:
+        """All that the launcher has to know about a training; JSON values, without defaults."""
+        experiment = self.experiment_of(stage, name)
+        spec = experiment.stage(stage)
+        return {
+            "stage": stage,
+            "run": name,
+            "code_version": CODE_VERSION,
+            "recipe": plain(spec),
+            "model": plain(experiment.model),
+            "interventions": experiment.flags,
+            "compute": plain(self.config.compute[spec.compute]),
+        }
+
+    def export_spec(self, name: str) -> dict[str, Any]:
+        """What the export has to know."""
+        experiment = self.experiment_of("export", name)
+        tower = experiment.model.vision_tower
+        named = getattr(self.config.models[tower], "repo", f"models/{tower}/model")
+        return {"interventions": experiment.flags, "vision_tower": named}
+
+    def checkpoint_spec(self, name: str) -> dict[str, Any]:
+        """What stands in `experiments/<name>/checkpoint.json` besides what the manifests say."""
+        experiment = self.experiments[name]
+        return {
+            "experiment": name,
+            "description": experiment.description,
+            "interventions": experiment.flags,
+            "runs": {stage: self.runs[stage, name].name for stage in (*STAGES, "export")},
+        }
+
+    def evaluation_spec(self, name: str) -> dict[str, Any]:
+        """The evaluation's section, in full."""
+        if self.config.evaluation is None:
+            raise KeyError(name)
+        return self.config.evaluation.model_dump(mode="json")
+
+
+def read_plan(files: Sequence[Path]) -> Plan:
+    """The plan of configuration files; later ones are merged into earlier ones, as Snakemake does."""
+    return Plan(load_files(files))
