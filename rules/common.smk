@@ -9,7 +9,8 @@ from workflow_scripts.io import UserError
 from workflow_scripts.plan.plan import Plan
 from workflow_scripts.plan.announce import announce
 from workflow_scripts.plan.checks import check_containers, check_targets
-from workflow_scripts.plan.specs import compact, plain, recipe
+from workflow_scripts.plan.source_keys import known_recipe
+from workflow_scripts.plan.specs import compact, plain
 from workflow_scripts.plan.resources import resources_of
 from workflow_scripts.stages import STAGES, last_stage
 from workflow_scripts.step import command

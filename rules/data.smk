@@ -19,7 +19,9 @@ rule acquire:
         "../envs/environment.yaml"
     params:
         step=step,
-        recipe=lambda wildcards: compact(recipe(plan.config.sources[wildcards.source])),
+        recipe=lambda wildcards: compact(
+            known_recipe(wildcards.source, plan.config.sources[wildcards.source])
+        ),
         # not tracked (it takes `output`): another mirror is no reason to fetch again
         spec=lambda wildcards, output: compact(
             plain(plan.config.sources[wildcards.source])

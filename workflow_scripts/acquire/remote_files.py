@@ -8,12 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from workflow_scripts.acquire.download import Patience, Wanted, fetch, recall
+from workflow_scripts.acquire.download import Patience, Wanted, fetch, provenance_path, recall
 from workflow_scripts.acquire.local_files import describe_local, described_path
 from workflow_scripts.archives import detect_type
 from workflow_scripts.config.sources import HubSource, PathSource, RemoteFile, UrlSource
 from workflow_scripts.disk import check_disk
 from workflow_scripts.io import UserError
+from workflow_scripts.plan.source_keys import pinned, remember_recipe
 
 FILES_AT_A_TIME = 4
 Getter = Callable[[Any, Path], tuple[Path, dict[str, Any]]]
@@ -29,12 +30,33 @@ def fetch_source(
     own = describe_local(_local_part(spec), folder) if spec.local.images or spec.local.annotations else None
     if not remote and own is not None:
         return own
+    _take_over_renamed(remote, folder)
     check_disk(folder, sum(missing_bytes(file, folder / file.name) for file in remote), "this source")
     get = _hub_getter(spec, patience) if isinstance(spec, HubSource) else _url_getter(patience)
     with ThreadPoolExecutor(FILES_AT_A_TIME) as pool:
         futures = [pool.submit(get, file, folder / file.name) for file in remote]
         fetched = _results(futures)
-    return _describe(remote, fetched, folder, own)
+    found = _describe(remote, fetched, folder, own)
+    hashes = {file.name: facts["sha256"] for file, (_, facts) in zip(remote, fetched, strict=True)}
+    remember_recipe(folder.name, spec, hashes, folder.parent)
+    return found
+
+
+def _take_over_renamed(files: list[Any], folder: Path) -> None:
+    """A file whose hash is stated may lie here under another name: that of another mirror."""
+    names = {file.name for file in files}
+    for file in files:
+        target = folder / file.name
+        if not pinned(file) or target.exists():
+            continue
+        for memory in sorted(folder.glob(".*.provenance.json")):
+            old = folder / memory.name.removeprefix(".").removesuffix(".provenance.json")
+            known = recall(old) if old.name not in names else None
+            if known is not None and known["sha256"] == file.sha256:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                old.replace(target)
+                memory.replace(provenance_path(target))
+                break
 
 
 def _results(futures: list[Any]) -> list[tuple[Path, dict[str, Any]]]:

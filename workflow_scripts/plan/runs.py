@@ -15,6 +15,7 @@ from workflow_scripts.config.experiments import Experiment
 from workflow_scripts.config.schema import Config
 from workflow_scripts.io import digest
 from workflow_scripts.plan.names import slug
+from workflow_scripts.plan.source_keys import known_recipe
 from workflow_scripts.plan.specs import plain, recipe
 from workflow_scripts.stages import STAGES, last_stage
 
@@ -63,7 +64,7 @@ def run_keys(config: Config, experiment: Experiment) -> Iterator[tuple[str, str]
     exported = _key("export", {last_stage(): keys[last_stage()]})
     yield "export", exported
     if spec := config.evaluation:
-        source = recipe(config.sources[spec.source])
+        source = known_recipe(spec.source, config.sources[spec.source])
         content = {"export": exported, "evaluation": recipe(spec), "source": source}
         yield "evaluate", _key("evaluate", content)
 
@@ -95,5 +96,5 @@ def mixture_content(config: Config, name: str) -> dict[str, Any]:
     used = sorted({source for names in mixture.source_names() for source in names})
     return {
         "mixture": recipe(mixture),
-        "sources": {source: recipe(config.sources[source]) for source in used},
+        "sources": {source: known_recipe(source, config.sources[source]) for source in used},
     }
