@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 CODE_VERSION = 3
-CODE_DIGEST = "ef8fc234ce63c190"
+CODE_DIGEST = "2c56ee93260684e9"
 
 # The modules whose code decides what a training computes.
 NUMERIC = (

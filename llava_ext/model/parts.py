@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import os
 from collections.abc import Mapping
@@ -11,7 +12,9 @@ from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer
+from torch import nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
@@ -21,6 +24,13 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from ..data.conversation import IMAGE_TOKEN
 from ..errors import TrainingError
+from .language_models import (
+    LANGUAGE_MODELS,
+    known_language_models,
+    language_model,
+    padding_token,
+    text_model_type,
+)
 
 
 def resolve_model(name: str, flag: str, cache_dir: str | None) -> Path:
@@ -57,8 +67,8 @@ class BuildError(ValueError):
 def load_tokenizer(folder: str | Path, model_max_length: int = 2048, padding_side: str = "right") -> Any:
     """The folder's tokenizer, set up so that :mod:`llava_ext.data.conversation` gives LLaVA's ids.
 
-    The padding token is `<unk>`, as in LLaVA. An `<image>` token that an exported checkpoint's tokenizer has is taken out again: in
-    training the text `<image>` of a sample without image is ordinary text.
+    The padding token is `<unk>`, as in LLaVA; where there is none, what :mod:`language_models` says of the family.
+    An `<image>` token that an exported checkpoint's tokenizer has is taken out again: in training the text `<image>` of a sample without image is ordinary text.
 
     Raises:
         BuildError: no tokenizer there, or one whose padding token would also be a label.
@@ -76,13 +86,15 @@ def load_tokenizer(folder: str | Path, model_max_length: int = 2048, padding_sid
             f"{folder}: no usable tokenizer ({error}); it needs tokenizer.model or tokenizer.json"
         ) from None
     _remove_image_token(tokenizer)
-    if tokenizer.unk_token is not None:
-        tokenizer.pad_token = tokenizer.unk_token
-    if tokenizer.pad_token is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+    family = language_model(text_model_type(folder))
+    padding = padding_token(tokenizer, family)
+    if padding is None:
         raise BuildError(
-            f"{folder}: the tokenizer has no <unk> and its padding token is {tokenizer.pad_token!r}; padding is dropped from texts, so it "
-            "must be a token of its own: set pad_token in tokenizer_config.json"
+            f"{folder}: the tokenizer has no <unk>, its padding token is {tokenizer.pad_token!r} and its end token "
+            f"{tokenizer.eos_token!r}; padding is dropped from texts, so it must be a token of its own: set pad_token in "
+            f"tokenizer_config.json to one that no text holds (looked for: {', '.join(family.padding)})"
         )
+    tokenizer.pad_token = padding
     return tokenizer
 
 
@@ -135,8 +147,63 @@ def load_tower(folder: str | Path, dtype: torch.dtype | None, attn_implementatio
     return tower
 
 
+def check_language_model(folder: str | Path) -> None:
+    """Refuses a language model that the model could not be built around, before any weight is read.
+
+    A registered family passes; any other is built without memory and must be a plain decoder.
+
+    Raises:
+        BuildError: names what the class lacks, and the registered families.
+    """
+    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    if config.model_type in LANGUAGE_MODELS:
+        return
+    lacking = ["a transformers class for causal language models"]
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        with torch.device("meta"):
+            lacking = _not_plain(AutoModelForCausalLM.from_config(config))
+    if lacking:
+        raise BuildError(
+            f"{folder}: found a {config.model_type} model, which lacks {', '.join(lacking)}; allowed are "
+            f"{known_language_models()}, and any other plain decoder of transformers"
+        )
+
+
+# What a causal language model of transformers does between its head and its logits, or beside them; LLaVA's has no place for it.
+BESIDE_THE_HEAD = (
+    "logits_scaling",
+    "logit_scale",
+    "lm_head_multiplier",
+    "final_logit_softcapping",
+    "output_router_logits",
+)
+
+
+def _not_plain(model: Any) -> list[str]:
+    """What a causal language model lacks of a plain decoder, in words; empty when it is one."""
+    base, found = model.base_model, []
+    if not isinstance(getattr(base, "layers", None), nn.ModuleList):
+        found.append("a list of decoder layers named `layers`")
+    if type(getattr(base, "embed_tokens", None)) is not nn.Embedding:
+        found.append("a plain embedding table named `embed_tokens`")
+    if not hasattr(base, "norm"):
+        found.append("a closing norm named `norm`")
+    if not _plain_rotary(getattr(base, "rotary_emb", None)):
+        found.append("one rotary table for all layers, named `rotary_emb`")
+    head = getattr(model, "lm_head", None)
+    if not isinstance(head, nn.Linear) or head.bias is not None:
+        found.append("a linear `lm_head` without bias")
+    beside = [name for name in BESIDE_THE_HEAD if getattr(model.config, name, None) is not None]
+    return found + [f"logits that are the head's alone (its config has {name})" for name in beside]
+
+
+def _plain_rotary(rotary: Any) -> bool:
+    return rotary is not None and list(inspect.signature(rotary.forward).parameters) == ["x", "position_ids"]
+
+
 def load_llm(folder: str | Path, dtype: torch.dtype | None, attn_implementation: str | None) -> Any:
     """A causal language model with every weight found. Raises :class:`BuildError` otherwise."""
+    check_language_model(folder)
     model, info = AutoModelForCausalLM.from_pretrained(
         str(folder),
         dtype=dtype,
