@@ -116,8 +116,8 @@ def training_inputs(stage):
                 for name in (experiment.model.llm, experiment.model.vision_tower)
             ],
         }
-        if parent := STAGES[stage].parent:
-            found["parent"] = plan.run(parent, experiment.name).manifest
+        parent = STAGES[stage].parent
+        found["parent"] = plan.run(parent, experiment.name).manifest if parent else []
         return found
 
     return inputs

@@ -2,6 +2,7 @@
 # takes `resources` and is therefore no rerun trigger, and another number of GPUs continues a run instead of repeating it.
 
 
+# The loop has ended when a shell command is put together, so it must not name the stage.
 for stage in STAGES.values():
 
     rule:
@@ -33,5 +34,4 @@ for stage in STAGES.values():
             spec=training_spec(stage.name),
         shell:
             "{params.step} --log {log} launch --spec {params.spec:q} --mixture {input.mixture} --models {input.models}"
-            + (" --parent {input.parent}" if stage.parent else "")
-            + " --manifest {output.manifest}"
+            " --parent {input.parent} --manifest {output.manifest}"

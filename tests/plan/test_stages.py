@@ -86,12 +86,14 @@ def test_an_entry_is_a_rule_of_the_graph(tmp_path):
     workspace = Workspace(tmp_path, code=code)
     workspace.config = with_polish()
     output = workspace.run("-n", "-p").stdout
-    jobs = workspace.planned()
-    assert [job.split(":")[0] for job in jobs].count("polish") == 2
-    polish = [job.removeprefix("polish: ") for job in jobs if job.startswith("polish")]
-    finetune = next(job.removeprefix("finetune: ") for job in jobs if job.startswith("finetune"))
-    for manifest in polish:
-        assert f"--parent {finetune} --manifest {manifest}" in output
+    jobs = {
+        stage: [job for job in workspace.planned() if job.startswith(stage)]
+        for stage in ("finetune", "polish")
+    }
+    [finetune], polish = jobs["finetune"], jobs["polish"]
+    assert len(polish) == 2
+    for manifest in [job.split()[-1] for job in polish]:
+        assert f"--parent {finetune.split()[-1]} --manifest {manifest}" in output
         assert f"--trained {manifest}" in output
 
 

@@ -234,7 +234,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--models", required=True, nargs=2, type=Path, help="the manifests of the LLM and of the vision tower"
     )
-    parser.add_argument("--parent", type=Path, help="the manifest of the run that the stage begins with")
+    parser.add_argument(
+        "--parent", nargs="?", type=Path, help="the manifest of the run that the stage begins with"
+    )
     parser.add_argument("--manifest", required=True, type=Path, help="written when the training is finished")
     options = parser.parse_args(argv)
     with user_errors():
