@@ -8,13 +8,16 @@ from pathlib import Path
 
 import pytest
 import yaml
+from pydantic import TypeAdapter
 
-from workflow_scripts.config.sources import MixtureSpec, source_spec
+from workflow_scripts.acquire.hub_cache import cached_in_hub
+from workflow_scripts.config.mixtures import MixtureSpec
 from workflow_scripts.launch.preflight import importable
 from workflow_scripts.plan import describe as plan
 from workflow_scripts.plan.describe import describe_plan, is_dry_run
-from workflow_scripts.plan.needs import Item, cached_in_hub, source_items
+from workflow_scripts.plan.needs import Item, source_items
 from workflow_scripts.plan.plan import read_plan
+from workflow_scripts.sources import SourceSpec
 
 ROOT = Path(__file__).parents[2]
 FULL = ROOT / "config" / "llava-v1.5-7b.yaml"
@@ -52,7 +55,8 @@ def test_the_demo_fetches_nothing():
     assert "10 of 10 trainings are to be done" in text
 
 
-SPEC = source_spec.validate_python(
+SOURCE = TypeAdapter(SourceSpec)
+SPEC = SOURCE.validate_python(
     {
         "kind": "hub",
         "repo": "owner/name",
@@ -91,7 +95,7 @@ def test_the_full_size_data_are_those_of_llava():
     """Prefixes, archives and counts of LLaVA-1.5's own instructions."""
     config = yaml.safe_load(FULL.read_text())
     for spec in config["sources"].values():
-        source_spec.validate_python(spec)
+        SOURCE.validate_python(spec)
     mixtures = {name: MixtureSpec.model_validate(spec) for name, spec in config["mixtures"].items()}
     assert {p.expected_records for m in mixtures.values() for p in m.parts} == {558_128, 665_298}
     [instruct] = mixtures["llava_665k"].parts

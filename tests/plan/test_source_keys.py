@@ -8,14 +8,14 @@ import json
 from pathlib import Path
 
 import pytest
+from pydantic import TypeAdapter
 
 from tests.support.servers import Server
 from tests.support.workspace import SMALL
-from workflow_scripts.acquire.remote_files import fetch_source
 from workflow_scripts.config.load import load_config, load_files
-from workflow_scripts.config.sources import source_spec
 from workflow_scripts.plan.plan import Plan
 from workflow_scripts.plan.source_keys import memory_path
+from workflow_scripts.sources import KINDS, SourceSpec
 
 ROOT = Path(__file__).parents[2]
 DATA = json.dumps([{"id": "1", "conversations": [{"from": "human", "value": "hello"}]}]).encode()
@@ -106,10 +106,10 @@ def test_a_pinned_file_of_a_hub_and_its_copy_elsewhere_are_the_same_file():
 
 def fetched(*files):
     """The names of the runs after these files were really fetched."""
-    spec = source_spec.validate_python({"kind": "url", "files": list(files)})
+    spec = TypeAdapter(SourceSpec).validate_python({"kind": "url", "files": list(files)})
     folder = Path("data/sources/captions")
     folder.mkdir(parents=True, exist_ok=True)
-    fetch_source(spec, folder)
+    KINDS[spec.kind].make(spec, folder)
     return names(*files)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tests.archives.test_archives import MAKERS
 from workflow_scripts.acquire import step as acquire
-from workflow_scripts.config.sources import MixtureSpec
+from workflow_scripts.config.mixtures import MixtureSpec
 from workflow_scripts.merge import step as merge
 from workflow_scripts.scan import step as scan
 

@@ -17,22 +17,21 @@ from workflow_scripts.io import UserError
 from workflow_scripts.plan.source_keys import pinned, remember_recipe
 
 FILES_AT_A_TIME = 4
+Fetched = HubSource | UrlSource
 Getter = Callable[[Any, Path], tuple[Path, dict[str, Any]]]
 
 
-def fetch_source(
-    spec: HubSource | UrlSource, folder: Path, patience: Patience | None = None
-) -> dict[str, Any]:
+def fetch_source(spec: Fetched, folder: Path, getter: Callable[[Any, Patience], Getter]) -> dict[str, Any]:
     """Fetches what is not there yet and returns the content of the manifest."""
     # Beside all sources of the working folder, so that parallel jobs share the limit of a host.
-    patience = patience or Patience(per_host=spec.connections_per_host, hosts=folder.parent / ".hosts")
-    remote = [file for file in spec.files if not _replaced(spec, file)]
+    patience = Patience(per_host=spec.connections_per_host, hosts=folder.parent / ".hosts")
+    remote = [file for file in spec.files if not spec.replaced(file)]
     own = describe_local(_local_part(spec), folder) if spec.local.images or spec.local.annotations else None
     if not remote and own is not None:
         return own
     _take_over_renamed(remote, folder)
     check_disk(folder, sum(missing_bytes(file, folder / file.name) for file in remote), "this source")
-    get = _hub_getter(spec, patience) if isinstance(spec, HubSource) else _url_getter(patience)
+    get = getter(spec, patience)
     with ThreadPoolExecutor(FILES_AT_A_TIME) as pool:
         futures = [pool.submit(get, file, folder / file.name) for file in remote]
         fetched = _results(futures)
@@ -71,20 +70,12 @@ def _results(futures: list[Any]) -> list[tuple[Path, dict[str, Any]]]:
     return [future.result() for future in futures]
 
 
-def _replaced(spec: HubSource | UrlSource, file: RemoteFile) -> bool:
-    """True when the user's own copy takes this file's place."""
-    return bool(
-        (file.role == "images" and spec.local.images)
-        or (file.role == "annotations" and spec.local.annotations)
-    )
-
-
-def _local_part(spec: HubSource | UrlSource) -> PathSource:
+def _local_part(spec: Fetched) -> PathSource:
     """The user's own copies; the config's hashes are verified for archives and files of the same name."""
     hashes: dict[str, str | None] = {
         file.name.rsplit("/", 1)[-1]: file.sha256
         for file in spec.files
-        if _replaced(spec, file) and file.sha256 and file.trust == "publisher"
+        if spec.replaced(file) and file.sha256 and file.trust == "publisher"
     }
     return PathSource(images=spec.local.images, annotations=spec.local.annotations, sha256=hashes)
 
@@ -98,7 +89,9 @@ def missing_bytes(file: RemoteFile, target: Path) -> int:
     return max(0, file.bytes - there)
 
 
-def _url_getter(patience: Patience) -> Getter:
+def url_getter(spec: UrlSource, patience: Patience) -> Getter:
+    """Fetches a file from one of its URLs."""
+
     def get(file: Any, target: Path) -> tuple[Path, dict[str, Any]]:
         wanted = Wanted(file.name, file.url, file.bytes, file.sha256, first_use=file.trust == "first_use")
         return target, fetch(wanted, target, patience)
@@ -106,7 +99,8 @@ def _url_getter(patience: Patience) -> Getter:
     return get
 
 
-def _hub_getter(spec: HubSource, patience: Patience) -> Getter:
+def hub_getter(spec: HubSource, patience: Patience) -> Getter:
+    """Fetches a file from a repository."""
     from workflow_scripts.acquire.hub import Repository, get_file
 
     repository = Repository(spec.repo, spec.repo_type, spec.revision, patience)

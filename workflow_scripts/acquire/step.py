@@ -11,29 +11,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
-from workflow_scripts.config.shapes import ShapesSource
-from workflow_scripts.config.sources import HubSource, PathSource, UrlSource, source_spec
+from workflow_scripts.config.sources import Source
 from workflow_scripts.io import UserError, digest, user_errors, write_json
+from workflow_scripts.sources import KINDS, SourceSpec
 
-Spec = HubSource | UrlSource | PathSource | ShapesSource
 
-
-def acquire(name: str, spec: Spec, manifest: Path) -> dict[str, Any]:
+def acquire(name: str, spec: Source, manifest: Path) -> dict[str, Any]:
     """Makes the source and writes its manifest, last of all."""
     folder = manifest.parent
     folder.mkdir(parents=True, exist_ok=True)
-    if isinstance(spec, ShapesSource):
-        found = _draw(spec, folder)
-    elif isinstance(spec, PathSource):
-        from workflow_scripts.acquire.local_files import describe_local
-
-        found = describe_local(spec, folder)
-    else:
-        from workflow_scripts.acquire.remote_files import fetch_source
-
-        found = fetch_source(spec, folder)
+    found = KINDS[spec.kind].make(spec, folder)
     found.setdefault("images", None)
     found.setdefault("annotations", [])
     result = {"name": name, "kind": spec.kind, **found, "digest": content_digest(found)}
@@ -50,22 +39,6 @@ def content_digest(found: dict[str, Any]) -> str:
     return digest({"images": (found["images"] or {}).get("type"), "files": sorted(files)})
 
 
-def _draw(spec: ShapesSource, folder: Path) -> dict[str, Any]:
-    from workflow_scripts.demo.shapes import generate
-
-    found = generate(spec, folder)
-    from workflow_scripts.acquire.local_files import describe_file, describe_folder
-
-    images = folder / found["images"]["path"]
-    paths = [folder / item["path"] for item in found["annotations"]]
-    if images.is_dir():
-        files = [describe_folder(images, found["images"]["path"], content=True)]
-    else:
-        files = [describe_file(images, found["images"]["path"])]
-    files += [describe_file(path, path.name) for path in paths]
-    return {**found, "files": files}
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Makes one source."""
     parser = argparse.ArgumentParser(
@@ -79,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     with user_errors():
         try:
-            spec = source_spec.validate_json(options.spec)
+            spec = TypeAdapter(SourceSpec).validate_json(options.spec)
         except ValidationError as error:
             raise UserError(f"--spec: {error}") from None
         result = acquire(options.name, spec, options.manifest)

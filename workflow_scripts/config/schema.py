@@ -13,10 +13,11 @@ from workflow_scripts.config.base import StrictModel
 from workflow_scripts.config.compute import ComputeSpec
 from workflow_scripts.config.evaluation import EvaluationSpec
 from workflow_scripts.config.experiments import Experiment, ExperimentSpec
+from workflow_scripts.config.mixtures import MixtureSpec
 from workflow_scripts.config.models import ModelSection, ModelSpec
-from workflow_scripts.config.sources import MixtureSpec, PathSource, SourceSpec
 from workflow_scripts.config.stages import Stages, StageSpec
 from workflow_scripts.config.types import Name
+from workflow_scripts.sources import SourceSpec
 from workflow_scripts.stages import STAGES, Stage
 
 
@@ -115,15 +116,9 @@ def check_mixtures(config: Config, experiments: list[Experiment]) -> Iterator[Pr
 def check_files(config: Config, experiments: list[Experiment]) -> Iterator[Problem]:
     """Files and folders of this machine that the configuration names are there."""
     for name, source in config.sources.items():
-        local = source if isinstance(source, PathSource) else getattr(source, "local", None)
-        paths = (
-            []
-            if local is None
-            else [("images", local.images), *(("annotations", path) for path in local.annotations)]
-        )
-        where = f"sources.{name}" if local is source else f"sources.{name}.local"
-        for key, path in paths:
-            if path is not None and not Path(path).expanduser().exists():
+        where = f"sources.{name}.local" if source.remote() else f"sources.{name}"
+        for key, path in source.own().paths():
+            if not Path(path).expanduser().exists():
                 yield Problem(
                     f"{where}.{key}",
                     path,
@@ -131,11 +126,11 @@ def check_files(config: Config, experiments: list[Experiment]) -> Iterator[Probl
                     "correct the path, or mount the disk",
                 )
     for name, compute in config.compute.items():
-        path = compute.deepspeed_config
-        if path is not None and not Path(path).expanduser().is_file():
+        file = compute.deepspeed_config
+        if file is not None and not Path(file).expanduser().is_file():
             yield Problem(
                 f"compute.{name}.deepspeed_config",
-                path,
+                file,
                 "a file that exists",
                 "correct the path or leave it out",
             )

@@ -7,6 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from workflow_scripts.config.base import StrictModel
+from workflow_scripts.config.sources import Source
 
 
 class ShapesDamage(StrictModel):
@@ -36,7 +37,7 @@ class ShapesDamage(StrictModel):
         return {name: getattr(self, name) for name in type(self).model_fields}
 
 
-class ShapesSource(StrictModel):
+class ShapesSource(Source):
     """Pictures of coloured shapes with LLaVA-format annotations, drawn on this machine; no download.
 
     Equal specs give equal bytes.

@@ -1,28 +1,18 @@
-"""What data there are (`sources`) and how they are put together (`mixtures`)."""
+"""What data there are: the sections of the kinds of source."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import unquote, urlsplit
 
-from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from workflow_scripts.config.base import StrictModel
-from workflow_scripts.config.shapes import ShapesSource
-from workflow_scripts.config.types import Count, Integer, Name, NonNegative, Positive, Share
+from workflow_scripts.config.types import Positive
 
 Role = Literal["images", "annotations", "other"]
-BadStatus = Literal["truncated", "suspect", "corrupt", "not_an_image", "empty", "too_large", "missing"]
-BAD_STATUSES: tuple[BadStatus, ...] = (
-    "truncated",
-    "suspect",
-    "corrupt",
-    "not_an_image",
-    "empty",
-    "too_large",
-    "missing",
-)
 
 
 def _lower_sha256(value: Any) -> Any:
@@ -59,7 +49,7 @@ Paths = Annotated[tuple[str, ...], BeforeValidator(_one_or_more)]
 
 
 class RemoteFile(StrictModel):
-    """What is known of a file before it is fetched."""
+    """What is known of a file before it is fetched; kinds add where it is, and ``name``, its path on the disk."""
 
     role: Role
     """`images` (an archive, at most one a source), `annotations` (LLaVA JSON or JSON lines) or `other`."""
@@ -116,17 +106,52 @@ class LocalFiles(StrictModel):
     annotations: Paths = ()
     """LLaVA JSON or JSON-lines files."""
 
+    def paths(self) -> list[tuple[str, str]]:
+        """(key, path) of each."""
+        images = [("images", self.images)] if self.images else []
+        return images + [("annotations", path) for path in self.annotations]
 
-class _Source(StrictModel):
+    def files(self) -> list[str]:
+        """All of them, but for folders of images: a rule can declare them as inputs, so a replaced one is noticed."""
+        paths = [(key, Path(path).expanduser()) for key, path in self.paths()]
+        return [str(path) for key, path in paths if key != "images" or not path.is_dir()]
+
+
+class Source(StrictModel):
+    """What all kinds of source have; ``workflow_scripts.sources`` lists the kinds."""
+
+    kind: str
+
+    def remote(self) -> tuple[RemoteFile, ...]:
+        """The files to fetch."""
+        return ()
+
+    def own(self) -> LocalFiles:
+        """The user's own files, which are used in place."""
+        return LocalFiles()
+
+    def replaced(self, file: RemoteFile) -> bool:
+        """True when the user's own copy takes the place of ``file``."""
+        own = self.own()
+        return bool(file.role == "images" and own.images) or bool(
+            file.role == "annotations" and own.annotations
+        )
+
+
+class _Fetched(Source):
     expected_images: Positive | None = None
     """Number of image files; the scan warns when it finds another number."""
     local: LocalFiles = LocalFiles()
     """Copies that you already have, used in place; a given part replaces the download of that part."""
 
+    def own(self) -> LocalFiles:
+        """Copies that take the place of downloads."""
+        return self.local
+
     @model_validator(mode="after")
     def _one_store(self) -> Self:
-        files = getattr(self, "files", ())
-        names = [file.name for file in files]
+        files = self.remote()
+        names = [str(getattr(file, "name", "")) for file in files]
         if sum(file.role == "images" for file in files) > 1:
             raise ValueError(
                 "files: two files have role: images; an archive is a source of its own, so split them"
@@ -137,7 +162,7 @@ class _Source(StrictModel):
         return self
 
 
-class HubSource(_Source):
+class HubSource(_Fetched):
     """Files of a Hugging Face repository at a pinned revision."""
 
     kind: Literal["hub"] = "hub"
@@ -152,8 +177,12 @@ class HubSource(_Source):
     connections_per_host: Annotated[Positive, Field(le=16)] = 2
     """Downloads at a time from one host."""
 
+    def remote(self) -> tuple[RemoteFile, ...]:
+        """The files to fetch."""
+        return self.files
 
-class UrlSource(_Source):
+
+class UrlSource(_Fetched):
     """Files on web servers."""
 
     kind: Literal["url"] = "url"
@@ -162,8 +191,12 @@ class UrlSource(_Source):
     connections_per_host: Annotated[Positive, Field(le=16)] = 2
     """Downloads at a time from one host; some hosts answer 503 to more than one."""
 
+    def remote(self) -> tuple[RemoteFile, ...]:
+        """The files to fetch."""
+        return self.files
 
-class PathSource(StrictModel):
+
+class PathSource(Source):
     """Data that are on this machine already and are used where they lie: nothing is copied or changed."""
 
     kind: Literal["path"] = "path"
@@ -177,122 +210,12 @@ class PathSource(StrictModel):
     expected_images: Positive | None = None
     """Number of image files; the scan warns when it finds another number."""
 
+    def own(self) -> LocalFiles:
+        """All of it."""
+        return LocalFiles(images=self.images, annotations=self.annotations)
+
     @model_validator(mode="after")
     def _something(self) -> Self:
         if self.images is None and not self.annotations:
             raise ValueError("a path source needs `images`, `annotations` or both")
         return self
-
-
-SourceSpec = Annotated[HubSource | UrlSource | PathSource | ShapesSource, Field(discriminator="kind")]
-source_spec: TypeAdapter[HubSource | UrlSource | PathSource | ShapesSource] = TypeAdapter(SourceSpec)
-
-
-class Policy(StrictModel):
-    """What happens to a record whose image is not in order. `keep` trains on what can be decoded, `drop` leaves
-    the record out and says so in the mixture's report, `fail` stops before anything is trained."""
-
-    truncated: Literal["keep", "drop", "fail"] = "keep"
-    """The file ends early; `keep` fills the rest with gray, as LLaVA's LOAD_TRUNCATED_IMAGES does."""
-    suspect: Literal["keep", "drop", "fail"] = "keep"
-    """libjpeg found extra bytes: damage or harmless padding."""
-    corrupt: Literal["keep", "drop", "fail"] = "drop"
-    """The data are damaged, or their CRC is wrong."""
-    not_an_image: Literal["drop", "fail"] = "drop"
-    """Something else under an image's name."""
-    empty: Literal["drop", "fail"] = "drop"
-    """No bytes."""
-    too_large: Literal["drop", "fail"] = "drop"
-    """More pixels than the scan's limit."""
-    missing: Literal["drop", "fail"] = "drop"
-    """Not in the archive."""
-    malformed: Literal["drop", "fail"] = "fail"
-    """The record itself is wrong: no conversations, wrong types, a path that leaves the folder."""
-    duplicate_ids: Literal["keep", "drop", "fail"] = "keep"
-    """The same `id` again (LLaVA's own files have many); `drop` keeps the first."""
-    max_dropped_share: Share = 0.01
-    """More dropped records than this share of the part is an error."""
-
-
-class ImageMapping(StrictModel):
-    """Where the images are whose path in the annotations begins with `prefix`."""
-
-    prefix: str = ""
-    """Beginning of the path, whole folders: `coco/train2017` takes coco/train2017/1.jpg; empty takes everything.
-    The longest matching prefix wins; the same prefix again is a fallback for images that are missing or bad."""
-    source: Name
-    """The source that has them."""
-    root: str = "auto"
-    """Folder inside the source that takes the prefix's place; `auto` finds it by comparing names."""
-    any_suffix: bool = False
-    """Also take the same name with another image suffix (1.gif for 1.jpg), as some copies of OCR-VQA need."""
-    samples: Count | None = None
-    """Use exactly so many of these records; more than there are repeats them."""
-    weight: NonNegative | None = None
-    """Use this share of these records: 0.1 is a tenth, 2 is each twice."""
-
-    @model_validator(mode="after")
-    def _one_of(self) -> Self:
-        return _samples_or_weight(self)
-
-
-class Part(StrictModel):
-    """The records of one source's annotations, with the images that they name."""
-
-    annotations: Name
-    """The source whose annotation files are read, in their order."""
-    files: tuple[RelativeName, ...] = ()
-    """Only these annotation files of the source; by default all."""
-    images: tuple[ImageMapping, ...] = ()
-    """Where the images are; may be empty when no record has one."""
-    policy: Policy = Policy()
-    """What happens to records that are not in order."""
-    expected_records: Count | None = None
-    """Number of records in the files; another number is an error."""
-    samples: Count | None = None
-    """Use exactly so many of the part's good records; more than there are repeats them."""
-    weight: NonNegative | None = None
-    """Use this share of the part's good records: 0.1 is a tenth, 2 is each twice."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        return _samples_or_weight(self)
-
-
-class MixtureSpec(StrictModel):
-    """The samples that a stage trains on."""
-
-    parts: Annotated[tuple[Part, ...], Field(min_length=1)]
-    """What it is made of, in this order."""
-    seed: Integer = 0
-    """Seed of the choice where `samples` or `weight` ask for one."""
-    expected_records: Count | None = None
-    """Number of records of the finished mixture; another number is an error."""
-
-    def source_names(self) -> tuple[list[str], list[str]]:
-        """The sources whose annotations are read, and those whose images are used, each once, in order."""
-        annotations = dict.fromkeys(part.annotations for part in self.parts)
-        images = dict.fromkeys(mapping.source for part in self.parts for mapping in part.images)
-        return list(annotations), list(images)
-
-
-def _samples_or_weight(section: Any) -> Any:
-    if section.samples is not None and section.weight is not None:
-        raise ValueError(
-            f"samples: {section.samples} and weight: {section.weight} exclude each other; keep one"
-        )
-    return section
-
-
-def source_inputs(spec: HubSource | UrlSource | PathSource | ShapesSource) -> list[str]:
-    """The files of this machine that a source is made of: archives and annotations, not folders of images.
-
-    A rule can declare them as inputs, so that a replaced file is noticed.
-    """
-    local = spec if isinstance(spec, PathSource) else getattr(spec, "local", None)
-    if local is None:
-        return []
-    from pathlib import Path
-
-    images = [local.images] if local.images and not Path(local.images).expanduser().is_dir() else []
-    return [str(Path(path).expanduser()) for path in [*images, *local.annotations]]

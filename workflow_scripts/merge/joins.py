@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from llava_ext.data.samples import join_name
-from workflow_scripts.config.sources import ImageMapping
+from workflow_scripts.config.mixtures import ImageMapping
 from workflow_scripts.io import UserError
 
 OK, MISSING = "ok", "missing"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from workflow_scripts.config.sources import ImageMapping, MixtureSpec, Part
+from workflow_scripts.config.mixtures import ImageMapping, MixtureSpec, Part
 from workflow_scripts.io import UserError, read_json
 
 if TYPE_CHECKING:

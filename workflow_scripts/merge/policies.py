@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from workflow_scripts.config.sources import Part, Policy
+from workflow_scripts.config.mixtures import Part, Policy
 from workflow_scripts.io import UserError
 from workflow_scripts.merge.annotations import Records, record_id
 from workflow_scripts.merge.joins import Join, Store

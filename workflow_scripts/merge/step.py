@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from workflow_scripts.config.sources import MixtureSpec
+from workflow_scripts.config.mixtures import MixtureSpec
 from workflow_scripts.disk import explain_full_disk
 from workflow_scripts.io import UserError, atomic_path, user_errors, write_json
 from workflow_scripts.merge.parts import (

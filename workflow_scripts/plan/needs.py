@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from workflow_scripts.acquire.hub_cache import cached_in_hub
 from workflow_scripts.config.models import HubModel
-from workflow_scripts.config.sources import HubSource, PathSource, UrlSource
+from workflow_scripts.config.sources import RemoteFile, Source
 from workflow_scripts.launch.preflight import importable, tracker_problem
 from workflow_scripts.plan.plan import Plan
+from workflow_scripts.sources import KINDS
 from workflow_scripts.stages import STAGES
 
 GB = 1e9
@@ -32,43 +33,24 @@ class Item:
         return max(0.0, (self.total or 0.0) - self.there)
 
 
-def hub_cache() -> Path:
-    """The folder of the hub client's cache, without importing the client."""
-    if (cache := os.environ.get("HF_HUB_CACHE")) is not None:
-        return Path(cache).expanduser()
-    home = os.environ.get("HF_HOME")
-    base = Path(home) if home else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "huggingface"
-    return base.expanduser() / "hub"
+def source_items(name: str, spec: Source, folder: Path) -> list[Item]:
+    """The files of a source: those to fetch, or the user's own; none of a drawn one."""
+    own = [Item(path, None, 0, "yours, used in place") for _, path in spec.own().paths()]
+    return [_file_item(name, spec, file, folder) for file in spec.remote()] or own
 
 
-def cached_in_hub(repo: str, repo_type: str, revision: str, path: str) -> bool:
-    """True when the client's cache has the file at this revision."""
-    snapshots = hub_cache() / f"{repo_type}s--{repo.replace('/', '--')}" / "snapshots"
-    return snapshots.is_dir() and any(
-        (folder / path).exists() for folder in snapshots.iterdir() if folder.name.startswith(revision)
-    )
+def _size_of(file: RemoteFile) -> float | None:
+    return float(file.bytes) if file.bytes else (file.about_gb * GB if file.about_gb else None)
 
 
-def source_items(name: str, spec: Any, folder: Path) -> list[Item]:
-    """The files of a source; nothing for a drawn one."""
-    if isinstance(spec, PathSource):
-        found = [*([spec.images] if spec.images else []), *spec.annotations]
-        return [Item(path, None, 0, "yours, used in place") for path in found]
-    if not isinstance(spec, HubSource | UrlSource):
-        return []
-    return [_file_item(name, spec, file, folder) for file in spec.files]
-
-
-def _file_item(name: str, spec: Any, file: Any, folder: Path) -> Item:
-    total = float(file.bytes) if file.bytes else (file.about_gb * GB if file.about_gb else None)
+def _file_item(name: str, spec: Source, file: Any, folder: Path) -> Item:
+    total, cached = _size_of(file), KINDS[spec.kind].cached
     label, target = f"{name}/{file.name}", folder / file.name
-    if (file.role == "images" and spec.local.images) or (
-        file.role == "annotations" and spec.local.annotations
-    ):
+    if spec.replaced(file):
         return Item(label, total, total or 0, "yours, used in place")
     if target.is_file():
         return Item(label, total, total or 0, "there")
-    if isinstance(spec, HubSource) and cached_in_hub(spec.repo, spec.repo_type, spec.revision, file.path):
+    if cached is not None and cached(spec, file):
         return Item(label, total, total or 0, "in the hub's cache")
     part = target.with_name(target.name + ".part")
     if part.is_file():
@@ -101,16 +83,9 @@ def items_of(plan: Plan) -> list[Item]:
 
 def annotation_bytes(plan: Plan) -> float:
     """A mixture is about as large as the annotations that go into it."""
-    total = 0.0
-    for mixture in plan.used_mixtures():
-        for part in plan.config.mixtures[mixture].parts:
-            spec = plan.config.sources[part.annotations]
-            items = source_items(part.annotations, spec, Path("data/sources") / part.annotations)
-            roles = [file.role for file in getattr(spec, "files", ())]
-            total += sum(
-                item.total or 0 for item, role in zip(items, roles, strict=False) if role == "annotations"
-            )
-    return total
+    parts = [part for name in plan.used_mixtures() for part in plan.config.mixtures[name].parts]
+    files = [file for part in parts for file in plan.config.sources[part.annotations].remote()]
+    return sum(_size_of(file) or 0 for file in files if file.role == "annotations")
 
 
 def checkpoint_bytes(plan: Plan) -> tuple[float, float]:

@@ -13,7 +13,6 @@ from workflow_scripts.code_version import CODE_VERSION
 from workflow_scripts.config.compute import ComputeSpec, split_gres
 from workflow_scripts.config.experiments import Experiment
 from workflow_scripts.config.load import Loaded, load_files
-from workflow_scripts.config.sources import source_inputs
 from workflow_scripts.config.stages import StageSpec
 from workflow_scripts.plan.runs import Run, find_runs
 from workflow_scripts.plan.specs import plain
@@ -107,7 +106,7 @@ class Plan:
 
     def source_files(self, name: str) -> list[str]:
         """Local files that a source is made of; a replaced one makes it new."""
-        return source_inputs(self.config.sources[name])
+        return self.config.sources[name].own().files()
 
     @property
     def retries(self) -> int:
