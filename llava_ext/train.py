@@ -172,7 +172,7 @@ def _open_inputs(arguments: Arguments) -> tuple[SampleStore, dict[str, Path]]:
     model, cache = arguments.model, arguments.training.cache_dir
     folders = {"llm": resolve_model(model.model_name_or_path, "model_name_or_path", cache)}
     if not model.vision_tower:
-        raise TrainingError("--vision_tower: missing; give the folder or hub id of a CLIP vision tower")
+        raise TrainingError("--vision_tower: missing; give the folder or hub id of a vision tower")
     folders["vision_tower"] = resolve_model(model.vision_tower, "vision_tower", cache)
     store = open_samples(arguments.data.data_path, arguments.data.image_folder, tolerant=True)
     if not len(store):

@@ -16,11 +16,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 CODE_VERSION = 3
-CODE_DIGEST = "2c56ee93260684e9"
+CODE_DIGEST = "2edb7df5d8efaf1c"
 
 # The modules whose code decides what a training computes.
 NUMERIC = (
     "llava_ext/model/interventions.py",
+    "llava_ext/model/towers.py",
+    "llava_ext/model/projectors.py",
+    "llava_ext/model/language_models.py",
     "llava_ext/model/configuration_spatial_llava.py",
     "llava_ext/model/modeling_spatial_llava.py",
     "llava_ext/model/processing_spatial_llava.py",

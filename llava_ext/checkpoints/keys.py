@@ -8,9 +8,8 @@ from collections.abc import Mapping
 import torch
 
 from ..errors import TrainingError
-from ..model.interventions import (
-    Interventions,
-)
+from ..model.interventions import Interventions
+from ..model.towers import TOWERS
 
 State = dict[str, torch.Tensor]
 
@@ -27,7 +26,8 @@ LLM = "model.language_model."
 ORIGINAL_PROJECTOR = "model.mm_projector."
 
 
-ORIGINAL_TOWER = "model.vision_tower.vision_tower.vision_model."
+# Of CLIP towers, the only ones that LLaVA's code has.
+ORIGINAL_TOWER = str(TOWERS["clip_vision_model"].original_prefix)
 
 
 WRAPPERS = ("proj", "projector")

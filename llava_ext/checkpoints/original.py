@@ -9,6 +9,10 @@
 
 The published intervention code wraps the projector, outermost first: ``proj`` with compression, ``projector`` with
 coordinates, ``projector`` with normalisation. Reading accepts any wrapping; writing makes the published one.
+
+LLaVA's code knows CLIP towers and Llama and Mistral. Other families have no whole checkpoint in this layout (forks that have
+one disagree about which of the tower's layers they keep), so none is written; a stage-1 projector and its config are, for
+this package alone.
 """
 
 from __future__ import annotations
@@ -34,6 +38,8 @@ from ..model.interventions import (
     VICUNA_7B_SCALE,
     Interventions,
 )
+from ..model.language_models import LANGUAGE_MODELS, language_model, original_text_type
+from ..model.towers import TOWERS, registered_tower
 from .keys import ORIGINAL_PROJECTOR, state_to_original
 from .tensors import WEIGHT_FILES, check_projector, read_projector, save_sharded
 
@@ -52,12 +58,38 @@ OWN_KEY = "spatial_llava"
 # ---- configuration ----------------------------------------------------------------------------------------------
 
 
-def loads_with(interventions: Interventions) -> list[str]:
-    """Which code computes the same model from the original layout."""
+def loads_with(interventions: Interventions, text_type: str, tower_type: str) -> list[str]:
+    """Which code computes the same model from the original layout; ``*_type``: transformers' model types."""
     names = ["llava_ext"]
+    if unknown_to_llava(text_type, tower_type):
+        return names
     if interventions.is_vanilla:
         return ["LLaVA", *names]
-    return ["the published intervention code", *names] if not published_problems(interventions) else names
+    published = text_type == "llama" and not published_problems(interventions)
+    return ["the published intervention code", *names] if published else names
+
+
+def unknown_to_llava(text_type: str, tower_type: str) -> list[str]:
+    """Why the original layout cannot hold a whole model of these families, as sentences; empty when it can."""
+    found = []
+    if registered_tower(tower_type).original_prefix is None:
+        with_prefix = [entry.title for entry in TOWERS.values() if entry.original_prefix]
+        found.append(
+            f"LLaVA's code has no {registered_tower(tower_type).title} tower, only {', '.join(with_prefix)}"
+        )
+    if language_model(text_type).original is None:
+        known = [entry.title for entry in LANGUAGE_MODELS.values() if entry.original]
+        found.append(f"LLaVA's code has no {text_type} language model, only {', '.join(known)}")
+    return found
+
+
+def original_class(text_type: str, two_dimensional: bool) -> dict[str, Any]:
+    """``model_type`` and ``architectures`` of an original ``config.json``."""
+    kind, architecture = language_model(text_type).original or (
+        f"llava_{text_type}",
+        f"Llava{text_type.title()}ForCausalLM",
+    )
+    return {"model_type": kind + "2d" * two_dimensional, "architectures": [architecture]}
 
 
 def published_problems(interventions: Interventions) -> list[str]:
@@ -102,8 +134,7 @@ def config_to_original(
         if key not in ("model_type", "architectures", "dtype")
     }
     fields |= {
-        "model_type": "llava_llama2d" if interventions.twoD_vision_embedding else "llava_llama",
-        "architectures": ["LlavaLlamaForCausalLM"],
+        **original_class(text_config["model_type"], interventions.twoD_vision_embedding),
         "mm_hidden_size": vision_config["hidden_size"],
         "mm_patch_merge_type": "flat",
         "mm_use_im_patch_token": False,
@@ -119,13 +150,14 @@ def config_to_original(
         fields |= _published_fields(interventions, vision_config)
     fields[OWN_KEY] = {
         "interventions": interventions.to_dict(),
-        "loads_with": loads_with(interventions),
+        "loads_with": loads_with(interventions, text_config["model_type"], vision_config["model_type"]),
         "vision_config": dict(vision_config),
     }
     return fields
 
 
 def _published_fields(interventions: Interventions, vision_config: Mapping[str, Any]) -> dict[str, Any]:
+    # Only a CLIP tower's model is the published code's, whose pictures have the tower's own size.
     grid = int(vision_config["image_size"]) // int(vision_config["patch_size"])
     fields: dict[str, Any] = {
         "add_registers": False,
@@ -226,11 +258,14 @@ def load_original(
         TrainingError: something is missing; the message says which argument gives it.
     """
 
+    from ..model.build import picture_fields
+
     path = Path(folder)
     described = json.loads((path / "config.json").read_text(encoding="utf-8"))
     vision_folder = find_model(described.get("mm_vision_tower"), tower, path, "vision tower", "--tower")
     vision = parts.load_tower(vision_folder, dtype, attn_implementation)
-    grid = vision.config.image_size // vision.config.patch_size
+    fields = picture_fields(vision.config, parts.load_image_processor(vision_folder))
+    grid = (fields["tower_image_size"] or vision.config.image_size) // vision.config.patch_size
     projector = read_projector(path)
     if any((path / name).is_file() for name in WEIGHT_FILES):
         text_folder = path
@@ -240,7 +275,8 @@ def load_original(
         language = parts.load_llm(text_folder, dtype, attn_implementation)
     tokenizer = parts.load_tokenizer(text_folder, model_max_length)
     interventions = interventions_from_original(described, grid)
-    model = _join(language, vision, interventions, _own_fields(described), tokenizer, vision_folder)
+    fields |= _own_fields(described)
+    model = _join(language, vision, interventions, fields, tokenizer)
     module = model.model.multi_modal_projector
     shapes = {name: list(value.shape) for name, value in module.named_parameters()}
     check_projector(projector, shapes, str(path))
@@ -267,21 +303,17 @@ def _join(
     interventions: Interventions,
     fields: Mapping[str, Any],
     tokenizer: Any,
-    vision_folder: Path,
 ) -> Any:
     """The model around a loaded LLM and tower, with a projector that is still to be filled."""
     from ..model import build
     from ..model.configuration_spatial_llava import SpatialLlavaConfig
 
     chosen = build.resolve_statistics(interventions, language.get_input_embeddings(), len(tokenizer))
-    processor = parts.load_image_processor(vision_folder)
     config = SpatialLlavaConfig(
         vision_config=vision.config,
         text_config=language.config,
         image_token_index=parts.image_token_id(tokenizer),
         tie_word_embeddings=language.config.tie_word_embeddings,
-        image_mean=list(processor.image_mean),
-        image_std=list(processor.image_std),
         **chosen.to_dict(),
         **fields,
     )
@@ -294,12 +326,10 @@ def _load_language_model(
     """The LLM inside a whole original checkpoint."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    kind = str(described.get("model_type", "")).removeprefix("llava_").removesuffix("2d")
-    kind = "llama" if kind == "llava" else kind
-    if kind not in ("llama", "mistral"):
-        raise TrainingError(
-            f"{folder}: model_type {described.get('model_type')!r}: allowed are llava_llama and llava_mistral"
-        )
+    kind = original_text_type(str(described.get("model_type", "")))
+    if kind is None:
+        allowed = " and ".join(entry.original[0] for entry in LANGUAGE_MODELS.values() if entry.original)
+        raise TrainingError(f"{folder}: model_type {described.get('model_type')!r}: allowed are {allowed}")
     config = AutoConfig.for_model(kind, **_text_fields(described, AutoConfig.for_model(kind).to_dict()))
     model, info = AutoModelForCausalLM.from_pretrained(
         str(folder),
@@ -370,7 +400,16 @@ def export_original(
         settings: LLaVA's config fields that a model does not know, at least ``mm_vision_tower``.
         projector_only: ``mm_projector.bin`` and ``config.json``, for LLaVA's ``model_base`` loading.
         sentencepiece: the LLM's ``tokenizer.model``, which LLaVA's loader needs and today's tokenizers no longer write.
+
+    Raises:
+        TrainingError: a whole model of a family that LLaVA's code does not know.
     """
+    unknown = unknown_to_llava(model.config.text_config.model_type, model.config.vision_config.model_type)
+    if unknown and not projector_only:
+        raise TrainingError(
+            f"{folder}: the original LLaVA layout can't hold this model: {'; '.join(unknown)}. Use the HF layout (--to hf); "
+            "--projector_only writes the projector alone, for this package"
+        )
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     config = model.config

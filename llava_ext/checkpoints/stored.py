@@ -22,7 +22,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from ..data.conversation import chat_template
 from ..data.images import ImagePreprocessor
-from ..model.build import without_zero3
+from ..model.build import picture_fields, without_zero3
 from ..model.configuration_spatial_llava import SpatialLlavaConfig
 from ..model.modeling_spatial_llava import SpatialLlavaForConditionalGeneration
 from ..model.parts import BuildError, load_tokenizer, require_complete, with_image_token
@@ -63,16 +63,19 @@ def load_model(
             llm=llm,
             tower=tower,
         )
+    config, image_processor = _stored_config(path), _stored_image_processor(path)
+    config.tower_image_size = picture_fields(config.vision_config, image_processor)["tower_image_size"]
+    config.image_seq_length = config.tokens_per_image
     model, info = SpatialLlavaForConditionalGeneration.from_pretrained(
         str(path),
-        config=_stored_config(path),
+        config=config,
         dtype=dtype,
         attn_implementation=attn_implementation,
         output_loading_info=True,
     )
     require_complete(folder, info)
     shrink_vocabulary(model)
-    return model, load_tokenizer(path, model_max_length), _stored_image_processor(path)
+    return model, load_tokenizer(path, model_max_length), image_processor
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -140,6 +143,7 @@ def save_checkpoint(
     extend_vocabulary(config, weights)
     clone = _empty_clone(config)
     clone.load_state_dict(weights, strict=True, assign=True)
+    clone.tie_weights()
     clone.generation_config = copy.deepcopy(model.generation_config)
     processor = make_processor(config, tokenizer, image_processor)
     with _staged(Path(folder)) as staging, _auto_classes(config), without_zero3():
@@ -173,9 +177,12 @@ def extend_vocabulary(config: SpatialLlavaConfig, weights: dict[str, Tensor]) ->
 def make_processor(config: SpatialLlavaConfig, tokenizer: Any, image_processor: Any) -> Any:
     """The processor that fits a checkpoint: stock LLaVA's, or ours when there are interventions."""
     pixels = ImagePreprocessor.from_processor(image_processor, config.image_aspect_ratio)
+    square = {"height": pixels.size, "width": pixels.size}
+    edge = pixels.size if pixels.aspect_ratio == "pad" else pixels.edge
     saved_images = LlavaImageProcessorPil(
-        size={"shortest_edge": pixels.size},
-        crop_size={"height": pixels.size, "width": pixels.size},
+        size={"shortest_edge": edge} if edge and pixels.edge != 0 else square,
+        crop_size=square,
+        resample=pixels.resample,
         image_mean=list(pixels.mean),
         image_std=list(pixels.std),
         do_pad=pixels.aspect_ratio == "pad",
@@ -188,7 +195,7 @@ def make_processor(config: SpatialLlavaConfig, tokenizer: Any, image_processor: 
         "patch_size": config.vision_config.patch_size,
         "vision_feature_select_strategy": config.vision_feature_select_strategy,
         "chat_template": chat_template(config.prompt_version) if config.prompt_version else None,
-        "num_additional_image_tokens": 1,
+        "num_additional_image_tokens": config.tokens_before,
     }
     if config.is_stock:
         return LlavaProcessor(**shared)

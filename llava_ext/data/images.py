@@ -102,13 +102,19 @@ class ImagePreprocessor:
     Attributes:
         size: side S of the tower's square input in pixels.
         mean, std: per channel, for values in [0, 1].
-        aspect_ratio: `pad` fills the shorter side with the mean colour; `square` crops the longer one.
+        aspect_ratio: `pad` fills the shorter side with the mean colour and resizes to S; `square` does what the tower's own
+            image processor does, which ``edge`` tells.
+        edge: with `square` the shorter side is resized to so many pixels before the middle is cut out, S if None;
+            0 resizes both sides to S without a crop, whatever the proportions (SigLIP).
+        resample: Pillow's number of the filter (3: bicubic, as LLaVA's; 2: bilinear, SigLIP 2).
     """
 
     size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     aspect_ratio: str = "pad"
+    edge: int | None = None
+    resample: int = Image.Resampling.BICUBIC
 
     def __post_init__(self) -> None:
         if self.aspect_ratio not in ASPECT_RATIOS:
@@ -118,16 +124,23 @@ class ImagePreprocessor:
 
     @classmethod
     def from_processor(cls, processor: Any, aspect_ratio: str | None = None) -> ImagePreprocessor:
-        """From a CLIP or LLaVA image processor of transformers; without ``aspect_ratio`` its ``do_pad`` decides."""
-        crop, size = processor.crop_size, processor.size
-        side, edge = crop["height"], dict(size).get("shortest_edge")
-        if side != crop["width"] or edge != side:
+        """From an image processor of transformers (CLIP's, SigLIP's, DINOv2's, LLaVA's).
+
+        Without ``aspect_ratio`` its ``do_pad`` decides.
+        """
+        size = {name: value for name, value in dict(processor.size).items() if value}
+        crop = dict(processor.crop_size) if getattr(processor, "do_center_crop", None) else size
+        side, edge = crop.get("height"), size.get("shortest_edge", 0)
+        squashed = size.get("height") == size.get("width") == side
+        if side is None or side != crop.get("width") or not (edge >= side or (not edge and squashed)):
             raise ImageError(
-                f"the image processor resizes to {dict(size)} and crops to {dict(crop)}; equal square sizes are expected"
+                f"the image processor resizes to {size} and crops to {crop}; a square is expected, and a crop that is "
+                "not larger than the shortest edge"
             )
         if aspect_ratio is None:
             aspect_ratio = "pad" if getattr(processor, "do_pad", False) else "square"
-        return cls(side, tuple(processor.image_mean), tuple(processor.image_std), aspect_ratio)
+        statistics = tuple(processor.image_mean), tuple(processor.image_std)
+        return cls(side, *statistics, aspect_ratio, edge=edge, resample=int(processor.resample))
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Normalised pixel values, float32, (3, S, S)."""
@@ -161,7 +174,7 @@ class ImagePreprocessor:
         side, colour = max(width, height), tuple(int(value * 255) for value in self.mean)
         if width > height:
             # Pillow resizes rows first, each on its own, so rows of padding need not be resized: same result, less work.
-            image, width = image.resize((self.size, height), Image.Resampling.BICUBIC), self.size
+            image, width = image.resize((self.size, height), Image.Resampling(self.resample)), self.size
             canvas = Image.new("RGB", (self.size, side), colour)
             canvas.paste(image, (0, (side - height) // 2))
         elif width < height:
@@ -169,13 +182,16 @@ class ImagePreprocessor:
             canvas.paste(image, ((side - width) // 2, 0))
         else:
             canvas = image
-        return canvas.resize((self.size, self.size), Image.Resampling.BICUBIC)
+        return canvas.resize((self.size, self.size), Image.Resampling(self.resample))
 
     def _cropped(self, image: Image.Image) -> Image.Image:
         width, height = image.size
+        edge = self.size if self.edge is None else self.edge
+        if edge == 0:
+            return image.resize((self.size, self.size), Image.Resampling(self.resample))
         short, long = min(width, height), max(width, height)
-        longer = int(self.size * long / short)
-        target = (self.size, longer) if width <= height else (longer, self.size)
-        image = image.resize(target, Image.Resampling.BICUBIC)
+        longer = int(edge * long / short)
+        target = (edge, longer) if width <= height else (longer, edge)
+        image = image.resize(target, Image.Resampling(self.resample))
         left, top = (target[0] - self.size) // 2, (target[1] - self.size) // 2
         return image.crop((left, top, left + self.size, top + self.size))

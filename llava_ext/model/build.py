@@ -1,6 +1,6 @@
 """Models from folders, and folders from models.
 
-``build_model`` puts a fresh projector between a language model and a CLIP tower; ``load_model`` reads any finished checkpoint;
+``build_model`` puts a fresh projector between a language model and a vision tower; ``load_model`` reads any finished checkpoint;
 ``save_checkpoint`` writes one: stock LLaVA when no intervention is on, with this package's code beside it otherwise.
 """
 
@@ -18,11 +18,13 @@ from transformers import (
     AutoProcessor,
 )
 
+from ..data.images import ImagePreprocessor
 from .configuration_spatial_llava import SpatialLlavaConfig
 from .interventions import Interventions
 from .modeling_spatial_llava import SpatialLlavaForConditionalGeneration
 from .parts import BuildError, image_token_id, load_image_processor, load_llm, load_tokenizer, load_tower
 from .processing_spatial_llava import SpatialLlavaProcessor
+from .towers import check_image_size, check_select_feature
 
 AutoConfig.register("spatial_llava", SpatialLlavaConfig)
 AutoModelForImageTextToText.register(SpatialLlavaConfig, SpatialLlavaForConditionalGeneration)
@@ -47,7 +49,7 @@ def build_model(
     model_max_length: int = 2048,
     **config_fields: Any,
 ) -> tuple[SpatialLlavaForConditionalGeneration, Any, Any]:
-    """A model from a language model's and a CLIP tower's folder, with a new projector; its tokenizer and image processor.
+    """A model from a language model's and a vision tower's folder, with a new projector; its tokenizer and image processor.
 
     The projector is initialised as LLaVA's (PyTorch's own initialisation of linear layers), from torch's current random state. With
     ``normalize_statistics: auto`` the statistics are measured on the language model here and kept in ``model.config``.
@@ -66,17 +68,18 @@ def build_model(
     image_processor = load_image_processor(tower)
     vision = load_tower(tower, dtype, attn_implementation)
     # Before the language model is read, so that a wrong flag costs seconds.
-    grid = vision.config.image_size // vision.config.patch_size
-    chosen.validate(grid, vision.config.num_hidden_layers, vision_feature_select_strategy == "full")
+    keeps_all = vision_feature_select_strategy == "full"
+    check_select_feature(vision.config, keeps_all)
+    fields = picture_fields(vision.config, image_processor)
+    side = fields["tower_image_size"] or vision.config.image_size
+    chosen.validate(side // vision.config.patch_size, vision.config.num_hidden_layers, keeps_all)
     language = load_llm(llm, dtype, attn_implementation)
     chosen = resolve_statistics(chosen, language.get_input_embeddings(), len(tokenizer))
-    config_fields |= {
+    config_fields |= fields | {
         "projector_type": projector_type,
         "vision_feature_layer": vision_feature_layer,
         "vision_feature_select_strategy": vision_feature_select_strategy,
         "image_token_index": image_token_id(tokenizer),
-        "image_mean": list(image_processor.image_mean),
-        "image_std": list(image_processor.image_std),
     }
     config = SpatialLlavaConfig(
         vision_config=vision.config,
@@ -89,6 +92,17 @@ def build_model(
         config._attn_implementation = attn_implementation
     model = assembled(config, language, vision)
     return model, tokenizer, image_processor
+
+
+def picture_fields(vision_config: Any, image_processor: Any) -> dict[str, Any]:
+    """The fields of our config that say which pictures a tower gets. Raises ``TowerError`` when it cannot take them."""
+    pixels = ImagePreprocessor.from_processor(image_processor)
+    check_image_size(vision_config, pixels.size)
+    return {
+        "image_mean": list(pixels.mean),
+        "image_std": list(pixels.std),
+        "tower_image_size": None if pixels.size == vision_config.image_size else pixels.size,
+    }
 
 
 def assembled(config: SpatialLlavaConfig, language: Any, vision: Any) -> SpatialLlavaForConditionalGeneration:

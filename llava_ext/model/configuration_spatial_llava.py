@@ -1,35 +1,18 @@
 """Configuration of LLaVA with interventions: transformers' ``LlavaConfig`` plus the flags, flat, by their names.
 
-This file, ``interventions.py`` and ``modeling_spatial_llava.py`` are copied beside exported checkpoints, so they import
-nothing else of this package.
+This file and its siblings ``interventions.py``, ``towers.py``, ``projectors.py``, ``modeling_*`` and ``processing_*`` are copied
+beside exported checkpoints, so they import nothing else of this package.
 """
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from transformers import LlavaConfig
 
 from .interventions import FIELD_NAMES, InterventionError, Interventions
-
-MLP_PROJECTOR = re.compile(r"mlp([1-9]\d*)x_gelu")
-
-
-def projector_depth(projector_type: str) -> int:
-    """Number of linear layers of LLaVA's projector types: `linear` -> 1, `mlpNx_gelu` -> N.
-
-    Raises:
-        ValueError: for any other name.
-    """
-    if projector_type == "linear":
-        return 1
-    match = MLP_PROJECTOR.fullmatch(projector_type)
-    if match is None:
-        raise ValueError(
-            f"projector_type: found {projector_type!r}; allowed are `linear` and `mlpNx_gelu` such as `mlp2x_gelu`"
-        )
-    return int(match.group(1))
+from .projectors import projector_depth
+from .towers import Tower, registered_tower
 
 
 class SpatialLlavaConfig(LlavaConfig):
@@ -63,11 +46,15 @@ class SpatialLlavaConfig(LlavaConfig):
     # Pixel statistics, for pixel values that arrive as uint8.
     image_mean: list[float] | None = None
     image_std: list[float] | None = None
+    # Side of the pictures in pixels, where it is not the vision tower's own (DINOv2 takes any multiple of its patches).
+    tower_image_size: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         self.multilayer_layers = list(self.multilayer_layers)
         projector_depth(self.projector_type)
+        if not self.tokens_before:
+            self.vision_feature_select_strategy = "full"  # stock LLaVA's `default` would drop the first patch
         interventions = self.interventions
         interventions.validate(self.grid_side, self.vision_config.num_hidden_layers, self.keeps_cls)
         statistics = interventions.fixed_statistics()
@@ -81,24 +68,44 @@ class SpatialLlavaConfig(LlavaConfig):
         return Interventions.from_mapping({name: getattr(self, name) for name in FIELD_NAMES})
 
     @property
+    def tower(self) -> Tower:
+        """What the register says of the vision tower."""
+        return registered_tower(self.vision_config.model_type)
+
+    @property
+    def tokens_before(self) -> int:
+        """The tower's tokens before the first patch: class token and registers."""
+        return self.tower.tokens_before(self.vision_config)
+
+    @property
+    def image_side(self) -> int:
+        """Side of the tower's pictures in pixels."""
+        return int(self.tower_image_size or self.vision_config.image_size)
+
+    @property
     def grid_side(self) -> int:
-        """Patches along one side of the vision tower's square grid."""
-        return int(self.vision_config.image_size) // int(self.vision_config.patch_size)
+        """Patches along one side of the vision tower's square grid; pixels that fill no patch are left out."""
+        return self.image_side // int(self.vision_config.patch_size)
 
     @property
     def keeps_cls(self) -> bool:
-        """True when the CLS token goes to the LLM too (LLaVA's `cls_patch`)."""
-        return self.vision_feature_select_strategy == "full"
+        """True when the tokens before the patches go to the LLM too (LLaVA's `cls_patch`)."""
+        return self.vision_feature_select_strategy == "full" and self.tokens_before > 0
 
     @property
     def tokens_per_image(self) -> int:
         """Vision tokens of one image at the LLM's input, without interleaved coordinates."""
-        return self.interventions.tokens_per_image(self.grid_side, int(self.keeps_cls))
+        extra = self.tokens_before if self.keeps_cls else 0
+        return self.interventions.tokens_per_image(self.grid_side, extra)
 
     @property
     def is_stock(self) -> bool:
-        """True when transformers' own LLaVA computes the same: no intervention, a two-layer projector."""
-        return self.interventions.is_vanilla and self.projector_type == "mlp2x_gelu"
+        """True when transformers' own LLaVA computes the same.
+
+        No intervention, a two-layer projector, and not more than one token to be dropped before the patches.
+        """
+        drops = 0 if self.keeps_cls else self.tokens_before
+        return self.interventions.is_vanilla and self.projector_type == "mlp2x_gelu" and drops <= 1
 
     @classmethod
     def from_stock(cls, config: LlavaConfig, **changes: Any) -> SpatialLlavaConfig:
@@ -107,6 +114,12 @@ class SpatialLlavaConfig(LlavaConfig):
             raise InterventionError(
                 f"vision_feature_layer: found {config.vision_feature_layer}; one layer is expected; "
                 "several layers are use_multilayer_features with multilayer_layers"
+            )
+        before = registered_tower(config.vision_config.model_type).tokens_before(config.vision_config)
+        if config.vision_feature_select_strategy == "default" and before != 1:
+            raise InterventionError(
+                f"vision_feature_select_strategy: found `default`, which leaves out one token, but this tower has {before} "
+                "before its patches; such a model is not supported, `full` is"
             )
         fields = {
             key: value
@@ -120,13 +133,15 @@ class SpatialLlavaConfig(LlavaConfig):
         """A ``LlavaConfig`` for the same model. Raises ``ValueError`` when transformers' own class could not compute it."""
         if not self.is_stock:
             raise ValueError(
-                f"projector {self.projector_type} with {', '.join(self.interventions.active) or 'no intervention'} "
-                "is no stock LLaVA model; save it as spatial_llava"
+                f"projector {self.projector_type} with {', '.join(self.interventions.active) or 'no intervention'} and "
+                f"{self.tokens_before} tokens before the patches is no stock LLaVA model; save it as spatial_llava"
             )
         own = {
             name for name in type(self).__dataclass_fields__ if name not in LlavaConfig.__dataclass_fields__
         }
         kept = {"image_aspect_ratio", "prompt_version", "llm_vocab_size"}
+        if self.tower_image_size is not None:
+            kept.add("tower_image_size")
         dropped = (own - kept) | {"model_type", "architectures", "auto_map"}
         fields = {key: value for key, value in self.to_dict().items() if key not in dropped}
         return LlavaConfig(**fields)

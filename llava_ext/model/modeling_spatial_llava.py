@@ -31,8 +31,9 @@ from transformers.models.llava.modeling_llava import (
 )
 from transformers.utils.generic import can_return_tuple
 
-from .configuration_spatial_llava import SpatialLlavaConfig, projector_depth
+from .configuration_spatial_llava import SpatialLlavaConfig
 from .interventions import PUBLISHED_GRID_SIDE
+from .projectors import projector_depth
 
 NORM_EPS = 1e-6
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -177,12 +178,13 @@ class SpatialLlavaModel(LlavaModel):
         """(images, patches, channels) of the chosen layer, or of several layers after the tower's final norm."""
         layers = self.config.interventions.feature_layers
         if layers:
-            states = [self.vision_tower.post_layernorm(outputs.hidden_states[index]) for index in layers]
+            norm = self.vision_tower.get_submodule(self.config.tower.closing_norm)
+            states = [norm(outputs.hidden_states[index]) for index in layers]
             features = torch.cat(states, dim=-1)
         else:
             features = outputs.hidden_states[self.config.vision_feature_layer if layer is None else layer]
-        keeps_cls = (self.config.vision_feature_select_strategy if strategy is None else strategy) == "full"
-        return features if keeps_cls else features[:, 1:]
+        keeps_all = (self.config.vision_feature_select_strategy if strategy is None else strategy) == "full"
+        return features if keeps_all else features[:, self.config.tokens_before :]
 
     def _normalised_pixels(self, pixel_values: Tensor) -> Tensor:
         if pixel_values.dtype != torch.uint8:
@@ -299,7 +301,7 @@ class SpatialLlavaModel(LlavaModel):
         # Ranks that hold only a part of the tower's weights gather them together (ZeRO-3, FSDP), trained or not.
         if not (trains or any(map(_is_split, self.vision_tower.parameters()))):
             return inputs_embeds
-        side = self.config.vision_config.image_size
+        side = self.config.image_side
         blank = torch.zeros(1, 3, side, side, device=inputs_embeds.device, dtype=self.vision_tower.dtype)
         unused = self.get_image_features(blank).pooler_output[0][:0].to(inputs_embeds.dtype)
         flat = torch.cat([inputs_embeds.flatten(0, 1), unused])

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from tokenizers import AddedToken, Tokenizer
 from torch import nn
 from transformers import (
@@ -20,7 +21,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
 )
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from ..data.conversation import IMAGE_TOKEN
 from ..errors import TrainingError
@@ -31,6 +31,7 @@ from .language_models import (
     padding_token,
     text_model_type,
 )
+from .towers import registered_tower
 
 
 def resolve_model(name: str, flag: str, cache_dir: str | None) -> Path:
@@ -120,10 +121,22 @@ def image_token_id(tokenizer: Any) -> int:
     return int(with_image_token(tokenizer).convert_tokens_to_ids(IMAGE_TOKEN))
 
 
+def tower_config(folder: str | Path) -> Any:
+    """The vision config of a registered tower's folder. Raises :class:`BuildError` with the register for any other."""
+    try:
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+        config = getattr(config, "vision_config", config)
+        registered_tower(config.model_type)
+    except (OSError, ValueError) as error:
+        raise BuildError(f"{folder}: {error}") from None
+    return config
+
+
 def load_image_processor(folder: str | Path) -> Any:
     """The vision tower's image processor (Pillow backend)."""
+    processor = getattr(transformers, registered_tower(tower_config(folder).model_type).processor)
     try:
-        return CLIPImageProcessorPil.from_pretrained(str(folder))
+        return processor.from_pretrained(str(folder))
     except (OSError, ValueError) as error:
         raise BuildError(
             f"{folder}: no image processor ({error}); it needs preprocessor_config.json"
@@ -131,11 +144,12 @@ def load_image_processor(folder: str | Path) -> Any:
 
 
 def load_tower(folder: str | Path, dtype: torch.dtype | None, attn_implementation: str | None) -> Any:
-    """The vision part of a CLIP checkpoint, with every weight found. Raises :class:`BuildError` otherwise."""
-    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-    config = getattr(config, "vision_config", config)
-    if config.model_type != "clip_vision_model":
-        raise BuildError(f"{folder}: found a {config.model_type} model; a CLIP vision tower is expected")
+    """A registered vision tower, or the vision part of such a model, with every weight found.
+
+    Raises:
+        BuildError: another kind of model, or weights that are not all there.
+    """
+    config = tower_config(folder)
     tower, info = AutoModel.from_pretrained(
         str(folder),
         config=config,
@@ -150,14 +164,19 @@ def load_tower(folder: str | Path, dtype: torch.dtype | None, attn_implementatio
 def check_language_model(folder: str | Path) -> None:
     """Refuses a language model that the model could not be built around, before any weight is read.
 
-    A registered family passes; any other is built without memory and must be a plain decoder.
+    A registered family passes; any other is built without memory and must be a plain decoder. Of a LLaVA checkpoint its
+    language model is looked at.
 
     Raises:
         BuildError: names what the class lacks, and the registered families.
     """
-    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-    if config.model_type in LANGUAGE_MODELS:
+    if text_model_type(folder) in LANGUAGE_MODELS:
         return
+    try:
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise BuildError(f"{folder}: {error}; allowed are {known_language_models()}") from None
+    config = getattr(config, "text_config", config)
     lacking = ["a transformers class for causal language models"]
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         with torch.device("meta"):

@@ -57,7 +57,8 @@ class SpatialLlavaProcessor(LlavaProcessor):
         interventions, grid = Interventions.from_mapping(self.interventions), image_size // self.patch_size
         if not interventions.interleave:
             full = self.vision_feature_select_strategy == "full"
-            return self.image_token * interventions.tokens_per_image(grid, int(full))
+            extra = self.num_additional_image_tokens if full else 0
+            return self.image_token * interventions.tokens_per_image(grid, extra)
         side, pieces = interventions.final_side(grid), []
         for index in range(side * side):
             pieces.append(self.image_token)

@@ -53,10 +53,10 @@ class ModelArguments:
     """Which models, and how they are joined. Defaults are LLaVA's."""
 
     model_name_or_path: str = field(
-        default="", metadata={"help": "LLM: a folder or a hub id (Vicuna, Llama)."}
+        default="", metadata={"help": "LLM: a folder or a hub id (Vicuna, Llama, Mistral, Qwen, ...)."}
     )
     vision_tower: str | None = field(
-        default=None, metadata={"help": "CLIP vision tower: a folder or a hub id."}
+        default=None, metadata={"help": "Vision tower (CLIP, SigLIP, DINOv2): a folder or a hub id."}
     )
     version: str = field(
         default="v1", metadata={"help": "Conversation template: plain (stage 1), v1 (stage 2)."}
@@ -77,7 +77,10 @@ class ModelArguments:
     )
     mm_patch_merge_type: str = field(default="flat", metadata={"help": "flat."})
     mm_vision_select_feature: str = field(
-        default="patch", metadata={"help": "patch, or cls_patch to keep the CLS token."}
+        default="patch",
+        metadata={
+            "help": "patch, or cls_patch to keep what comes before the patches (class token, registers)."
+        },
     )
     attn_implementation: str | None = field(
         default=None, metadata={"help": "eager, sdpa or flash_attention_2 (default: transformers' choice)."}

@@ -22,7 +22,8 @@ from ..data.images import ImagePreprocessor, decode
 from ..distributed import memory
 from ..errors import TrainingError, say
 from ..model.build import build_model, reset_projector
-from ..model.parts import load_image_processor, load_tokenizer
+from ..model.parts import check_language_model, load_image_processor, load_tokenizer, tower_config
+from ..model.towers import check_select_feature
 from . import states
 from .lora import add_adapters
 from .optimizer import count, freeze
@@ -42,6 +43,7 @@ def make_trainer(
 ) -> LlavaTrainer:
     """Everything that a run needs, checked before the first step. ``checkpoint``: what it is going to continue from."""
     training = arguments.training
+    _check_families(arguments, folders)
     arguments = with_known_statistics(arguments, checkpoint)
     tokenizer = load_tokenizer(folders["llm"], training.model_max_length)
     samples = make_samples(arguments, store, folders, tokenizer)
@@ -61,6 +63,13 @@ def make_trainer(
         describe=samples.describe,
         mm_projector_lr=training.mm_projector_lr,
     )
+
+
+def _check_families(arguments: Arguments, folders: dict[str, Path]) -> None:
+    """Refuses towers and language models that are not registered, before anything is loaded."""
+    tower = tower_config(folders["vision_tower"])
+    check_select_feature(tower, arguments.model.mm_vision_select_feature == "cls_patch")
+    check_language_model(folders["llm"])
 
 
 def with_known_statistics(arguments: Arguments, checkpoint: Path | None) -> Arguments:

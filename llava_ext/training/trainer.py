@@ -359,10 +359,11 @@ class LlavaTrainer(Trainer):
         state = gathered(model, {name for name, _ in model.named_parameters()}, self.args.should_save)
         if not self.args.should_save:
             return {}
-        rest = {name: tensor for name, tensor in model.state_dict().items() if name not in state}
-        tied = "model.language_model.embed_tokens.weight"
-        for name, tensor in rest.items():
-            state[name] = state[tied] if name == "lm_head.weight" and tied in state else tensor.detach().cpu()
+        first = {id(parameter): name for name, parameter in model.named_parameters()}
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if name not in state:  # a buffer, or a tied parameter's second name
+                whole = state.get(first.get(id(tensor), ""))
+                state[name] = tensor.detach().cpu() if whole is None else whole
         return state
 
 

@@ -54,17 +54,23 @@ def export_llava(hf: Path, target: Path, vision_tower: str) -> dict[str, str]:
 
 
 def export(spec: Mapping[str, Any], trained: Path, manifest: Path) -> dict[str, Any]:
-    """Both exports and, last, the manifest."""
-    from llava_ext.checkpoints.original import loads_with
+    """Both exports (LLaVA's own only of families that LLaVA's code knows) and, last, the manifest."""
+    from llava_ext.checkpoints.original import loads_with, unknown_to_llava
     from llava_ext.model.interventions import Interventions
 
     content = read_json(trained)
     home = manifest.parent / content["digest"][:10]
     home.mkdir(parents=True, exist_ok=True)
-    files = {
-        "hf": export_hf(trained, home / "hf"),
-        "llava": export_llava(home / "hf", home / "llava", spec["vision_tower"]),
-    }
+    files = {"hf": export_hf(trained, home / "hf")}
+    described = read_json(home / "hf" / "config.json")
+    families = described["text_config"]["model_type"], described["vision_config"]["model_type"]
+    readers = {"hf": _hf_loads_with(home / "hf")}
+    unknown = unknown_to_llava(*families)
+    if unknown:
+        print(f"no export in the original LLaVA layout: {'; '.join(unknown)}", flush=True)
+    else:
+        files["llava"] = export_llava(home / "hf", home / "llava", spec["vision_tower"])
+        readers["llava"] = loads_with(Interventions.from_mapping(spec["interventions"]), *families)
     result = {
         "run": manifest.parent.name,
         content["stage"]: content["run"],
@@ -73,10 +79,7 @@ def export(spec: Mapping[str, Any], trained: Path, manifest: Path) -> dict[str, 
         "digest": digest(files["hf"]),
         "files": files,
         "interventions": spec["interventions"],
-        "loads_with": {
-            "hf": _hf_loads_with(home / "hf"),
-            "llava": loads_with(Interventions.from_mapping(spec["interventions"])),
-        },
+        "loads_with": readers,
     }
     write_json(manifest, result)
     return result

@@ -197,7 +197,7 @@ def preflight(folder: Path, role: str, name: str) -> None:
             if role == "llm":
                 _preflight_llm(folder, Path(trial))
             else:
-                _preflight_tower(folder, config)
+                _preflight_tower(folder)
     except (ValueError, OSError, KeyError, ImportError) as error:
         raise UserError(f"models.{name}: this model could not be used or saved: {error}") from None
     if not any(folder.glob("*.safetensors")):
@@ -208,10 +208,14 @@ def preflight(folder: Path, role: str, name: str) -> None:
 def _preflight_llm(folder: Path, trial: Path) -> None:
     from transformers import AutoTokenizer, GenerationConfig
 
+    from llava_ext.model.parts import check_language_model, load_tokenizer
+
     if (folder / "generation_config.json").is_file():
         generation = GenerationConfig.from_pretrained(folder)
         generation.validate(strict=True)
         generation.save_pretrained(trial)
+    check_language_model(folder)
+    load_tokenizer(folder)
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     text = "A picture of 7 cats."
     ids = tokenizer(text)["input_ids"]
@@ -223,14 +227,12 @@ def _preflight_llm(folder: Path, trial: Path) -> None:
         raise ValueError("the tokenizer gives other ids after saving and loading it")
 
 
-def _preflight_tower(folder: Path, config: Any) -> None:
-    from transformers import AutoImageProcessor
+def _preflight_tower(folder: Path) -> None:
+    """The tower is registered, and takes the pictures that its image processor gives."""
+    from llava_ext.model.build import picture_fields
+    from llava_ext.model.parts import load_image_processor, tower_config
 
-    vision = getattr(config, "vision_config", config)
-    for key in ("image_size", "patch_size", "num_hidden_layers"):
-        if getattr(vision, key, None) is None:
-            raise ValueError(f"config.json has no {key}: is it a CLIP vision tower?")
-    AutoImageProcessor.from_pretrained(folder)
+    picture_fields(tower_config(folder), load_image_processor(folder))
 
 
 def _check_shards(folder: Path, name: str) -> None:
