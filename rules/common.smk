@@ -5,6 +5,7 @@ from snakemake.exceptions import WorkflowError
 from snakemake_interface_executor_plugins.settings import DeploymentMethod
 
 from workflow_scripts.config.load import load_config
+from workflow_scripts.config.yaml_files import check_files
 from workflow_scripts.io import UserError
 from workflow_scripts.plan.plan import Plan
 from workflow_scripts.plan.announce import announce
@@ -16,6 +17,8 @@ from workflow_scripts.stages import STAGES, last_stage
 from workflow_scripts.step import command
 
 try:
+    if workflow.modifier.is_main_snakefile():
+        check_files([Path(file) for file in workflow.configfiles])
     plan = Plan(load_config(config, workflow.configfiles))
     if workflow.modifier.is_main_snakefile():
         check_targets(plan, sys.argv[1:])

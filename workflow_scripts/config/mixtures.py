@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from workflow_scripts.config.base import StrictModel
 from workflow_scripts.config.sources import RelativeName
-from workflow_scripts.config.types import Count, Integer, Name, NonNegative, Share
+from workflow_scripts.config.types import Count, Name, NonNegative, Seed, Share
 
 BadStatus = Literal["truncated", "suspect", "corrupt", "not_an_image", "empty", "too_large", "missing"]
 BAD_STATUSES: tuple[BadStatus, ...] = (
@@ -98,7 +98,7 @@ class MixtureSpec(StrictModel):
 
     parts: Annotated[tuple[Part, ...], Field(min_length=1)]
     """What it is made of, in this order."""
-    seed: Integer = 0
+    seed: Seed = 0
     """Seed of the choice where `samples` or `weight` ask for one."""
     expected_records: Count | None = None
     """Number of records of the finished mixture; another number is an error."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from workflow_scripts.config.base import StrictModel
 from workflow_scripts.config.shapes import ShapesLlm, ShapesTower
@@ -68,6 +68,14 @@ class PathModel(PreparedModel):
 ModelSpec = Annotated[HubModel | PathModel | ShapesLlm | ShapesTower, Field(discriminator="kind")]
 
 
+def _trainable(value: object) -> object:
+    if value == "identity":
+        raise ValueError(
+            "linear or mlpNx_gelu (mlp2x_gelu is LLaVA's): identity has no weights to train; choose one of them"
+        )
+    return value
+
+
 class ModelSection(StrictModel):
     """Which models an experiment is built from."""
 
@@ -75,8 +83,10 @@ class ModelSection(StrictModel):
     """Name of a model with `role: llm`."""
     vision_tower: str
     """Name of a model with `role: vision_tower`."""
-    projector_type: Annotated[str, Field(pattern=r"^(linear|identity|mlp[1-9]\d?x_gelu)$")] = "mlp2x_gelu"
-    """The projector: `linear`, `identity` or `mlpNx_gelu`, as LLaVA names them."""
+    projector_type: Annotated[
+        str, BeforeValidator(_trainable), Field(pattern=r"^(linear|mlp[1-9]\d?x_gelu)$")
+    ] = "mlp2x_gelu"
+    """The projector: `linear` or `mlpNx_gelu`, as LLaVA names them."""
     vision_feature_layer: Annotated[int, Field(strict=True)] = -2
     """The tower's layer whose features are used; negative counts from the end. Ignored with
     `use_multilayer_features`, which has its own picks."""

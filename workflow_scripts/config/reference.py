@@ -24,6 +24,10 @@ that is not listed here is an error. `config/config.yaml` is the demo, `config/l
 `snakemake -n --configfile FILE` checks a file and shows what it would do.
 
 Relative paths are relative to the working folder.
+
+What YAML reads differently from what it looks like is refused with its line: the same key twice, `0600` (octal), `1:30`
+(base 60), `yes`, `no`, `on`, `off` (booleans), dates without quotes. `python -m workflow_scripts.plan --configfile FILE`
+also names the line of a syntax error, which Snakemake's own reader does not.
 """
 
 

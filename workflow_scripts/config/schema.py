@@ -1,24 +1,18 @@
-"""The whole configuration: its sections, and the rules between them."""
+"""The whole configuration: its sections."""
 
 from __future__ import annotations
-
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from pydantic import Field, field_validator
 
 from workflow_scripts.config.base import StrictModel
 from workflow_scripts.config.compute import ComputeSpec
 from workflow_scripts.config.evaluation import EvaluationSpec
-from workflow_scripts.config.experiments import Experiment, ExperimentSpec
+from workflow_scripts.config.experiments import ExperimentSpec
 from workflow_scripts.config.mixtures import MixtureSpec
 from workflow_scripts.config.models import ModelSection, ModelSpec
-from workflow_scripts.config.stages import Stages, StageSpec
+from workflow_scripts.config.stages import Stages
 from workflow_scripts.config.types import Name
 from workflow_scripts.sources import SourceSpec
-from workflow_scripts.stages import STAGES, Stage
 
 
 class Config(StrictModel):
@@ -57,200 +51,3 @@ class Config(StrictModel):
                 "are; write the commands into a file and set setup to: source FILE"
             )
         return value
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Something wrong with a configuration."""
-
-    key: str
-    found: Any
-    allowed: str
-    fix: str
-
-    def __str__(self) -> str:
-        if self.allowed.startswith("found "):  # the message says it all
-            return f"{self.key}: {self.allowed}; fix: {self.fix}"
-        found = "nothing" if self.found is None else repr(self.found)
-        return f"{self.key}: found {found}; allowed: {self.allowed}; fix: {self.fix}"
-
-
-def known(values: Any) -> str:
-    """The names of a section, for a message."""
-    names = sorted(values)
-    return ", ".join(names) if names else "(there are none)"
-
-
-def _reference(key: str, name: str, section: str, names: Any) -> Iterator[Problem]:
-    if name not in names:
-        yield Problem(
-            key,
-            name,
-            f"a name of section {section}: {known(names)}",
-            suggestion(name, names, f"add it to {section}"),
-        )
-
-
-def suggestion(word: str, names: Any, otherwise: str) -> str:
-    """`did you mean 'x'?`, or something else to do where no name is close."""
-    import difflib
-
-    close = difflib.get_close_matches(word, [str(name) for name in names], n=1, cutoff=0.6)
-    return f"did you mean {close[0]!r}?" if close else otherwise
-
-
-def check_mixtures(config: Config, experiments: list[Experiment]) -> Iterator[Problem]:
-    """Mixtures name sources that exist."""
-    for name, mixture in config.mixtures.items():
-        for number, part in enumerate(mixture.parts):
-            where = f"mixtures.{name}.parts[{number}]"
-            yield from _reference(f"{where}.annotations", part.annotations, "sources", config.sources)
-            for place, mapping in enumerate(part.images):
-                yield from _reference(
-                    f"{where}.images[{place}].source", mapping.source, "sources", config.sources
-                )
-    if config.evaluation:
-        yield from _reference("evaluation.source", config.evaluation.source, "sources", config.sources)
-
-
-def check_files(config: Config, experiments: list[Experiment]) -> Iterator[Problem]:
-    """Files and folders of this machine that the configuration names are there."""
-    for name, source in config.sources.items():
-        where = f"sources.{name}.local" if source.remote() else f"sources.{name}"
-        for key, path in source.own().paths():
-            if not Path(path).expanduser().exists():
-                yield Problem(
-                    f"{where}.{key}",
-                    path,
-                    "a file or folder that exists",
-                    "correct the path, or mount the disk",
-                )
-    for name, compute in config.compute.items():
-        file = compute.deepspeed_config
-        if file is not None and not Path(file).expanduser().is_file():
-            yield Problem(
-                f"compute.{name}.deepspeed_config",
-                file,
-                "a file that exists",
-                "correct the path or leave it out",
-            )
-
-
-def check_models(config: Config, experiments: list[Experiment]) -> Iterator[Problem]:
-    """Experiments name models that exist and have the right role; model folders exist."""
-    seen: set[tuple[str, str]] = set()
-    for experiment in experiments:
-        spec: Any = config.experiments[experiment.name]
-        overrides = spec.model.model_fields_set
-        for role, name in (("llm", experiment.model.llm), ("vision_tower", experiment.model.vision_tower)):
-            key = f"experiments.{experiment.name}.model.{role}" if role in overrides else f"model.{role}"
-            if (key, name) in seen:
-                continue
-            seen.add((key, name))
-            yield from _reference(key, name, "models", config.models)
-            if name in config.models and config.models[name].role != role:
-                fitting = [n for n, m in config.models.items() if m.role == role]
-                yield Problem(
-                    key,
-                    name,
-                    f"a model with role: {role}: {known(fitting)}",
-                    f"its role is {config.models[name].role}",
-                )
-    for name, model in config.models.items():
-        if model.kind == "path" and not (Path(model.path).expanduser() / "config.json").is_file():
-            yield Problem(
-                f"models.{name}.path",
-                model.path,
-                "a model folder with a config.json",
-                "correct the path, or use kind: hub",
-            )
-
-
-def check_stages(config: Config, experiments: list[Experiment]) -> Iterator[Problem]:
-    """Stages name mixtures and jobs that exist, and their batches can be divided; each place is named once."""
-    seen: set[str] = set()
-    for experiment in experiments:
-        spec: Any = config.experiments[experiment.name]
-        for stage in STAGES.values():
-            overridden = getattr(spec, stage.name).model_fields_set
-            where = f"experiments.{experiment.name}.{stage.name}" if overridden else f"stages.{stage.name}"
-            for problem in _check_stage(config, experiment.stage(stage.name), stage, where):
-                if str(problem) not in seen:
-                    seen.add(str(problem))
-                    yield problem
-
-
-def _check_stage(config: Config, stage: StageSpec, kind: Stage, where: str) -> Iterator[Problem]:
-    yield from _reference(f"{where}.mixture", stage.mixture, "mixtures", config.mixtures)
-    yield from _reference(f"{where}.compute", stage.compute, "compute", config.compute)
-    if not kind.trains_llm and stage.lora is not None:
-        others = " or ".join(item.name for item in STAGES.values() if item.trains_llm)
-        yield Problem(
-            f"{where}.lora", "a LoRA", f"nothing: {kind.name} does not train the LLM", f"move it to {others}"
-        )
-    if not kind.trains_llm and not stage.train_projector:
-        message = f"true: {kind.name} trains only the projector"
-        yield Problem(f"{where}.train_projector", False, message, "leave it out")
-    if stage.compute not in config.compute:
-        return
-    compute = config.compute[stage.compute]
-    together = compute.processes * compute.per_device_batch_size
-    if stage.global_batch_size % together:
-        yield Problem(
-            f"{where}.global_batch_size",
-            stage.global_batch_size,
-            f"a multiple of {together} = {compute.processes} process(es) x {compute.per_device_batch_size} samples "
-            f"(compute.{stage.compute})",
-            f"change compute.{stage.compute}.per_device_batch_size or its number of GPUs, not the global batch: it decides the result",
-        )
-
-
-def tower_facts(config: Config, name: str) -> dict[str, int | None]:
-    """What is known about a tower before it is fetched: ``side`` of its patch grid and number of ``layers``."""
-    model = config.models.get(name)
-    size, patch = getattr(model, "image_size", None), getattr(model, "patch_size", None)
-    layers = getattr(model, "layers", None)
-    if model is not None and model.kind == "path" and not (size and patch and layers):
-        found = _tower_config(Path(model.path).expanduser())
-        size, patch = size or found.get("image_size"), patch or found.get("patch_size")
-        layers = layers or found.get("num_hidden_layers")
-    return {"side": size // patch if size and patch else None, "layers": layers}
-
-
-def _tower_config(folder: Path) -> dict[str, Any]:
-    import json
-
-    try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return dict(found.get("vision_config", found))
-    except (OSError, ValueError):
-        return {}
-
-
-def check_interventions(config: Config, experiments: list[Experiment]) -> Iterator[Problem]:
-    """The flags agree with each other, with the tower's grid and with its layers."""
-    for experiment in experiments:
-        where = f"experiments.{experiment.name}.interventions"
-        facts = tower_facts(config, experiment.model.vision_tower)
-        for line in experiment.interventions.problems(facts["side"], facts["layers"]):
-            key, _, rest = line.partition(": ")
-            message, _, fix = rest.rpartition("; ")
-            found = getattr(experiment.interventions, key, experiment.flags)
-            yield Problem(f"{where}.{key}", found, message or rest, fix if message else "change the flags")
-        layer, layers = experiment.model.vision_feature_layer, facts["layers"]
-        if layers is not None and not -layers - 1 <= layer <= layers:
-            yield Problem(
-                "model.vision_feature_layer",
-                layer,
-                f"-{layers + 1} to {layers}: the tower has {layers} layers",
-                "pick one of these",
-            )
-
-
-CHECKS: tuple[Callable[[Config, list[Experiment]], Iterator[Problem]], ...] = (
-    check_mixtures,
-    check_files,
-    check_models,
-    check_stages,
-    check_interventions,
-)

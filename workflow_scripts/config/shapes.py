@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from workflow_scripts.config.base import StrictModel
 from workflow_scripts.config.sources import Source
+from workflow_scripts.config.types import Seed
 
 
 class ShapesDamage(StrictModel):
@@ -51,7 +52,7 @@ class ShapesSource(Source):
     """Number of pictures, damaged and missing ones included."""
     archive: Literal["zip", "tar", "folder"] = "zip"
     """What the pictures are packed in."""
-    seed: int = 0
+    seed: Seed = 0
     """Other seeds give other pictures."""
     image_size: int = Field(default=56, ge=28, le=1024)
     """Side of the pictures, in pixels."""
@@ -93,7 +94,7 @@ class ShapesLlm(StrictModel):
     kind: Literal["shapes_llm"] = "shapes_llm"
     role: Literal["llm"] = "llm"
     """What the experiments may use it as."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the weights."""
     hidden_size: int = Field(default=64, ge=8)
     """Width."""
@@ -120,7 +121,7 @@ class ShapesTower(StrictModel):
     kind: Literal["shapes_tower"] = "shapes_tower"
     role: Literal["vision_tower"] = "vision_tower"
     """What the experiments may use it as."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the weights and of the pictures that it is trained on."""
     steps: int = Field(default=200, ge=0)
     """Contrastive pre-training steps; 0 leaves the tower random."""

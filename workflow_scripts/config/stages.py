@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, create_model, model_validator
 
 from workflow_scripts.config.base import StrictModel
-from workflow_scripts.config.types import Integer, NonNegative, Positive, Rate, Share
+from workflow_scripts.config.types import NonNegative, Positive, Rate, Seed, Share
 from workflow_scripts.stages import STAGES
 
 
@@ -80,7 +80,7 @@ class StageSpec(StrictModel):
     """Longest sequence in tokens, image tokens included; longer ones are cut."""
     group_by_modality_length: bool = False
     """Batches of samples of similar length, with and without pictures apart (LLaVA's stage 2)."""
-    seed: Integer = 42
+    seed: Seed = 42
     """Seed of the initialisation and of the order of the data."""
     train_projector: bool = True
     """Train the projector. `false` freezes it in stage 2 (LLaVA's `freeze_mm_mlp_adapter`)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from workflow_scripts.config.schema import known, suggestion
+from workflow_scripts.config.problems import known, suggestion
 from workflow_scripts.io import UserError
 from workflow_scripts.plan.plan import Plan
 
