@@ -4,6 +4,7 @@ from pathlib import Path
 
 from snakemake.utils import min_version
 
+from workflow_scripts.acquire.signals import end_downloads_with_snakemake
 from workflow_scripts.launch import requeue
 from workflow_scripts.plan.describe import describe_plan, is_dry_run
 
@@ -56,6 +57,7 @@ rule all:
 # Not called in dry runs, nor inside jobs.
 onstart:
     requeue.watch(workflow)
+    end_downloads_with_snakemake()
 
 
 onsuccess:

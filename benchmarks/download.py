@@ -45,7 +45,8 @@ server.serve_forever()
 OURS = """
 import sys
 from pathlib import Path
-from workflow_scripts.acquire.download import Wanted, fetch
+from workflow_scripts.acquire.download import fetch
+from workflow_scripts.acquire.verified import Wanted
 fetch(Wanted("f", (sys.argv[1],), int(sys.argv[3]), sys.argv[4]), Path(sys.argv[2]))
 """
 HUB = """

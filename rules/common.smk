@@ -51,6 +51,8 @@ def step(wildcards, output):
 # A job that runs inside a cluster job must not multiply the outer retries.
 RETRIES = 0 if workflow.remote_exec else plan.retries
 DOWNLOAD_RETRIES = 0 if workflow.remote_exec else 2
+# A step that was killed (memory, a node that went away) may do better; one that refuses says so twice.
+ONCE_MORE = 0 if workflow.remote_exec else 1
 
 
 wildcard_constraints:

@@ -37,6 +37,7 @@ rule scan:
         manifest="data/scans/{source}/manifest.json",
     log:
         "logs/scan/{source}.log",
+    retries: ONCE_MORE
     conda:
         "../envs/environment.yaml"
     threads: 8
@@ -56,6 +57,7 @@ rule mixture:
         manifest="data/mixtures/{mixture}/manifest.json",
     log:
         "logs/mixture/{mixture}.log",
+    retries: ONCE_MORE
     conda:
         "../envs/environment.yaml"
     resources:

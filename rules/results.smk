@@ -10,6 +10,7 @@ rule export:
         manifest="runs/export/{run}/manifest.json",
     log:
         "logs/export/{run}.log",
+    retries: ONCE_MORE
     conda:
         "../envs/environment.yaml"
     resources:
@@ -55,6 +56,7 @@ rule evaluate:
         manifest="runs/evaluate/{run}/manifest.json",
     log:
         "logs/evaluate/{run}.log",
+    retries: ONCE_MORE
     conda:
         "../envs/environment.yaml"
     resources:
@@ -96,6 +98,7 @@ rule report:
         ),
     log:
         "logs/report.log",
+    retries: ONCE_MORE
     conda:
         "../envs/environment.yaml"
     params:

@@ -13,12 +13,19 @@ from workflow_scripts.io import UserError
 FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
+def size_text(count: float) -> str:
+    """Bytes for people: 512 bytes, 3.1 MB, 27.36 GB."""
+    if count < 10_000:
+        return f"{count:.0f} bytes"
+    return f"{count / 1e6:.1f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"
+
+
 def check_disk(folder: Path, needed: int, what: str) -> None:
     """Raises :class:`UserError` when the disk can't hold ``needed`` more bytes."""
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
-            f"{what}: {needed / 1e9:.2f} GB are needed in {folder}, but the disk has {free / 1e9:.2f} GB free; free "
+            f"{what}: {size_text(needed)} are needed in {folder}, but the disk has {size_text(free)} free; free "
             "space, or put the working folder on a larger disk (`snakemake --directory`), and run it again"
         )
 

@@ -5,18 +5,23 @@ A *manifest* is a small JSON file written last, after everything that it describ
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+from workflow_scripts.secrets import redact
+
 T = TypeVar("T")
 CHUNK = 1 << 20
+LEFTOVER_S = 3600.0
+"""A temporary file that nobody on this machine writes and that has not changed for so long is left over."""
 
 
 class UserError(Exception):
@@ -58,6 +63,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     A failure leaves the old file untouched and removes the temporary one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -67,6 +73,25 @@ def atomic_path(path: Path) -> Iterator[Path]:
         fsync_directory(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Deletes temporary files of ``path`` whose writers were killed."""
+    for old in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        pid = old.name.split(".")[-2]
+        with suppress(OSError):  # another process may clean too; another machine may be writing
+            if pid.isdecimal() and not _lives(int(pid)) and time.time() - old.stat().st_mtime > LEFTOVER_S:
+                old.unlink()
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def write_text(path: Path, text: str) -> None:
@@ -117,5 +142,5 @@ def user_errors() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(redact(f"error: {error}"), file=sys.stderr, flush=True)
         raise SystemExit(1) from None

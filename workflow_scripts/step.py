@@ -9,12 +9,15 @@ from __future__ import annotations
 import importlib
 import os
 import shlex
+import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+
+from workflow_scripts.secrets import redact
 
 
 def command(python: str, home: Path, setup: str = "", module: str = "workflow_scripts.step") -> str:
@@ -71,10 +74,13 @@ def run_step(name: str, arguments: Sequence[str], log: Path) -> int:
         status = 0
     except SystemExit as stop:
         status = stop.code
+    except KeyboardInterrupt:
+        status = 128 + signal.SIGINT
+        print(f"the step {name} was interrupted", file=sys.stderr)
     except BaseException:  # noqa: BLE001 - whatever it was, it belongs into the log
         import traceback
 
-        traceback.print_exc()
+        print(redact(traceback.format_exc()), file=sys.stderr)
     sys.stdout.flush()  # what the step printed comes before what is said about it
     code = status if isinstance(status, int) else 0 if status is None else 1
     if isinstance(status, str):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.support.servers import HubServer, Server
-from workflow_scripts.acquire.download import Patience
+from workflow_scripts.acquire.patience import Patience
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -14,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.acquiring import Acquiring
 from tests.support.pictures import encoded, noise
 from tests.support.servers import Fault, HubServer
-from workflow_scripts.io import read_json
 
 ROOT = Path(__file__).parents[2]
 JSON = json.dumps(
@@ -40,49 +39,9 @@ def sha(data):
     return hashlib.sha256(data).hexdigest()
 
 
-class Workspace:
-    """A working folder, and an environment that reaches only the test's servers."""
-
-    def __init__(self, folder, endpoint="http://127.0.0.1:9"):
-        self.folder = folder
-        self.env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
-        self.env |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "hf"), "PYTHONPATH": str(ROOT)}
-        self.env["HF_HUB_DISABLE_TELEMETRY"] = "1"
-
-    @property
-    def data(self):
-        return self.folder / "data" / "sources" / "N"
-
-    def acquire(self, spec, **env):
-        command = [
-            sys.executable,
-            "-m",
-            "workflow_scripts.acquire",
-            "--name",
-            "N",
-            "--spec",
-            json.dumps(spec),
-        ]
-        command += ["--manifest", str(self.data / "manifest.json")]
-        done = subprocess.run(
-            command,
-            cwd=self.folder,
-            env=self.env | env,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-        assert "Traceback" not in done.stderr, done.stderr
-        return done
-
-    def manifest(self):
-        return read_json(self.data / "manifest.json")
-
-
 @pytest.fixture
 def work(tmp_path, hub):
-    return Workspace(tmp_path, hub.url)
+    return Acquiring(tmp_path, hub.url)
 
 
 def hub_spec(hub, **more):
@@ -256,7 +215,7 @@ def test_mirrors_of_hub_files(work, hub, other_server):
 
 
 def test_several_url_files_and_the_manifest_of_a_second_run(tmp_path, server):
-    work = Workspace(tmp_path)
+    work = Acquiring(tmp_path)
     spec = {
         "kind": "url",
         "files": [
@@ -277,7 +236,7 @@ def test_several_url_files_and_the_manifest_of_a_second_run(tmp_path, server):
 
 
 def test_the_local_copy_takes_the_downloads_place(tmp_path, server):
-    work = Workspace(tmp_path)
+    work = Acquiring(tmp_path)
     mine = tmp_path / "mine.zip"
     mine.write_bytes(ZIP)
     spec = {
@@ -296,7 +255,7 @@ def test_the_local_copy_takes_the_downloads_place(tmp_path, server):
 
 
 def test_the_local_copy_is_verified_when_its_hash_is_known(tmp_path):
-    work = Workspace(tmp_path)
+    work = Acquiring(tmp_path)
     mine = tmp_path / "train.zip"
     mine.write_bytes(archive("other.jpg"))
     file = {"url": "http://127.0.0.1:9/train.zip", "role": "images", "sha256": sha(ZIP)}
@@ -306,7 +265,7 @@ def test_the_local_copy_is_verified_when_its_hash_is_known(tmp_path):
 
 
 def test_path_sources(tmp_path):
-    work = Workspace(tmp_path)
+    work = Acquiring(tmp_path)
     folder = tmp_path / "pictures"
     folder.mkdir()
     (folder / "a.jpg").write_bytes(encoded())
@@ -330,13 +289,13 @@ def test_path_sources(tmp_path):
     ],
 )
 def test_path_sources_that_are_not_there(tmp_path, spec, message):
-    done = Workspace(tmp_path).acquire(spec)
+    done = Acquiring(tmp_path).acquire(spec)
     assert done.returncode == 1
     assert message in done.stderr
 
 
 def test_the_demos_shapes_are_a_source_like_others(tmp_path):
-    work = Workspace(tmp_path)
+    work = Acquiring(tmp_path)
     assert work.acquire({"kind": "shapes", "split": "captions", "pictures": 5}).returncode == 0
     first = work.manifest()
     assert first["images"]["type"] == "zip"
@@ -361,7 +320,7 @@ def test_a_whole_model_repository(tmp_path):
     with HubServer("owner/model", "model").running() as hub:
         fill(hub)
         hub.put("config.json", b"{}", lfs=False)
-        work = Workspace(tmp_path, hub.url)
+        work = Acquiring(tmp_path, hub.url)
 
         def snapshot(**env):
             command = [sys.executable, "-c", SNAPSHOT, hub.repo, hub.commit[:8]]
@@ -385,3 +344,69 @@ def test_a_whole_model_repository(tmp_path):
         subprocess.run([sys.executable, "-c", code, hub.repo, hub.commit], env=work.env, check=True)
         offline = snapshot(HF_HUB_OFFLINE="1").stdout.split()
         assert {item.split("=")[1] for item in offline[1:]} == expected
+
+
+def test_a_hub_that_refuses_without_saying_why_names_the_token(work, hub):
+    fill(hub)
+    hub.api_faults = [Fault("status", 401)]
+    done = work.acquire(hub_spec(hub))
+    assert done.returncode == 1
+    assert (
+        "HTTP 401" in done.stderr and "set HF_TOKEN" in done.stderr and f"{hub.url}/datasets/" in done.stderr
+    )
+
+
+@pytest.mark.parametrize(
+    ("code", "what_to_do"),
+    [(None, "set HF_TOKEN"), ("GatedRepo", "accept them on"), ("EntryNotFound", "check `path`")],
+)
+def test_a_hubs_file_that_is_refused_names_what_to_do(work, hub, code, what_to_do):
+    fill(hub)
+    hub.files["images.zip"].faults = [Fault("status", 403, headers={"X_Error_Code": code})]
+    done = work.acquire(hub_spec(hub))
+    assert done.returncode == 1
+    assert "HTTP 403" in done.stderr and what_to_do in done.stderr
+
+
+# ---------------------------------------------------------------- secrets
+
+
+def test_a_signature_comes_from_the_environment_and_stays_there(tmp_path, server):
+    """In the query or in the path; the server gets it, nobody else does."""
+    work = Acquiring(tmp_path)
+    server.add("/geheim/1/a.json", JSON)
+    url = server.url + "/${PLACE}/a.json?sig=${SIG}&dl=1"
+    done = work.acquire(
+        {"kind": "url", "files": [{"url": url, "role": "annotations"}]},
+        SIG="top+geheim/2==",
+        PLACE="geheim/1",
+    )
+    assert done.returncode == 0, done.stderr
+    assert server.requests[0][1] == "/geheim/1/a.json?sig=top+geheim/2==&dl=1"
+    written = "".join(path.read_text(errors="replace") for path in work.folder.rglob("*") if path.is_file())
+    assert "geheim" not in written + done.stderr
+    assert work.manifest()["files"][0]["url"] == server.url + "/${PLACE}/a.json"
+
+
+def test_a_failing_request_keeps_the_signature_to_itself(tmp_path, server):
+    work = Acquiring(tmp_path)
+    server.add("/a.json", JSON, faults=[Fault("redirect", "http://[bad/geheim2?x=geheim3")])
+    url = [server.url + "/a.json?sig=${SIG}", server.url + "/no/${SIG}/b.json"]
+    done = work.acquire({"kind": "url", "files": [{"url": url, "role": "annotations"}]}, SIG="geheim1")
+    assert done.returncode == 1
+    assert "geheim" not in done.stderr
+    assert "no address that can be fetched" in done.stderr and "HTTP 404" in done.stderr
+
+
+def test_a_variable_that_is_not_set_is_named(tmp_path, server):
+    url = server.url + "/a.json?sig=${NOT_SET_AT_ALL}"
+    done = Acquiring(tmp_path).acquire({"kind": "url", "files": [{"url": url, "role": "annotations"}]})
+    assert done.returncode == 1
+    assert "NOT_SET_AT_ALL is not set; export it" in done.stderr
+
+
+def test_a_literal_signature_is_refused_without_being_repeated(tmp_path):
+    url = "https://user:geheim1@example.org/a.json?sig=geheim2"
+    done = Acquiring(tmp_path).acquire({"kind": "url", "files": [{"url": url, "role": "annotations"}]})
+    assert done.returncode == 1
+    assert "~/.netrc" in done.stderr and "geheim" not in done.stderr

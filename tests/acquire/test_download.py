@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import resource
@@ -15,7 +16,10 @@ import pytest
 
 from tests.support.pictures import noise
 from tests.support.servers import Fault
-from workflow_scripts.acquire.download import Patience, Wanted, fetch, host_slot, retry_after
+from workflow_scripts.acquire.download import fetch
+from workflow_scripts.acquire.locks import host_slot
+from workflow_scripts.acquire.patience import Patience, retry_after
+from workflow_scripts.acquire.verified import Wanted
 from workflow_scripts.io import UserError, read_json
 
 DATA = noise(3_000_000)
@@ -186,7 +190,7 @@ def test_a_web_page_with_status_200_is_not_the_file(server, tmp_path, patience):
 
 def test_a_web_page_while_resuming_keeps_what_was_fetched(server, tmp_path, patience):
     url = server.add("/images.zip", DATA, faults=[Fault("cut", after=1_000_000), Fault("html")])
-    with pytest.raises(UserError, match="bytes are kept"):
+    with pytest.raises(UserError, match=r"1\.0 MB are kept"):
         fetch(want(url), tmp_path / "images.zip", patience)
     assert (tmp_path / "images.zip.part").stat().st_size > 0
     fetch(want(url), tmp_path / "images.zip", patience)
@@ -273,7 +277,9 @@ def test_mirrors_get_no_token(server, other_server, tmp_path, patience):
 SCRIPT = """
 import sys
 from pathlib import Path
-from workflow_scripts.acquire.download import Wanted, fetch, Patience
+from workflow_scripts.acquire.download import fetch
+from workflow_scripts.acquire.patience import Patience
+from workflow_scripts.acquire.verified import Wanted
 from workflow_scripts.io import user_errors
 url, target, size, sha = sys.argv[1:]
 with user_errors():
@@ -329,14 +335,21 @@ def test_a_file_larger_than_the_disk_is_refused_before_it_is_fetched(tmp_path):
         check_disk(tmp_path, 1 << 60, "images.zip")
 
 
-def test_two_processes_do_not_write_one_file(server, tmp_path, patience):
+def test_who_comes_second_waits_for_the_first_and_takes_its_file(server, tmp_path, patience, capfd):
+    """The first may be the orphan of a Snakemake that was killed."""
     url = server.add("/images.zip", DATA, faults=[Fault("slow", 0.05)])
     process = start(url, tmp_path / "images.zip")
     while not (tmp_path / "images.zip.part").exists():
         time.sleep(0.02)
-    with pytest.raises(UserError, match="another process"):
-        fetch(want(url), tmp_path / "images.zip", patience)
+    fetch(want(url), tmp_path / "images.zip", dataclasses.replace(patience, say_s=0.3))
     assert process.wait() == 0
+    assert len(server.requests) == 1
+    said = [
+        line
+        for line in capfd.readouterr().err.splitlines()
+        if f"waiting for process {process.pid} on" in line
+    ]
+    assert len(said) > 1 and said[-1].endswith(" s"), said
 
 
 def test_connections_per_host_are_limited_among_processes(server, tmp_path):

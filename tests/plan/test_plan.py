@@ -80,7 +80,7 @@ def test_files_that_are_there_partly_there_or_cached_are_not_fetched_again(tmp_p
     cached.mkdir(parents=True)
     (cached / "more.bin").write_bytes(b"")
     states = source_items("x", SPEC, folder)
-    assert [item.state for item in states] == ["there", "0.00 GB of it are there", "in the hub's cache"]
+    assert [item.state for item in states] == ["there", "500 bytes of it are there", "in the hub's cache"]
     assert states[1].missing == 2e9 - 500
     assert cached_in_hub("owner/name", "dataset", "abc1234", "more.bin")
     assert not cached_in_hub("owner/name", "dataset", "fff", "more.bin")

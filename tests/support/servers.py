@@ -20,7 +20,7 @@ HTML = b"<!DOCTYPE html>\n<html><head><title>Sign in</title></head><body>Please 
 class Fault:
     """What one request gets instead of the plain answer."""
 
-    kind: str  # status, cut, reset, stall, html, flip, redirect, slow
+    kind: str  # status, cut, reset, stall, html, flip, redirect, slow, drip, raw, drip_headers, wrong_range, hang
     value: object = None
     after: int = 0
     headers: dict = field(default_factory=dict)
@@ -148,6 +148,10 @@ def serve(request, resource, head=False, **extra):
         return request.send(200, HTML, Content_Type="text/html")
     if fault and fault.kind == "redirect":
         return request.send(302, b"", Location=fault.value)
+    if fault and fault.kind in ("raw", "drip_headers"):
+        return send_raw(request, fault)
+    if fault and fault.kind == "hang":
+        time.sleep(fault.value)
     if fault and fault.kind == "change":
         resource.data, resource.etag = fault.value
     data, begin, status = resource.data, 0, 200
@@ -164,6 +168,8 @@ def serve(request, resource, head=False, **extra):
         if begin >= len(data):
             return request.send(416, b"", Content_Range=f"bytes */{len(data)}")
         status, headers["Content_Range"] = 206, f"bytes {begin}-{len(data) - 1}/{len(data)}"
+    if fault and fault.kind == "wrong_range":
+        status, headers["Content_Range"] = 206, f"bytes {begin + 7}-{len(data) - 1}/{len(data)}"
     body = data[begin:]
     if fault and fault.kind == "flip":
         body = bytes([body[0] ^ 1]) + body[1:]
@@ -177,11 +183,28 @@ def serve(request, resource, head=False, **extra):
     return None
 
 
+def send_raw(request, fault):
+    """Bytes as they are (``value``) instead of an answer, or one after the other, ``after`` milliseconds apart."""
+    pieces = [fault.value] if fault.kind == "raw" else [bytes([item]) for item in fault.value]
+    for piece in pieces:
+        request.wfile.write(piece)
+        request.wfile.flush()
+        time.sleep(fault.after / 1000)
+    request.close_connection = True
+    request.connection.shutdown(socket.SHUT_RDWR)
+
+
 def send_body(request, body, fault, chunked):
     if chunked:
         body = b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
-    if fault is None or fault.kind in ("flip", "change"):
+    if fault is None or fault.kind in ("flip", "change", "wrong_range", "hang"):
         request.wfile.write(body)
+        return
+    if fault.kind == "drip":
+        for at in range(len(body)):
+            request.wfile.write(body[at : at + 1])
+            request.wfile.flush()
+            time.sleep(fault.value)
         return
     if fault.kind == "slow":
         for at in range(0, len(body), 65536):
@@ -242,7 +265,9 @@ class HubServer(Server):
         path = unquote(urlsplit(request.path).path)
         if path.startswith("/api/") and self.api_faults:
             fault = self.api_faults.pop(0)
-            request.send(fault.value, b"busy", **fault.headers)
+            if fault.kind == "hang":
+                time.sleep(fault.value)
+            request.send(fault.value if fault.kind == "status" else 500, b"busy", **fault.headers)
         elif self.token and request.headers.get("Authorization") != f"Bearer {self.token}":
             request.send(401, b"", X_Error_Code="RepoNotFound", X_Error_Message="Repository not found")
         elif path.startswith(self.api_root):

@@ -8,23 +8,26 @@ HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN, HF_HOME and HF_HUB_CACHE mean what they m
 from __future__ import annotations
 
 import re
-import sys
-import time
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from workflow_scripts.acquire.download import (
-    Patience,
+from workflow_scripts.acquire.answers import hub_advice
+from workflow_scripts.acquire.download import fetch
+from workflow_scripts.acquire.patience import Patience, retry_after
+from workflow_scripts.acquire.stopping import pause
+from workflow_scripts.acquire.verified import (
     Wanted,
     already_there,
-    fetch,
     hash_file,
+    objection,
+    provenance_path,
     recall,
-    retry_after,
 )
-from workflow_scripts.io import UserError
+from workflow_scripts.acquire.voice import Voice, say
+from workflow_scripts.io import UserError, read_json, write_json
+from workflow_scripts.secrets import hide
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
@@ -48,6 +51,8 @@ class Repository:
         self.offline = constants.is_offline_mode()
         self.endpoint = constants.ENDPOINT.rstrip("/")
         self.token = get_token()
+        if self.token:
+            hide(self.token)
         self.api = HfApi(endpoint=self.endpoint, token=self.token or False)
         self._commit: str | None = None
 
@@ -117,23 +122,21 @@ class Repository:
         from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
         why = ""
-        for attempt in range(1, self.patience.attempts + 1):
-            wait = None
-            try:
-                return question()
-            except HfHubHTTPError as error:
-                why, wait = self._refused(error)
-            except (HTTPError, ConnectionError) as error:
-                why = self._unreachable(error)
-            if attempt < self.patience.attempts:
-                growing = min(self.patience.backoff_s * 2 ** (attempt - 1), self.patience.max_backoff_s)
-                pause = growing if wait is None else wait
-                print(
-                    f"{self.repo}: {why} from {self.endpoint}; again in {pause:.1f} s",
-                    file=sys.stderr,
-                    flush=True,
-                )
-                time.sleep(pause)
+        with Voice(self.repo, self.patience.say_s) as voice:
+            for attempt in range(1, self.patience.attempts + 1):
+                voice.doing(f"waiting for an answer of {self.endpoint}")
+                wait = None
+                try:
+                    return question()
+                except HfHubHTTPError as error:
+                    why, wait = self._refused(error)
+                except (HTTPError, ConnectionError) as error:
+                    why = self._unreachable(error)
+                if attempt < self.patience.attempts:
+                    seconds = self.patience.pause(attempt, wait)
+                    voice.say(f"{why} from {self.endpoint}; again in {seconds:.1f} s")
+                    voice.doing(f"waiting {seconds:.0f} s to ask {self.endpoint} again ({why})")
+                    pause(seconds)
         raise UserError(
             f"{self.shown}: {self.endpoint} can't be reached ({why}); check the network and HF_ENDPOINT, or name a copy "
             "that you have under `local`"
@@ -145,8 +148,7 @@ class Repository:
 
         status = error.response.status_code if error.response is not None else 0
         finals: dict[type[HfHubHTTPError], str] = {
-            GatedRepoError: "its owner asks for agreement to terms; accept them on the hub's page of the repository and "
-            "set HF_TOKEN",
+            GatedRepoError: f"its owner asks for agreement to terms; accept them on {self.page} and set HF_TOKEN",
             RevisionNotFoundError: "there is no such revision; pin an existing commit",
             RepositoryNotFoundError: f"there is no such repository at {self.endpoint}, or it is private and needs "
             "HF_TOKEN; check `repo` and `repo_type`",
@@ -155,8 +157,18 @@ class Repository:
             if isinstance(error, kind):
                 raise UserError(f"{self.shown}: {message}") from None
         if status not in (408, 429) and status < 500:
-            raise UserError(f"{self.shown}: the hub answers HTTP {status}") from None
+            raise UserError(f"{self.shown}: the hub answers HTTP {status}: {self._advice(status)}") from None
         return f"HTTP {status}", retry_after(error.response.headers.get("Retry-After"))
+
+    @property
+    def page(self) -> str:
+        """Where people look at the repository, and agree to its terms."""
+        kind = "" if self.repo_type == "model" else f"{self.repo_type}s/"
+        return f"{self.endpoint}/{kind}{self.repo}"
+
+    def _advice(self, status: int) -> str:
+        advice = hub_advice(self.repo, self.page, self.revision)
+        return advice.get(status, f"check `repo`, `repo_type` and `revision`, and look at {self.page}")
 
     def _unreachable(self, error: Exception) -> str:
         from huggingface_hub.errors import OfflineModeIsEnabled
@@ -196,6 +208,7 @@ class Repository:
             bytes=info.size,
             sha256=info.lfs.sha256 if info.lfs else None,
             git_sha1=None if info.lfs else info.blob_id,
+            advice=hub_advice(self.repo, self.page, self.revision),
             headers={"Authorization": f"Bearer {self.token}"} if self.token else {},
             facts={"repo": self.repo, "repo_type": self.repo_type, "revision": self.commit()},
         )
@@ -214,7 +227,9 @@ def get_file(
 
     Looked for in this order: the target itself, the client's cache, the network.
     """
-    pinned = Wanted(file.path, (), file.bytes, file.sha256, first_use=file.trust == "first_use")
+    pinned = Wanted(
+        file.path, (), file.bytes, file.sha256, first_use=file.trust == "first_use", role=file.role
+    )
     if recall(target) is not None and (known := already_there(pinned, target)) is not None:
         return target, known
     if repository.offline:
@@ -241,9 +256,14 @@ def _agree(repository: Repository, file: HubFile) -> Wanted:
     except UserError:
         if not file.mirrors or file.sha256 is None:
             raise
-        print(f"{repository.shown} can't be asked; trying the mirrors", file=sys.stderr, flush=True)
+        say(f"{repository.shown} can't be asked; trying the mirrors")
         return Wanted(
-            file.path, tuple(file.mirrors), file.bytes, file.sha256, first_use=file.trust == "first_use"
+            file.path,
+            tuple(file.mirrors),
+            file.bytes,
+            file.sha256,
+            first_use=file.trust == "first_use",
+            role=file.role,
         )
     wanted = repository.wanted(info, file.mirrors)
     differs = [
@@ -257,7 +277,7 @@ def _agree(repository: Repository, file: HubFile) -> Wanted:
             "check `revision`, or correct the config if the new file is what you want"
         )
     if differs:
-        print(f"warning: {file.path}: the hub has {', '.join(differs)}", file=sys.stderr, flush=True)
+        say(f"warning: {file.path}: the hub has {', '.join(differs)}")
     if wanted.sha256 is None and file.sha256 is not None:
         wanted = replace(wanted, sha256=file.sha256)
     return wanted
@@ -265,9 +285,6 @@ def _agree(repository: Repository, file: HubFile) -> Wanted:
 
 def verify_cached(cached: Path, wanted: Wanted, target: Path) -> dict[str, Any] | None:
     """Hashes a cached file once; its provenance is remembered beside where the file would have been fetched to."""
-    from workflow_scripts.acquire.download import provenance_path
-    from workflow_scripts.io import read_json, write_json
-
     stat = cached.stat()
     memory = provenance_path(target.with_name(target.name + ".cached"))
     key = {"path": str(cached), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
@@ -275,17 +292,10 @@ def verify_cached(cached: Path, wanted: Wanted, target: Path) -> dict[str, Any] 
         found: dict[str, Any] = known["provenance"]
         if wanted.sha256 in (None, found["sha256"]) or wanted.first_use:
             return found
-    print(f"{cached}: verifying the file of the hub's cache", file=sys.stderr, flush=True)
+    say(f"{cached}: verifying the file of the hub's cache")
     sha, git = hash_file(cached)
-    wrong = (wanted.sha256 is not None and sha != wanted.sha256 and not wanted.first_use) or (
-        wanted.git_sha1 is not None and git != wanted.git_sha1
-    )
-    if wrong or (wanted.bytes is not None and stat.st_size != wanted.bytes and not wanted.first_use):
-        print(
-            f"warning: {cached}: not the expected content; it is left alone and not used",
-            file=sys.stderr,
-            flush=True,
-        )
+    if objection(wanted, stat.st_size, sha, git) is not None:
+        say(f"warning: {cached}: not the expected content; it is left alone and not used")
         return None
     provenance = {"bytes": stat.st_size, "sha256": sha, "from": "the hub's cache", **wanted.facts}
     memory.parent.mkdir(parents=True, exist_ok=True)

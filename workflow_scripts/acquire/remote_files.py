@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from workflow_scripts.acquire.download import Patience, Wanted, fetch, provenance_path, recall
+from workflow_scripts.acquire.download import fetch
 from workflow_scripts.acquire.local_files import describe_local, described_path
+from workflow_scripts.acquire.patience import Patience
+from workflow_scripts.acquire.stopping import Task, gather, until_told
+from workflow_scripts.acquire.verified import Wanted, provenance_path, recall
+from workflow_scripts.acquire.voice import say
 from workflow_scripts.archives import detect_type
 from workflow_scripts.config.sources import HubSource, PathSource, RemoteFile, UrlSource
 from workflow_scripts.disk import check_disk
@@ -22,7 +25,11 @@ Getter = Callable[[Any, Path], tuple[Path, dict[str, Any]]]
 
 
 def fetch_source(spec: Fetched, folder: Path, getter: Callable[[Any, Patience], Getter]) -> dict[str, Any]:
-    """Fetches what is not there yet and returns the content of the manifest."""
+    """Fetches what is not there yet; returns the content of the manifest. A signal ends it at once."""
+    return until_told(partial(_fetch_all, spec, folder, getter))
+
+
+def _fetch_all(spec: Fetched, folder: Path, getter: Callable[[Any, Patience], Getter]) -> dict[str, Any]:
     # Beside all sources of the working folder, so that parallel jobs share the limit of a host.
     patience = Patience(per_host=spec.connections_per_host, hosts=folder.parent / ".hosts")
     remote = [file for file in spec.files if not spec.replaced(file)]
@@ -32,9 +39,7 @@ def fetch_source(spec: Fetched, folder: Path, getter: Callable[[Any, Patience], 
     _take_over_renamed(remote, folder)
     check_disk(folder, sum(missing_bytes(file, folder / file.name) for file in remote), "this source")
     get = getter(spec, patience)
-    with ThreadPoolExecutor(FILES_AT_A_TIME) as pool:
-        futures = [pool.submit(get, file, folder / file.name) for file in remote]
-        fetched = _results(futures)
+    fetched = _results(gather([partial(get, file, folder / file.name) for file in remote], FILES_AT_A_TIME))
     found = _describe(remote, fetched, folder, own)
     hashes = {file.name: facts["sha256"] for file, (_, facts) in zip(remote, fetched, strict=True)}
     remember_recipe(folder.name, spec, hashes, folder.parent)
@@ -58,16 +63,14 @@ def _take_over_renamed(files: list[Any], folder: Path) -> None:
                 break
 
 
-def _results(futures: list[Any]) -> list[tuple[Path, dict[str, Any]]]:
+def _results(tasks: list[Task[tuple[Path, dict[str, Any]]]]) -> list[tuple[Path, dict[str, Any]]]:
     """All results; when several files fail, all reasons."""
-    errors = [future.exception() for future in futures]
-    user_errors = [error for error in errors if isinstance(error, UserError)]
-    for error in errors:
-        if error is not None and not isinstance(error, UserError):
-            raise error
-    if user_errors:
-        raise UserError("\n".join(str(error) for error in user_errors))
-    return [future.result() for future in futures]
+    for task in tasks:
+        if task.error is not None and not isinstance(task.error, UserError):
+            raise task.error
+    if reasons := [str(task.error) for task in tasks if task.error is not None]:
+        raise UserError("\n".join(reasons))
+    return [task.result() for task in tasks]
 
 
 def _local_part(spec: Fetched) -> PathSource:
@@ -93,7 +96,14 @@ def url_getter(spec: UrlSource, patience: Patience) -> Getter:
     """Fetches a file from one of its URLs."""
 
     def get(file: Any, target: Path) -> tuple[Path, dict[str, Any]]:
-        wanted = Wanted(file.name, file.url, file.bytes, file.sha256, first_use=file.trust == "first_use")
+        wanted = Wanted(
+            file.name,
+            file.url,
+            file.bytes,
+            file.sha256,
+            first_use=file.trust == "first_use",
+            role=file.role,
+        )
         return target, fetch(wanted, target, patience)
 
     return get
@@ -118,10 +128,8 @@ def _describe(
     for file, (path, provenance) in zip(remote, fetched, strict=True):
         shown = described_path(path, folder)
         if file.sha256 is None and file.role != "other":
-            print(
-                f"{file.name}: sha256 {provenance['sha256']}, {provenance['bytes']} bytes (not pinned in the config)",
-                file=sys.stderr,
-                flush=True,
+            say(
+                f"{file.name}: sha256 {provenance['sha256']}, {provenance['bytes']} bytes (not pinned in the config)"
             )
         found["files"].append({**provenance, "path": shown, "trust": file.trust})
         if file.role == "images":

@@ -54,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             spec = TypeAdapter(SourceSpec).validate_json(options.spec)
         except ValidationError as error:
-            raise UserError(f"--spec: {error}") from None
+            wrong = error.errors(include_input=False, include_url=False)  # an input may be a signed URL
+            raise UserError(f"--spec: {'; '.join(item['msg'] for item in wrong)}") from None
         result = acquire(options.name, spec, options.manifest)
         print(
             f"{options.name}: {len(result['files'])} files described in {options.manifest}", file=sys.stderr

@@ -18,6 +18,7 @@ from workflow_scripts.config.schema import Config
 from workflow_scripts.config.stages import StageSpec
 from workflow_scripts.config.yaml_files import read_yaml
 from workflow_scripts.io import UserError
+from workflow_scripts.secrets import redact
 from workflow_scripts.stages import STAGES
 
 
@@ -54,7 +55,7 @@ def load_config(raw: Mapping[str, Any], files: Sequence[str | Path] = ()) -> Loa
     if problems:
         lines = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(problems, start=1))
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise UserError(f"{label}: {count}\n{lines}\nEvery key is explained in docs/config.md.")
+        raise UserError(redact(f"{label}: {count}\n{lines}\nEvery key is explained in docs/config.md."))
     return Loaded(config, experiments, _warnings(experiments))
 
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from workflow_scripts.config.base import StrictModel
 from workflow_scripts.config.types import Positive
+from workflow_scripts.secrets import REFERENCE, is_secret, public
 
+LONGEST_NAME = 200
+"""Bytes of a file's name: what is written beside it has longer names, and 255 are the end."""
+OUR_FILES = re.compile(r"\..*\.(provenance\.json|lock|tmp)|.*\.part(\.json)?|.*\.wrong-[0-9a-f]{8}")
 Role = Literal["images", "annotations", "other"]
 
 
@@ -22,11 +26,25 @@ def _lower_sha256(value: Any) -> Any:
 
 
 def _http_url(value: str) -> str:
-    parts = urlsplit(value)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"{value!r} is no URL that can be fetched: it must begin with http:// or https://")
+    """No message has the value where it may be secret: it would be in logs."""
+    shown = public(value)
+    try:
+        parts = urlsplit(value)
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        raise ValueError(
+            "found an address that can't be read; write http:// or https://, a host and a path"
+        ) from None
     if parts.username or parts.password:
-        raise ValueError("a URL with a password in it would end up in logs and manifests; use a .netrc file")
+        raise ValueError(f"found a login in the URL {shown}; put it into ~/.netrc")
+    if parts.scheme not in ("http", "https") or not host:
+        raise ValueError(f"found {shown!r}, no URL that can be fetched; begin it with http:// or https://")
+    for name, text in parse_qsl(parts.query, keep_blank_values=True):
+        if is_secret(name, text):
+            raise ValueError(
+                f"found a literal value of {name} in the URL {shown}, which would be in logs; write {name}=${{SOME_NAME}} "
+                "and export SOME_NAME in the shell that starts Snakemake"
+            )
     return value
 
 
@@ -34,6 +52,20 @@ def _relative_name(value: str) -> str:
     parts = value.split("/")
     if value.startswith("/") or "\\" in value or any(p in ("", ".", "..") for p in parts):
         raise ValueError(f"{value!r} must be a plain path inside the source, with / and without '..'")
+    if not value.isprintable():
+        raise ValueError(f"{value!r} has characters that can't be printed; leave them out")
+    if any(len(part.encode()) > LONGEST_NAME for part in parts):
+        raise ValueError(f"{value[:40]!r}... has a part of more than {LONGEST_NAME} bytes; shorten it")
+    return value
+
+
+def _file_name(value: str) -> str:
+    """A file's name in the source's folder, where our own files are too."""
+    if value == "manifest.json" or OUR_FILES.fullmatch(value.rsplit("/", 1)[-1]):
+        raise ValueError(
+            f"{value!r} is the name of one of the workflow's own files in the source's folder; give it another `name` (a "
+            "file of a hub has none: name a copy under `local`)"
+        )
     return value
 
 
@@ -45,6 +77,7 @@ Sha256 = Annotated[str | None, BeforeValidator(_lower_sha256)]
 Url = Annotated[str, AfterValidator(_http_url)]
 Urls = Annotated[tuple[Url, ...], BeforeValidator(_one_or_more), Field(min_length=1)]
 RelativeName = Annotated[str, AfterValidator(_relative_name), Field(min_length=1)]
+FileName = Annotated[RelativeName, AfterValidator(_file_name)]
 Paths = Annotated[tuple[str, ...], BeforeValidator(_one_or_more)]
 
 
@@ -67,7 +100,7 @@ class RemoteFile(StrictModel):
 class HubFile(RemoteFile):
     """A file of a Hugging Face repository."""
 
-    path: RelativeName
+    path: FileName
     """Path inside the repository."""
     mirrors: Annotated[tuple[Url, ...], BeforeValidator(_one_or_more)] = ()
     """URLs of the same file, tried in order when the hub does not give it."""
@@ -82,8 +115,9 @@ class UrlFile(RemoteFile):
     """A file on a web server."""
 
     url: Urls
-    """Where it is; several URLs are mirrors, tried in order."""
-    name: RelativeName = ""
+    """Where it is; several URLs are mirrors, tried in order. A signature or key in it is written as `${NAME}` and taken from
+    the environment when the file is fetched."""
+    name: FileName = ""
     """Name on the disk; by default the last part of the first URL."""
 
     @model_validator(mode="before")
@@ -91,9 +125,9 @@ class UrlFile(RemoteFile):
     def _default_name(cls, data: Any) -> Any:
         if isinstance(data, dict) and not data.get("name") and data.get("url"):
             first = data["url"] if isinstance(data["url"], str) else data["url"][0]
-            name = unquote(urlsplit(str(first)).path).rsplit("/", 1)[-1]
-            if not name:
-                raise ValueError(f"url: {first!r} does not end in a file name; add `name:`")
+            name = unquote(urlsplit(public(str(first))).path).rsplit("/", 1)[-1]
+            if not name or REFERENCE.search(name):
+                raise ValueError(f"url: {public(str(first))} does not end in a file name; add `name:`")
             return {**data, "name": name}
         return data
 
@@ -159,6 +193,10 @@ class _Fetched(Source):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"files: two files are called {name!r}; give one another `name`")
+            if any(other.startswith(f"{name}/") for other in names):
+                raise ValueError(
+                    f"files: {name!r} is a file and a folder of another; give one another `name`"
+                )
         return self
 
 

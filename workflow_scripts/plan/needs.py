@@ -10,6 +10,7 @@ from typing import Any
 from workflow_scripts.acquire.hub_cache import cached_in_hub
 from workflow_scripts.config.models import HubModel
 from workflow_scripts.config.sources import RemoteFile, Source
+from workflow_scripts.disk import size_text
 from workflow_scripts.launch.preflight import importable, tracker_problem
 from workflow_scripts.plan.plan import Plan
 from workflow_scripts.sources import KINDS
@@ -54,7 +55,7 @@ def _file_item(name: str, spec: Source, file: Any, folder: Path) -> Item:
         return Item(label, total, total or 0, "in the hub's cache")
     part = target.with_name(target.name + ".part")
     if part.is_file():
-        return Item(label, total, part.stat().st_size, f"{part.stat().st_size / GB:.2f} GB of it are there")
+        return Item(label, total, part.stat().st_size, f"{size_text(part.stat().st_size)} of it are there")
     return Item(label, total, 0, "to fetch")
 
 

@@ -60,9 +60,15 @@ def _fill(spec: Any, home: Path, target: Path) -> dict[str, Any]:
     """Puts the model's files into ``target`` and returns where they come from."""
     if isinstance(spec, HubModel):
         from workflow_scripts.acquire.hub import fetch_snapshot
+        from workflow_scripts.acquire.stopping import until_told
 
-        commit, found = fetch_snapshot(
-            spec.repo, spec.revision, home / "download", choose=lambda names: choose_files(names, spec.ignore)
+        commit, found = until_told(
+            lambda: fetch_snapshot(
+                spec.repo,
+                spec.revision,
+                home / "download",
+                choose=lambda names: choose_files(names, spec.ignore),
+            )
         )
         copy_model(((path, facts["path"]) for path, facts in found), target)
         return {"repo": spec.repo, "revision": commit}
