@@ -18,6 +18,7 @@ from pydantic import Field
 from workflow_scripts.acquire.hub_cache import cached_in_hub
 from workflow_scripts.config.shapes import ShapesSource
 from workflow_scripts.config.sources import HubFile, HubSource, PathSource, Source, UrlSource
+from workflow_scripts.config.two_d_shapes import TwoDShapesSource
 
 
 def _fetch_hub(spec: HubSource, folder: Path) -> dict[str, Any]:
@@ -42,6 +43,12 @@ def _draw(spec: ShapesSource, folder: Path) -> dict[str, Any]:
     from workflow_scripts.acquire.drawn_files import draw_source
 
     return draw_source(spec, folder)
+
+
+def _draw_two_d_shapes(spec: TwoDShapesSource, folder: Path) -> dict[str, Any]:
+    from workflow_scripts.evaluate.two_d_shapes import generate
+
+    return generate(spec, folder)
 
 
 def _in_hub_cache(spec: HubSource, file: HubFile) -> bool:
@@ -74,6 +81,7 @@ KINDS = {
         SourceKind(UrlSource, _fetch_urls),
         SourceKind(PathSource, _describe),
         SourceKind(ShapesSource, _draw),
+        SourceKind(TwoDShapesSource, _draw_two_d_shapes),
     )
 }
 

@@ -82,7 +82,7 @@ def test_an_entry_is_read_planned_and_made(code, tmp_path):
 def test_the_message_about_an_unknown_kind_lists_the_register(code, tmp_path):
     (tmp_path / "c.yaml").write_text("sources: {x: {kind: one_rekord}}")
     done = python(code, "-m", "workflow_scripts.plan", "--configfile", "c.yaml", cwd=tmp_path)
-    names = ", ".join(["hub", "url", "one_record", "path", "shapes"])
+    names = ", ".join(["hub", "url", "one_record", "path", "shapes", "two_d_shapes"])
     assert f"found 'one_rekord'; allowed: one of {names}; fix: did you mean 'one_record'?" in done.stderr
 
 

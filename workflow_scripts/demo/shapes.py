@@ -106,7 +106,7 @@ def random_scene(rng: random.Random, two: bool) -> Scene:
     return Scene(tuple(Thing(rng.choice(SHAPES), rng.choice(tuple(COLOURS)), place) for place in quadrants))
 
 
-def _corners(
+def polygon(
     centre: tuple[float, float], radius: float, count: int, inner: float = 1.0
 ) -> list[tuple[float, float]]:
     """The corners of a regular polygon that stands upright; ``inner`` < 1 pulls every second one in: a star."""
@@ -136,9 +136,9 @@ def _draw_thing(draw: ImageDraw.ImageDraw, thing: Thing, rng: random.Random, sid
         edge = radius * 0.86
         draw.rectangle((x - edge, y - edge, x + edge, y + edge), fill=fill)
     elif thing.shape == "triangle":
-        draw.polygon(_corners((x, y), radius * 1.05, 3), fill=fill)
+        draw.polygon(polygon((x, y), radius * 1.05, 3), fill=fill)
     else:
-        draw.polygon(_corners((x, y), radius * 1.1, 10, inner=0.42), fill=fill)
+        draw.polygon(polygon((x, y), radius * 1.1, 10, inner=0.42), fill=fill)
 
 
 def draw_scene(scene: Scene, rng: random.Random, size: int) -> Image.Image:
