@@ -43,9 +43,9 @@ def make_llm(folder: Path, hidden: int, layers: int) -> None:
 
 def ready(stage: int, llm: Path, output_dir: Path) -> Any:
     """A trainer of that stage after one step."""
-    from llava_ext.train import _open_inputs, _start_distributed
+    from llava_ext.distributed import processes
     from llava_ext.training.arguments import parse
-    from llava_ext.training.setup import make_trainer
+    from llava_ext.training.setup import make_trainer, open_inputs
 
     flags = ["--tune_mm_mlp_adapter", "True", "--version", "plain"] if stage == 1 else ["--version", "v1"]
     flags += ["--model_name_or_path", str(llm), "--vision_tower", str(DATA / "clip_g4"), "--use_cpu", "True"]
@@ -55,8 +55,8 @@ def ready(stage: int, llm: Path, output_dir: Path) -> Any:
     flags += ["--model_max_length", "512", "--preflight_samples", "0", "--output_dir", str(output_dir)]
     output_dir.mkdir()
     arguments = parse(flags)
-    _start_distributed(arguments)
-    trainer = make_trainer(arguments, *_open_inputs(arguments))
+    processes.start(arguments.training)
+    trainer = make_trainer(arguments, *open_inputs(arguments))
     trainer.train()
     return trainer
 

@@ -22,11 +22,12 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from ..data.conversation import chat_template
 from ..data.images import ImagePreprocessor
-from ..model.build import picture_fields, without_zero3
+from ..model.build import picture_fields
 from ..model.configuration_spatial_llava import SpatialLlavaConfig
 from ..model.modeling_spatial_llava import SpatialLlavaForConditionalGeneration
 from ..model.parts import BuildError, load_tokenizer, require_complete, with_image_token
 from ..model.processing_spatial_llava import SpatialLlavaProcessor
+from ..patches import without_zero3
 
 # Exported vocabularies grow to a multiple of this, as in the published HF checkpoints of LLaVA (32000 -> 32064).
 VOCABULARY_STEP = 64

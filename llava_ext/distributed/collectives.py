@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from ..errors import TrainingError
 
-if TYPE_CHECKING:
-    pass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-
 
 def world_size() -> int:
     """Number of ranks."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    """Waits until every rank has come here."""
+    if world_size() > 1:
+        dist.barrier()
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:
@@ -39,12 +39,10 @@ def from_all(value: Any) -> list[Any]:
     return found
 
 
-def on_first_rank(work: Any) -> Any:
+def on_first_rank(work: Callable[[], Any]) -> Any:
     """Runs ``work`` on rank 0 and gives its result, or its error, to all."""
     if world_size() == 1:
         return work()
-    import torch.distributed as dist
-
     box: list[Any] = [None]
     if dist.get_rank() == 0:
         try:

@@ -9,46 +9,23 @@ parameter ("universal"), from which any number of processes takes its parts.
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from enum import Enum
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 
+from .. import patches
 from ..errors import TrainingError, say
 from ..training import states
 
-# What DeepSpeed pickles beside tensors; nothing else is unpickled (see `only_tensors`).
-PICKLED = (
-    ("deepspeed.runtime.fp16.loss_scaler", "LossScaler"),
-    ("deepspeed.runtime.fp16.loss_scaler", "DynamicLossScaler"),
-    ("deepspeed.runtime.zero.config", "ZeroStageEnum"),
-    ("deepspeed.utils.tensor_fragment", "fragment_address"),
-)
 # The converter writes fragments, then the parameters that it joins from them.
 ROOM = 2.0
 LOG = "conversion.log"
-
-
-def only_tensors() -> None:
-    """Makes every ``torch.load`` of this process one with ``weights_only``, DeepSpeed's own included."""
-    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
-    known = [getattr(importlib.import_module(module), name) for module, name in PICKLED]
-    torch.serialization.add_safe_globals([*known, (_member, "builtins.getattr")])
-
-
-def _member(kind: Any, name: str) -> Any:
-    """A member of an enumeration, which Python 3.11.0 to 3.11.3 pickle as ``getattr(kind, name)``; nothing else has to be read."""
-    if isinstance(kind, type) and issubclass(kind, Enum) and name in kind.__members__:
-        return kind[name]
-    raise UnpicklingError(f"getattr({kind!r}, {name!r}) in a checkpoint")
 
 
 def state_folder(checkpoint: Path) -> Path:
@@ -123,25 +100,15 @@ def load_universal(engine: Any, folder: Path) -> Any:
     finally:
         config.load_universal_checkpoint = False
     if engine.zero_optimization_partition_weights():
-        _separate_groups(engine.optimizer.optimizer, folder)
+        patches.separate_groups(engine.optimizer.optimizer, _stated_groups(folder))
     return loaded
 
 
-def _separate_groups(optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    """Gives each parameter group its own settings and each parameter its own step counter.
-
-    DeepSpeed's ZeRO-3 loader takes the first group's settings (learning rate, weight decay) for all, and lets all
-    parameters share one counter, which then counts once for each group.
-    """
-    path = (
-        folder / (folder / "latest_universal").read_text(encoding="utf-8").strip() / "zero/optimizer_state.pt"
-    )
-    stated = torch.load(path, map_location="cpu", weights_only=True)["param_groups"]
-    for group, settings in zip(optimizer.param_groups, stated, strict=True):
-        group.update({name: value for name, value in settings.items() if name != "params"})
-    for state in optimizer.state.values():
-        if torch.is_tensor(state.get("step")):
-            state["step"] = state["step"].clone()
+def _stated_groups(folder: Path) -> list[dict[str, Any]]:
+    """The optimizer's parameter groups as they were saved."""
+    state = folder / (folder / "latest_universal").read_text(encoding="utf-8").strip()
+    path = state / "zero/optimizer_state.pt"
+    return torch.load(path, map_location="cpu", weights_only=True)["param_groups"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -154,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if problem:
         raise SystemExit(f"error: {options.checkpoint}: {problem}")
     source = state_folder(options.checkpoint)
-    only_tensors()
+    patches.read_only_tensors()
     from deepspeed.checkpoint import ds_to_universal
 
     workers = min(2, os.cpu_count() or 1)

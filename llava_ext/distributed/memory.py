@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..errors import TrainingError
-from ..training.optimizer import count
+from .gather import count
 from .offload import offloads_optimizer
 
 GIB = 2**30

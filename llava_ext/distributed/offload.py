@@ -86,21 +86,3 @@ def build_cpu_adam() -> None:
                 f"offload: DeepSpeed's CPU Adam can't be compiled in {built}: {str(error).strip()[-600:]}\n"
                 "It needs a C++ compiler, Python's headers and ninja; install them, or train without offload"
             ) from error
-
-
-def replay_steps(optimizer: Any) -> None:
-    """Brings DeepSpeed's CPU Adam to the bits it had when the loaded state was saved.
-
-    It keeps the powers of its betas outside of its state, multiplied up step by step; after loading it would compute
-    them afresh, with another rounding. The steps are repeated on one number, which costs microseconds each.
-    """
-    if not hasattr(optimizer, "ds_opt_adam"):
-        return
-    steps = {int(state["step"]) for state in optimizer.state.values() if "step" in state}
-    if not steps:
-        return
-    group = optimizer.param_groups[0]
-    one = [torch.zeros(1) for _ in range(4)]
-    for step in range(1, max(steps) + 1):
-        settings = (*group["betas"], group["eps"], 0.0, group["bias_correction"])
-        optimizer.ds_opt_adam.adam_update(optimizer.opt_id, step, 0.0, *settings, *one)

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,8 @@ from transformers import (
 )
 
 from ..data.images import ImagePreprocessor
+from ..distributed.gather import whole
+from ..patches import without_zero3
 from .configuration_spatial_llava import SpatialLlavaConfig
 from .interventions import Interventions
 from .modeling_spatial_llava import SpatialLlavaForConditionalGeneration
@@ -29,12 +30,6 @@ from .towers import check_image_size, check_select_feature
 AutoConfig.register("spatial_llava", SpatialLlavaConfig)
 AutoModelForImageTextToText.register(SpatialLlavaConfig, SpatialLlavaForConditionalGeneration)
 AutoProcessor.register(SpatialLlavaConfig, SpatialLlavaProcessor)
-
-
-# -- parts --------------------------------------------------------------------------------------------------------------
-
-
-# -- build --------------------------------------------------------------------------------------------------------------
 
 
 def build_model(
@@ -121,19 +116,6 @@ def assembled(config: SpatialLlavaConfig, language: Any, vision: Any) -> Spatial
     return model.train()
 
 
-@contextmanager
-def without_zero3() -> Any:
-    """While it lasts, models are built and saved as without ZeRO-3, which would partition and gather their parameters."""
-    from transformers.integrations import deepspeed
-
-    before = deepspeed._hf_deepspeed_config_weak_ref
-    deepspeed._hf_deepspeed_config_weak_ref = None
-    try:
-        yield
-    finally:
-        deepspeed._hf_deepspeed_config_weak_ref = before
-
-
 def reset_projector(projector: nn.Module) -> None:
     """LLaVA's initialisation: PyTorch's default for linear layers, ones for the normalisation's weight.
 
@@ -168,7 +150,7 @@ def resolve_statistics(interventions: Interventions, embedding: nn.Module, vocab
 def mean_token_norm(embedding: nn.Module, vocabulary: int) -> float:
     """Mean Euclidean norm of the used rows of an embedding table; also under ZeRO-3, where every rank must call it."""
     weight: Any = embedding.weight
-    with _gathered(weight):
+    with whole(weight):
         # on the CPU: a GPU adds up in another order
         norms = weight.detach()[:vocabulary].float().cpu().norm(dim=-1)
         norms = norms[norms > 0]
@@ -177,18 +159,3 @@ def mean_token_norm(embedding: nn.Module, vocabulary: int) -> float:
                 "normalize_statistics: `auto` found no finite, non-zero token embeddings in the language model"
             )
         return float(norms.double().mean())
-
-
-def _gathered(parameter: Any) -> Any:
-    """A context in which a parameter that ZeRO-3 has partitioned is whole."""
-    if not hasattr(parameter, "ds_id"):
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters([parameter])
-
-
-# -- load ---------------------------------------------------------------------------------------------------------------
-
-
-# -- save ---------------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from typing import Any, Literal
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils import is_flash_attn_2_available
 
-from ..distributed import meeting
+from ..distributed import rendezvous
 from ..errors import TrainingError, say
 from ..model.interventions import Interventions
 from .llava_flags import FALSE, TRUE, translate
@@ -187,12 +187,6 @@ class Arguments:
     notices: tuple[str, ...]
 
 
-# ---- translation ------------------------------------------------------------------------------------------------
-
-
-# ---- parsing ----------------------------------------------------------------------------------------------------
-
-
 def _add_interventions(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("interventions (all off: vanilla LLaVA)")
     for item in dataclasses.fields(Interventions):
@@ -263,7 +257,7 @@ def parse(argv: Sequence[str] | None = None) -> Arguments:
     data = _build(DataArguments, namespace)
     _check_before(model, data, namespace)
     # Before anything talks to the other processes, which would only wait for one that never comes.
-    meeting.meet(namespace.meeting_timeout_s, on_gpus=not namespace.use_cpu)
+    rendezvous.wait_for_all(namespace.meeting_timeout_s, on_gpus=not namespace.use_cpu)
     if namespace.deepspeed:
         _prepare_deepspeed(namespace, explicit_clip="--max_grad_norm" in translated)
     training = _build(LlavaTrainingArguments, namespace)

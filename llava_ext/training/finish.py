@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,14 +12,52 @@ import torch
 from .. import files
 from ..checkpoints import keys, original, tensors
 from ..checkpoints.stored import save_checkpoint
-from ..errors import TrainingError
+from ..distributed.collectives import barrier
+from ..errors import TrainingError, say
 from ..model.parts import load_image_processor, load_tokenizer
+from . import claim, states
 from .lora import is_adapted, merged_state, save_adapters
 from .precision import half_precision
 from .trainer import LlavaTrainer
 
 if TYPE_CHECKING:
     from .arguments import Arguments
+
+
+def conclude(
+    trainer: LlavaTrainer, arguments: Arguments, folders: dict[str, Path], interrupted: bool
+) -> None:
+    """Writes the final weights and ``train_result.json``; after a signal only the latter. Every rank must call."""
+    output_dir, step = Path(arguments.training.output_dir), trainer.state.global_step
+    first = trainer.is_world_process_zero()
+    if first:
+        claim.check_claim(output_dir)
+    if interrupted:
+        if first:
+            states.write_result(output_dir, "interrupted", step)
+        say(f"interrupted after step {step} of {trainer.state.max_steps}, saved; the same command continues")
+        return
+    state = trainer.gathered_state()
+    if first:
+        folder = output_dir / f"{states.STAGING}final"
+        shutil.rmtree(folder, ignore_errors=True)
+        write_final(trainer, state, arguments, folders, folder)
+        trainer.state.save_to_json(str(folder / "trainer_state.json"))
+        digests, sizes = states.publish(folder, output_dir)
+        facts = {"files": digests, "bytes": sizes, "metrics": _summary(trainer)}
+        states.write_result(output_dir, "finished", step, **facts)
+        say(f"finished after step {step}: {output_dir}")
+    barrier()
+
+
+def _summary(trainer: LlavaTrainer) -> dict[str, Any]:
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    tail = losses[-max(1, len(losses) // 20) :]
+    return {
+        "final_loss": losses[-1] if losses else None,
+        "mean_loss_of_last_twentieth": sum(tail) / len(tail) if tail else None,
+        "batches_without_labels": trainer.unsupervised_batches,
+    }
 
 
 def write_final(

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..distributed.collectives import any_rank
 from . import signals
-
-if TYPE_CHECKING:
-    pass
 
 
 class Interruption(TrainerCallback):

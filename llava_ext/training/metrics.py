@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import say
 from .claim import check_claim
-
-if TYPE_CHECKING:
-    from .trainer import LlavaTrainer
 
 
 class Metrics(TrainerCallback):
@@ -27,7 +24,6 @@ class Metrics(TrainerCallback):
         self.tensorboard = tensorboard
         self.lines = lines
         self.every_s = every_s
-        self.trainer: LlavaTrainer | None = None
         self.stream: Any = None
         self.board: Any = None
         self.last_line = 0.0
@@ -55,19 +51,16 @@ class Metrics(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if not logs or "loss" not in logs or self.trainer is None:
+        if not logs or "loss" not in logs or not state.is_world_process_zero:
             return
         now = time.monotonic()
-        counts = self.trainer.take_counts()
-        if not state.is_world_process_zero:
-            return
         seconds = max(now - self.last, 1e-9)
         row: dict[str, Any] = {"step": state.global_step}
         row |= {ours: float(logs[theirs]) for theirs, ours in self.NAMES if logs.get(theirs) is not None}
         row |= {
-            "tokens_per_s": counts["tokens"] / seconds,
-            "samples_per_s": counts["samples"] / seconds,
-            "supervised_tokens": int(counts["supervised"]),
+            "tokens_per_s": logs["tokens"] / seconds,
+            "samples_per_s": logs["samples"] / seconds,
+            "supervised_tokens": int(logs["supervised_tokens"]),
             "time": time.time(),
         }
         self._write(row)

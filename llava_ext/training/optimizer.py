@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
+
+from ..distributed.gather import whole_shape
 
 if TYPE_CHECKING:
     from torch import nn
@@ -61,11 +62,6 @@ def undecayed_names(model: nn.Module) -> set[str]:
     return names
 
 
-def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    """A parameter's shape; of one that ZeRO-3 has partitioned, not that of the part."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
-
-
 def parameter_groups(
     model: nn.Module, weight_decay: float, mm_projector_lr: float | None = None
 ) -> list[dict[str, Any]]:
@@ -100,8 +96,3 @@ def parameter_groups(
 def trainable_names(model: nn.Module) -> list[str]:
     """Names of the parameters that train, in the model's order."""
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-
-
-def count(parameters: Iterable[nn.Parameter]) -> int:
-    """Number of scalars, ZeRO-3's partitioned parameters counted whole."""
-    return sum(getattr(parameter, "ds_numel", None) or parameter.numel() for parameter in parameters)

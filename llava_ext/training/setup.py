@@ -1,4 +1,4 @@
-"""From arguments to a Trainer that is ready to run, and from its weights to the files that a stage leaves behind."""
+"""From arguments to open data, a claimed output folder and a trainer that is ready to run."""
 
 from __future__ import annotations
 
@@ -19,14 +19,23 @@ from ..checkpoints.stored import load_model, make_processor
 from ..data.assembly import Collator
 from ..data.dataset import EncodedSamples, TrainingCollator
 from ..data.images import ImagePreprocessor, decode
+from ..data.samples import open_samples
 from ..distributed import memory
+from ..distributed.gather import count, whole
 from ..errors import TrainingError, say
 from ..model.build import build_model, reset_projector
-from ..model.parts import check_language_model, load_image_processor, load_tokenizer, tower_config
+from ..model.parts import (
+    check_language_model,
+    load_image_processor,
+    load_tokenizer,
+    resolve_model,
+    tower_config,
+)
 from ..model.towers import check_select_feature
-from . import states
+from . import claim, states
+from .identity import ROUNDING, check_identity, identity
 from .lora import add_adapters
-from .optimizer import count, freeze
+from .optimizer import freeze
 from .precision import cast_frozen, load_dtype
 from .trainer import LlavaTrainer
 
@@ -35,7 +44,37 @@ if TYPE_CHECKING:
     from .arguments import Arguments
 
 
-# ---- before -----------------------------------------------------------------------------------------------------
+def open_inputs(arguments: Arguments) -> tuple[SampleStore, dict[str, Path]]:
+    """The samples, and the folders of the language model and the vision tower.
+
+    Raises:
+        TrainingError: names the flag of what can't be opened.
+    """
+    model, cache = arguments.model, arguments.training.cache_dir
+    folders = {"llm": resolve_model(model.model_name_or_path, "model_name_or_path", cache)}
+    if not model.vision_tower:
+        raise TrainingError("--vision_tower: missing; give the folder or hub id of a vision tower")
+    folders["vision_tower"] = resolve_model(model.vision_tower, "vision_tower", cache)
+    store = open_samples(arguments.data.data_path, arguments.data.image_folder, tolerant=True)
+    if not len(store):
+        raise TrainingError(f"--data_path {arguments.data.data_path}: holds no samples")
+    return store, folders
+
+
+def open_output(arguments: Arguments, store: SampleStore, folders: dict[str, Path]) -> dict[str, Any] | None:
+    """Claims the output folder and checks what is in it; gives the result of a training that is finished."""
+    output_dir = Path(arguments.training.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    claim.claim(output_dir)
+    if arguments.training.resume == "never" and any(output_dir.glob("checkpoint-*")):
+        raise TrainingError(f"--resume never: {output_dir} holds checkpoints; delete it to start over")
+    check_identity(output_dir, identity(arguments, store, folders), ROUNDING)
+    finished = states.finished(output_dir)
+    if finished:
+        return finished
+    states.clear_staging(output_dir)
+    (output_dir / states.RESULT).unlink(missing_ok=True)
+    return None
 
 
 def make_trainer(
@@ -226,13 +265,7 @@ def load_projector(model: Any, path: Path) -> None:
     folder = path if path.is_dir() else path.parent
     _check_interventions(model.config, folder / "config.json", path)
     module = model.model.multi_modal_projector
-    parameters = list(module.parameters())
-    if any(hasattr(parameter, "ds_id") for parameter in parameters):
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0):
-            _fill(module, projector, path)
-    else:
+    with whole(*module.parameters(), write=True):
         _fill(module, projector, path)
 
 
@@ -291,6 +324,3 @@ def _check_disk(model: Any, output_dir: Path) -> None:
             f"--output_dir {output_dir}: {free / 2**30:.1f} GiB are free, one checkpoint and the final weights need about "
             f"{needed / 2**30:.1f} GiB; make room or choose another folder"
         )
-
-
-# ---- after ------------------------------------------------------------------------------------------------------

@@ -18,15 +18,15 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 received: list[int] = []
 
 
-def listen() -> None:
+def install_handlers() -> None:
     """Notes SIGTERM and SIGUSR1 instead of dying from them. To be called early: a signal before the first step counts."""
     if threading.current_thread() is not threading.main_thread():
         return
     for number in SIGNALS:
-        signal.signal(number, _note)
+        signal.signal(number, _record)
 
 
-def _note(number: int, frame: Any) -> None:
+def _record(number: int, frame: Any) -> None:
     if not received:
         os.write(
             2, f"llava_ext: got {signal.Signals(number).name}; saving at the end of this step\n".encode()
@@ -35,8 +35,8 @@ def _note(number: int, frame: Any) -> None:
 
 
 @contextmanager
-def born_deaf() -> Iterator[None]:
-    """Processes that are started inside, and their threads, hear no signal to the whole job from their first moment on."""
+def blocked() -> Iterator[None]:
+    """Processes that are started inside, and their threads, get no signal to the whole job from their first moment on."""
     resource_tracker.ensure_running()  # it would unblock them when it is started
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {*SIGNALS, signal.SIGINT})
     try:
@@ -45,7 +45,7 @@ def born_deaf() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def leave_to_the_trainer() -> None:
+def ignore_in_worker() -> None:
     """For dataset workers: Slurm signals every process of a job, and a batch that a worker owes is needed until the save.
 
     SIGTERM from the trainer itself still ends them: Python sends it to the workers that are left at its end, and waits. So does
@@ -57,10 +57,10 @@ def leave_to_the_trainer() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ignored)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     trainer = multiprocessing.parent_process()
-    threading.Thread(target=_end_with, args=(trainer,), name="signals", daemon=True).start()
+    threading.Thread(target=_exit_with_trainer, args=(trainer,), name="signals", daemon=True).start()
 
 
-def _end_with(trainer: Any) -> None:
+def _exit_with_trainer(trainer: Any) -> None:
     """Ends this process when the trainer sends it SIGTERM, or soon after the trainer has died."""
     while trainer is not None and trainer.is_alive():
         heard = signal.sigtimedwait({signal.SIGTERM}, 5)

@@ -25,9 +25,6 @@ STAGING = ".saving-"
 DAMAGED = "damaged-"
 
 
-# ---- checkpoints ------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Checkpoint:
     """A ``checkpoint-N`` folder."""
@@ -158,12 +155,6 @@ def prune(output_dir: Path, keep: int | None) -> None:
     if complete:
         for path in output_dir.glob(f"{DAMAGED}checkpoint-*"):
             shutil.rmtree(path, ignore_errors=True)
-
-
-# ---- one training a folder --------------------------------------------------------------------------------------
-
-
-# ---- identity ---------------------------------------------------------------------------------------------------
 
 
 def finished(output_dir: Path) -> dict[str, Any] | None:

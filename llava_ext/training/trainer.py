@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable
-from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,21 +18,29 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback
 
+from .. import patches
 from ..data.conversation import IGNORE_INDEX
 from ..data.sampler import EpochSampler
-from ..distributed.collectives import any_rank, from_all, world_size
+from ..distributed.collectives import any_rank, barrier, from_all, world_size
 from ..distributed.elastic import load_universal
-from ..distributed.offload import offloads_optimizer, replay_steps
+from ..distributed.gather import gather
+from ..distributed.offload import offloads_optimizer
 from ..errors import TrainingError
 from . import claim, signals, states
 from .arguments import LlavaTrainingArguments, sampling_strategy
 from .optimizer import parameter_groups, trainable_names
-from .trackers import let_fail
 
 if TYPE_CHECKING:
     from .watchdogs import NoStep
 
 TRAINED = "trained.safetensors"
+# The collator's counts by their names in logs.
+COUNTS = {
+    "tokens": "tokens",
+    "text": "text_tokens",
+    "supervised": "supervised_tokens",
+    "samples": "samples",
+}
 
 
 class LlavaTrainer(Trainer):
@@ -64,15 +69,13 @@ class LlavaTrainer(Trainer):
         trackers = tuple(get_reporting_integration_callbacks(self.args.report_to))
         for callback in self.callback_handler.callbacks:
             if trackers and isinstance(callback, trackers):
-                let_fail(callback)
+                patches.tolerate_failures(callback)
         if self.args.loss_normalization == "micro_batch":
             # transformers would weight every token of the step alike; LLaVA averages the micro-batches' means.
             self.model_accepts_loss_kwargs = False
         self.sampler: EpochSampler | None = None
         self.last_indices: list[int] = []
-        self.counts: dict[str, Any] = {"tokens": 0, "text": 0, "supervised": 0, "samples": 0}
-        # the same of all ranks, between the last two log lines
-        self.taken: dict[str, float] = dict.fromkeys(self.counts, 0.0)
+        self.counts: dict[str, Any] = dict.fromkeys(COUNTS.values(), 0)
         self.unsupervised_batches = 0
         self._predicting: torch.Tensor | None = None
         self.model.get_output_embeddings().register_forward_pre_hook(self._keep_predicting)
@@ -107,9 +110,7 @@ class LlavaTrainer(Trainer):
     def get_train_dataloader(self) -> Any:
         """As transformers', with workers that outlive a signal to the whole job."""
         loader = super().get_train_dataloader()
-        base = getattr(loader, "base_dataloader", loader)  # accelerate's own is a shell around it
-        base.worker_init_fn = partial(_start_worker, base.worker_init_fn)
-        base._get_iterator = partial(_start_workers, base._get_iterator)
+        patches.start_workers_within(loader, signals.blocked, signals.ignore_in_worker)
         return loader
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
@@ -133,7 +134,7 @@ class LlavaTrainer(Trainer):
         """
         self.last_indices = inputs.pop("indices")
         for name, number in inputs.pop("counts").items():
-            self.counts[name] += number
+            self.counts[COUNTS[name]] += number
         labels = inputs.pop("labels")
         # (batch, tokens): where the next token is a label
         self._predicting = torch.nn.functional.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1))
@@ -166,9 +167,15 @@ class LlavaTrainer(Trainer):
         if world_size() > 1:
             counts = counts.to(self.args.device)
             dist.all_reduce(counts)
-        self.taken = dict(zip(self.counts, counts.tolist(), strict=True))
+        taken = dict(zip(self.counts, counts.tolist(), strict=True))
         self.counts = dict.fromkeys(self.counts, 0)
-        return self.taken
+        return taken
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As transformers', with the counts of all ranks since the last one."""
+        if "loss" in logs:
+            logs |= self.take_counts()
+        super().log(logs, start_time)
 
     def _check_finite(self, loss: torch.Tensor) -> None:
         mine = not math.isfinite(float(loss.detach()))
@@ -218,11 +225,11 @@ class LlavaTrainer(Trainer):
             claim.check_claim(output_dir)
             shutil.rmtree(root, ignore_errors=True)
             root.mkdir(parents=True)
-        self._barrier()
+        barrier()
         self._save_root = root
         try:
             super()._save_checkpoint(model, trial)
-            self._barrier()
+            barrier()
             files = self._list_together(root / f"checkpoint-{step}")
             if self.args.should_save:
                 self._seal(root, output_dir, step, files)
@@ -230,7 +237,7 @@ class LlavaTrainer(Trainer):
             raise self._save_failure(root, error) from error
         finally:
             self._save_root = None
-        self._barrier()
+        barrier()
         self._saved_step = step
         if self.watchdog is not None:
             self.watchdog.beat()
@@ -282,9 +289,8 @@ class LlavaTrainer(Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """As transformers'; DeepSpeed's engine, which exists by now, is told to leave frozen weights out of its checkpoints."""
         engine = getattr(getattr(self.accelerator, "deepspeed_engine_wrapped", None), "engine", None)
-        if engine is not None and not isinstance(engine.save_checkpoint, partial):
-            engine.save_checkpoint = partial(engine.save_checkpoint, exclude_frozen_parameters=True)
-            engine.load_checkpoint = partial(self._load_engine, engine)
+        if engine is not None:
+            patches.use_checkpointing(engine, self._load_engine)
         return super().create_scheduler(num_training_steps, optimizer)
 
     def _load_engine(self, engine: Any, folder: str, **kwargs: Any) -> Any:
@@ -293,10 +299,10 @@ class LlavaTrainer(Trainer):
             loaded = type(engine).load_checkpoint(engine, folder, **kwargs | {"load_module_strict": False})
         else:
             loaded = load_universal(engine, self.universal)
-            self._barrier()
+            barrier()
             if self.args.should_save:
                 shutil.rmtree(self.universal, ignore_errors=True)
-        replay_steps(engine.optimizer.optimizer)
+        patches.replay_steps(engine.optimizer.optimizer)
         return loaded
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -321,7 +327,7 @@ class LlavaTrainer(Trainer):
             model.config.save_pretrained(folder)
         if self.is_deepspeed_enabled:
             return
-        tensors = gathered(model, set(trainable_names(model)), self.args.should_save)
+        tensors = gather(model, set(trainable_names(model)), self.args.should_save)
         if self.args.should_save:
             save_file(tensors, folder / TRAINED, metadata={"format": "pt"})
 
@@ -349,14 +355,10 @@ class LlavaTrainer(Trainer):
                 f"unexpected {result.unexpected_keys[:5]}; the training code has changed, start in a new --output_dir"
             )
 
-    def _barrier(self) -> None:
-        if world_size() > 1:
-            dist.barrier()
-
     def gathered_state(self) -> dict[str, torch.Tensor]:
         """All weights under their names in memory, whole, on rank 0 (elsewhere empty). Every rank must call."""
         model = self.plain_model
-        state = gathered(model, {name for name, _ in model.named_parameters()}, self.args.should_save)
+        state = gather(model, {name for name, _ in model.named_parameters()}, self.args.should_save)
         if not self.args.should_save:
             return {}
         first = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -365,38 +367,3 @@ class LlavaTrainer(Trainer):
                 whole = state.get(first.get(id(tensor), ""))
                 state[name] = tensor.detach().cpu() if whole is None else whole
         return state
-
-
-def _start_workers(start: Callable[[], Any]) -> Any:
-    """An iterator of a loader: its workers start here, if it has any."""
-    with signals.born_deaf():
-        return start()
-
-
-def _start_worker(prepare: Callable[[int], None] | None, number: int) -> None:
-    """The beginning of a dataset worker, as transformers wants it and deaf to signals."""
-    signals.leave_to_the_trainer()
-    if prepare is not None:
-        prepare(number)
-
-
-def gathered(model: Any, names: set[str], keep: bool) -> dict[str, torch.Tensor]:
-    """Copies of parameters on the CPU, whole, whatever splits them over ranks. Every rank must call; those with ``keep`` get them."""
-    found: dict[str, torch.Tensor] = {}
-    for name, parameter in model.named_parameters():
-        if name not in names:
-            continue
-        with _whole(parameter):
-            tensor = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
-            if keep:
-                found[name] = tensor.detach().to("cpu", copy=True).contiguous()
-    return found
-
-
-def _whole(parameter: Any) -> Any:
-    """A context in which a parameter that ZeRO-3 has partitioned is whole."""
-    if not hasattr(parameter, "ds_id"):
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters([parameter])

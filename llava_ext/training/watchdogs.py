@@ -7,35 +7,27 @@ import os
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Self
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import TrainingError
 from .states import RESULT, write_result
 
-
-class Counting(Protocol):
-    """What is asked of a trainer: its last logged counts, and the samples of its last micro-batch."""
-
-    taken: dict[str, float]
-
-    def last_samples(self) -> list[str]: ...
-
-
 NO_STEP_EXIT = 75
 
 
 class StuckAtZero(TrainerCallback):
-    """Stops when the loss has been zero for so many logged steps: nothing is learned any more."""
+    """Stops when the loss has been zero for so many steps: nothing is learned any more.
+
+    What it knows lies in the trainer's own history: a training that continues knows of the steps before, too.
+    """
 
     def __init__(self, limit: int, samples: Callable[[], list[str]]) -> None:
         self.limit = limit
         self.samples = samples
-        self.seen = 0
 
     def on_log(
         self,
@@ -45,12 +37,14 @@ class StuckAtZero(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if not self.limit or not logs or "loss" not in logs:
+        if not self.limit or "loss" not in (logs or {}):
             return
-        self.seen = self.seen + 1 if abs(float(logs["loss"])) < 1e-9 else 0
-        if self.seen >= self.limit:
+        logged = (row for row in reversed(state.log_history) if "loss" in row)
+        learned = next((row["step"] for row in logged if abs(row["loss"]) >= 1e-9), 0)
+        if state.global_step - learned >= self.limit:
             raise TrainingError(
-                f"the loss has been zero for {self.seen} logged steps up to step {state.global_step}; the last batch was\n"
+                f"the loss has been zero for {state.global_step - learned} steps up to step {state.global_step}; "
+                "the last batch was\n"
                 + "\n".join(self.samples())
                 + "\nCheck the learning rate, the labels (python -m llava_ext.statistics) and the precision. "
                 "--watchdog_zero_steps 0 turns this check off."
@@ -58,32 +52,29 @@ class StuckAtZero(TrainerCallback):
 
 
 class FewLabels(TrainerCallback):
-    """Stops when hardly any token of the last steps carried a label, wherever in the data that begins."""
+    """Stops when hardly any token of the last ``window`` steps carried a label, wherever in the data that begins."""
 
-    def __init__(self, bound: float, window: int, trainer: Counting) -> None:
+    def __init__(self, bound: float, window: int, samples: Callable[[], list[str]]) -> None:
         self.bound = bound
-        self.trainer = trainer
-        self.seen: deque[tuple[float, float]] = deque(maxlen=max(window, 1))
+        self.window = max(window, 1)
+        self.samples = samples
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if not self.bound or not logs or "loss" not in logs:
-            return
-        taken = self.trainer.taken
-        self.seen.append((taken["supervised"], taken["text"]))
-        supervised, text = (sum(column) for column in zip(*self.seen, strict=True))
-        if len(self.seen) == self.seen.maxlen and supervised < self.bound * text:
+        logged = [row for row in state.log_history if "supervised_tokens" in row]
+        last = [row for row in logged if row["step"] > state.global_step - self.window]
+        # a row is of all steps since the one before it
+        steps = state.global_step - (logged[-len(last) - 1]["step"] if len(logged) > len(last) else 0)
+        supervised, text = (sum(row[name] for row in last) for name in ("supervised_tokens", "text_tokens"))
+        if steps >= self.window and supervised < self.bound * text:
             raise TrainingError(
-                f"only {supervised:.0f} of {text:.0f} text tokens carried a label in the last {len(self.seen)} logged steps up to step "
-                f"{state.global_step} ({supervised / text:.2%}, --supervised_share_bound: {self.bound:.2%}); the last batch was\n"
-                + "\n".join(self.trainer.last_samples())
-                + "\nCheck --version and --model_max_length with `python -m llava_ext.statistics`; the last checkpoint is kept."
+                f"only {supervised:.0f} of {text:.0f} text tokens carried a label in the last {steps} steps up to step "
+                f"{state.global_step} ({supervised / text:.2%}, --supervised_share_bound: {self.bound:.2%}); "
+                "the last batch was\n"
+                + "\n".join(self.samples())
+                + "\nCheck --version and --model_max_length with `python -m llava_ext.statistics`; the last checkpoint "
+                "is kept."
             )
 
 
@@ -102,13 +93,12 @@ class NoStep(TrainerCallback):
         self.doing = "starting"
         self.beat()
 
-    def start(self) -> None:
-        """Watches from now on."""
+    def __enter__(self) -> Self:
         if self.limit_s:
             threading.Thread(target=self._watch, name="no-step watchdog", daemon=True).start()
+        return self
 
-    def end(self) -> None:
-        """Watches no longer."""
+    def __exit__(self, *_: object) -> None:
         self.done.set()
 
     def beat(self, doing: str | None = None) -> None:

@@ -10,8 +10,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,9 +19,7 @@ from safetensors.torch import load_file
 from llava_ext.training import states
 from tests.support.trainings import (
     GOLDEN,
-    REPOSITORY,
     command_line,
-    environment,
     losses,
     result,
     rows,
@@ -214,34 +210,6 @@ def test_deepspeeds_files_can_not_run_code(data, tmp_path):
     )
     assert "Weights only load failed" in text
     assert not (tmp_path / "ran").exists()
-
-
-@pytest.mark.parametrize(("attribute", "read"), [("gradients", True), ("mro", False)])
-def test_a_stage_is_read_however_this_or_another_python_has_pickled_it(attribute, read, tmp_path):
-    """Python 3.11.0 to 3.11.3 write `getattr(ZeroStageEnum, "gradients")`; any other attribute is refused."""
-    torch.save({"zero_stage": Attribute(attribute)}, tmp_path / "state.pt")
-    script = (
-        "import sys, torch\n"
-        "from llava_ext.distributed import elastic\n"
-        "elastic.only_tensors()\n"
-        "print(repr(torch.load(sys.argv[1], weights_only=False)['zero_stage']))"
-    )
-    command = [sys.executable, "-c", script, str(tmp_path / "state.pt")]
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True)
-    assert ("ZeroStageEnum.gradients" in done.stdout) == read == (done.returncode == 0)
-    assert read or "UnpicklingError" in done.stderr
-
-
-class Attribute:
-    """Is pickled as an attribute of DeepSpeed's enumeration."""
-
-    def __init__(self, name: str):
-        self.name = name
-
-    def __reduce__(self):
-        from deepspeed.runtime.zero.config import ZeroStageEnum
-
-        return getattr, (ZeroStageEnum, self.name)
 
 
 class Evil:

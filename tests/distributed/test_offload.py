@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+from llava_ext import patches
 from llava_ext.distributed import offload
 from tests.support.trainings import REPOSITORY, environment, losses, run
 
@@ -66,7 +67,7 @@ def test_replayed_steps_give_the_bits_of_steps_that_were_done(replay):
     second = make(parts)
     second.load_state_dict(first.state_dict())
     if replay:
-        offload.replay_steps(second)
+        patches.replay_steps(second)
     steps(parts, second, range(20, 40))
     assert torch.equal(whole, parts) == replay
 

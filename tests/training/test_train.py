@@ -304,7 +304,7 @@ def test_too_few_labels_stop_wherever_in_the_data_they_begin(tmp_path, train_her
     flags = {"preflight_samples": 0, "supervised_share_bound": 0.5, "watchdog_zero_steps": 2, "max_steps": 6}
     text = stopped(
         train_here(short(2, tmp_path / "out", save_strategy="steps", save_steps=1, **flags)),
-        "text tokens carried a label in the last 2 logged steps up to step 2",
+        "text tokens carried a label in the last 2 steps up to step 2",
         "--supervised_share_bound: 50.00%",
         "id 's2_",
     )
@@ -316,7 +316,7 @@ def test_zero_loss_stops_with_the_samples(tmp_path, samples, train_here):
     flags = {"mismatch_bound": 1, "supervised_share_bound": 0, "watchdog_zero_steps": 3, "max_steps": 8}
     stopped(
         train_here(short(2, tmp_path / "out", data_path=data, **flags)),
-        "has been zero for 3 logged steps",
+        "has been zero for 3 steps up to step 3",
         "id 'q",
     )
 

@@ -1,33 +1,26 @@
-"""The processes of a training meet before anything is loaded: who is missing, and who does not fit, is said by name.
+"""The rendezvous of a training's processes, before anything is loaded: who is missing or does not fit is said by name.
 
 Without this a process that never starts shows as a silent wait of half an hour, and two processes on one GPU as an
-error deep inside NCCL. The meeting uses the key-value store that torchrun keeps, so it works whatever the network
+error deep inside NCCL. The rendezvous uses the key-value store that torchrun keeps, so it works whatever the network
 between the GPUs does; started without torchrun, there is none, and the check is left out.
 """
 
 from __future__ import annotations
 
-import atexit
 import json
 import os
 import socket
-import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, NoReturn
+from typing import Any
 
 from ..errors import TrainingError, say
 
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed")
 VERDICT = "verdict"
-NO_TRAFFIC = (
-    "the processes of this training can't reach each other (NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME names the network to use, "
-    "NCCL_DEBUG=INFO shows more)"
-)
 
 
 def describe(local_rank: int, on_gpus: bool) -> dict[str, Any]:
@@ -84,7 +77,7 @@ def _other_versions(said: Mapping[int, Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def meet(timeout_s: float, on_gpus: bool) -> None:
+def wait_for_all(timeout_s: float, on_gpus: bool) -> None:
     """Waits until every process of the training is there, compares them, and says on how many machines they run.
 
     ``on_gpus`` says whether each is to have a GPU of its own (where there are any).
@@ -100,7 +93,7 @@ def meet(timeout_s: float, on_gpus: bool) -> None:
     # the first rank may come later than the others, and then waits for all
     patience = timedelta(seconds=timeout_s + min(60.0, timeout_s))
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = PrefixStore("llava_ext/meet", TCPStore(address, port, is_master=False, timeout=patience))
+    store = PrefixStore("llava_ext/rendezvous", TCPStore(address, port, is_master=False, timeout=patience))
     store.set(str(rank), json.dumps(describe(int(os.environ.get("LOCAL_RANK", "0")), on_gpus)))
     if rank == 0:
         store.set(VERDICT, json.dumps(_verdict(store, size, timeout_s)))
@@ -145,59 +138,3 @@ def _collect(store: Any, size: int, timeout_s: float) -> dict[int, dict[str, Any
         if waiting:
             time.sleep(0.1)
     return said
-
-
-def check_traffic(device: Any, timeout_s: float) -> None:
-    """One small sum over all processes, before a model is loaded: a network that does not work shows here, and soon.
-
-    Raises:
-        TrainingError: it fails, takes longer than ``timeout_s`` (with NCCL that ends the process), or is wrong.
-    """
-    import torch
-    import torch.distributed as dist
-
-    if not _is_one_of_several():
-        return
-    ones = torch.ones(1, device=device)
-    try:
-        group = dist.new_group(timeout=timedelta(seconds=timeout_s))
-        dist.all_reduce(ones, group=group)
-        found = int(ones.item())
-        dist.destroy_process_group(group)
-    except RuntimeError as error:
-        raise TrainingError(f"{NO_TRAFFIC}: {str(error).strip()}") from error
-    if found != dist.get_world_size():
-        raise TrainingError(f"{NO_TRAFFIC}: a sum over all gives {found} instead of {dist.get_world_size()}")
-
-
-def leave() -> None:
-    """Ends this process, after all is written and every other has come this far, where it is one of several."""
-    if _is_one_of_several():
-        import torch.distributed as dist
-
-        dist.barrier()
-        end(0)
-
-
-def end(status: int) -> NoReturn:
-    """Ends this process with this exit status, said and done as Python would, but without its last steps where it is one of several.
-
-    They would now and then abort in a thread of the communication library: torchrun would report a training that has
-    finished as failed, and one that said its reason as crashed. What packages registered for the end (W&B's last upload) is run.
-    """
-    if not _is_one_of_several():
-        sys.exit(status)
-    with suppress(SystemExit):
-        sys.exit(status)  # W&B learns from this call, which it wraps, how the run has ended
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-
-
-def _is_one_of_several() -> bool:
-    if "torch.distributed" not in sys.modules:
-        return False
-    import torch.distributed as dist
-
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

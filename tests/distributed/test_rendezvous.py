@@ -1,4 +1,4 @@
-"""The processes of a training meet before anything is loaded."""
+"""The rendezvous of a training's processes, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.distributed import TCPStore
 
-from llava_ext.distributed import meeting
+from llava_ext.distributed import rendezvous
 from tests.support.trainings import REPOSITORY, environment
 
 FACTS = {
@@ -30,12 +30,12 @@ def said(*changes):
 
 
 def test_processes_that_fit_have_no_problems():
-    assert meeting.problems(said({"local_rank": 1, "gpu": "GPU-b"}, {"host": "n2"})) == []
-    here = meeting.describe(0, on_gpus=True)
+    assert rendezvous.problems(said({"local_rank": 1, "gpu": "GPU-b"}, {"host": "n2"})) == []
+    here = rendezvous.describe(0, on_gpus=True)
     assert torch.__version__.startswith(
         here["versions"]["torch"]
     )  # a CUDA wheel names its build in one of the two only
-    assert meeting.problems({0: here, 1: here | {"host": "n2"}}) == []
+    assert rendezvous.problems({0: here, 1: here | {"host": "n2"}}) == []
 
 
 @pytest.mark.parametrize(
@@ -51,16 +51,16 @@ def test_processes_that_fit_have_no_problems():
     ],
 )
 def test_what_does_not_fit_is_named(change, message):
-    assert message in "\n".join(meeting.problems(said(change)))
+    assert message in "\n".join(rendezvous.problems(said(change)))
 
 
-def meet(store: TCPStore, rank: int, size: int, timeout_s: float) -> subprocess.Popen:
-    """One process that comes to the meeting, as torchrun would start it."""
+def come(store: TCPStore, rank: int, size: int, timeout_s: float) -> subprocess.Popen:
+    """One process that comes to the rendezvous, as torchrun would start it."""
     values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": store.port}
     values |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
     script = (
-        "from llava_ext.distributed import meeting\nfrom llava_ext import errors\n"
-        f"try: meeting.meet({timeout_s}, on_gpus=False)\n"
+        "from llava_ext.distributed import rendezvous\nfrom llava_ext import errors\n"
+        f"try: rendezvous.wait_for_all({timeout_s}, on_gpus=False)\n"
         "except errors.TrainingError as error: raise SystemExit(str(error))"
     )
     changes = {name: str(value) for name, value in values.items()}
@@ -75,7 +75,7 @@ def store():
 
 
 def test_a_missing_process_is_named_by_all_that_came(store):
-    came = [meet(store, rank, 4, 15) for rank in (0, 2)]
+    came = [come(store, rank, 4, 15) for rank in (0, 2)]
     for process in came:
         text = process.communicate(timeout=100)[1]
         assert process.returncode == 1
@@ -84,14 +84,14 @@ def test_a_missing_process_is_named_by_all_that_came(store):
 
 
 def test_a_missing_first_process_is_named_too(store):
-    process = meet(store, 1, 2, 1)
+    process = come(store, 1, 2, 1)
     text = process.communicate(timeout=100)[1]
     assert process.returncode == 1 and "nothing was heard of rank 0 within 2 s" in text
     assert "Traceback" not in text
 
 
 def test_all_go_on_when_all_have_come(store):
-    for process in [meet(store, rank, 3, 100) for rank in range(3)]:
+    for process in [come(store, rank, 3, 100) for rank in range(3)]:
         text = process.communicate(timeout=100)[1]
         assert process.returncode == 0, text
 
@@ -104,14 +104,14 @@ def test_a_network_that_does_not_answer_is_said_soon(store):
     script = (
         "import sys, time, torch, torch.distributed as dist\n"
         "from datetime import timedelta\n"
-        "from llava_ext import train\nfrom llava_ext.distributed import meeting\nfrom llava_ext import errors\n"
+        "from llava_ext.distributed import processes\nfrom llava_ext import errors\n"
         "rank, port = map(int, sys.argv[1:])\n"
         "there = dist.TCPStore('127.0.0.1', port, is_master=False)\n"
         "dist.init_process_group('gloo', store=there, rank=rank, world_size=2)\n"
         "if rank == 1:\n"
         "    dist.new_group(timeout=timedelta(seconds=3)); time.sleep(60)\n"
-        "try: meeting.check_traffic(torch.device('cpu'), 3.0)\n"
-        "except errors.TrainingError as error: train._fail(error)"
+        "try: processes.check_network(torch.device('cpu'), 3.0)\n"
+        "except errors.TrainingError as error: print(error, file=sys.stderr); processes.exit_with(1)"
     )
     first, second = (
         subprocess.Popen(

@@ -1,0 +1,40 @@
+"""What a person sees: nothing that fills a log, no question to a network, and messages instead of tracebacks.
+
+Loads nothing heavy, so that it can come before everything else.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import TrainingError
+
+
+def quiet(argv: Sequence[str]) -> None:
+    """No network when every model is a folder, no bars and repeated warnings in log files. Before libraries are loaded."""
+    # once for each call of every rank, otherwise
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    flags = ("--model_name_or_path", "--vision_tower")
+    names = [value for flag, value in itertools.pairwise(argv) if flag in flags]
+    if names and all(Path(name).is_dir() for name in names):
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def message(error: Exception) -> str | None:
+    """An error's text for people; None for one of a library, which only its traceback explains."""
+    own = type(error).__module__.startswith("llava_ext.")
+    if not own or not isinstance(error, (TrainingError, ValueError)):
+        return None
+    # A dataset worker's error arrives wrapped in the text of its traceback.
+    text = str(error).rsplit(f"{TrainingError.__module__}.TrainingError: ", 1)[-1].rstrip()
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return text + (f" (rank {os.environ.get('RANK')})" if several else "")
