@@ -10,8 +10,15 @@ from workflow_scripts.config.evaluation import EvaluationSpec
 from workflow_scripts.config.shapes import ShapesSource
 from workflow_scripts.demo.shapes import generate
 from workflow_scripts.evaluate import step as evaluate
-from workflow_scripts.evaluate.step import Question
+from workflow_scripts.evaluate.tasks import TASKS
+from workflow_scripts.evaluate.tasks.task import Question, Task
 from workflow_scripts.io import UserError, write_json
+
+SHAPES = TASKS["shapes"]
+
+
+def questions_of(manifest, pictures=None):
+    return evaluate.first_pictures(SHAPES.read(manifest), pictures)
 
 
 def question(kind, answer, name="q"):
@@ -28,15 +35,15 @@ def test_accuracies_of_a_hand_made_oracle():
         question("colour", "blue"),
     ]
     given = ["top left", "Top  Right.", "left", "", "reddish", "blue"]
-    assert evaluate.accuracies(asked, given) == {"where": 0.5, "colour": 0.5}
-    assert evaluate.accuracies(asked, [q.answer for q in asked]) == {"where": 1.0, "colour": 1.0}
-    assert evaluate.chance_levels(asked) == {"where": 0.25, "colour": 0.5}
+    assert evaluate.accuracies(SHAPES, asked, given) == {"where": 0.5, "colour": 0.5}
+    assert evaluate.accuracies(SHAPES, asked, [q.answer for q in asked]) == {"where": 1.0, "colour": 1.0}
+    assert SHAPES.chance(asked) == {"where": 0.25, "colour": 0.5}
     assert evaluate.counts(asked) == {"where": 4, "colour": 2}
 
 
 def test_answers_and_questions_must_be_as_many():
     with pytest.raises(ValueError, match="shorter"):
-        evaluate.accuracies([question("where", "a"), question("where", "b")], ["a"])
+        evaluate.accuracies(SHAPES, [question("where", "a"), question("where", "b")], ["a"])
 
 
 # ---- reading the source ----
@@ -46,7 +53,7 @@ def test_answers_and_questions_must_be_as_many():
 def test_pictures_are_read_from_every_kind_of_source(tmp_path, archive):
     made = generate(ShapesSource(split="test", pictures=6, archive=archive, seed=3), tmp_path)
     write_json(tmp_path / "manifest.json", {"name": "t", "digest": "", **made})
-    questions = evaluate.read_questions(tmp_path / "manifest.json", 4)
+    questions = questions_of(tmp_path / "manifest.json", 4)
     pictures = evaluate.read_pictures(tmp_path / "manifest.json", [q.image for q in questions])
     assert len(pictures) == 4
     assert all(data.startswith(b"\xff\xd8") for data in pictures.values())
@@ -68,7 +75,7 @@ def test_records_that_are_no_questions_are_named(tmp_path, held_out, change, wor
     records[2] = {key: value for key, value in {**records[2], **change}.items() if value is not None}
     write_json(folder / "test.json", records)
     with pytest.raises(UserError, match=rf"test\.json, record 3: {words}"):
-        evaluate.read_questions(folder / "manifest.json", None)
+        SHAPES.read(folder / "manifest.json")
 
 
 def test_a_picture_that_is_not_there_is_named(held_out):
@@ -92,7 +99,7 @@ def test_prompts_have_the_ids_of_training(export, held_out):
     from llava_ext.model.parts import load_tokenizer
 
     loaded = evaluate.load_checkpoint(export)
-    asked = evaluate.read_questions(held_out[1], 5)
+    asked = questions_of(held_out[1], 5)
     batch = evaluate.prompt_batch(loaded.processor, asked, [Image.new("RGB", (56, 56))] * len(asked))
     image = loaded.model.config.image_token_id
     tokenizer = load_tokenizer(export.parent / "x" / "hf")
@@ -144,12 +151,14 @@ def test_an_evaluation_writes_what_the_model_answers(export, held_out, tmp_path)
         ]
     )
     result = load_json(manifest)
-    asked = evaluate.read_questions(held_out[1], 12)
+    asked = questions_of(held_out[1], 12)
     pictures = evaluate.read_pictures(held_out[1], [q.image for q in asked])
     one_by_one = evaluate.ask(
         evaluate.load_checkpoint(export), asked, pictures, spec.model_copy(update={"batch_size": 1})
     )
-    assert result["accuracy"] == {c: evaluate.accuracies(asked, one_by_one[c]) for c in evaluate.CONDITIONS}
+    assert result["accuracy"] == {
+        c: evaluate.accuracies(SHAPES, asked, one_by_one[c]) for c in evaluate.CONDITIONS
+    }
     assert result["questions"] == evaluate.counts(asked)
     assert result["pictures"] == 12
     shown = {
@@ -165,7 +174,7 @@ def test_an_evaluation_writes_what_the_model_answers(export, held_out, tmp_path)
 
 def test_the_blank_picture_hides_the_picture(stock_export, held_out):
     """All questions of equal words get equal answers about a blank picture."""
-    asked = evaluate.read_questions(held_out[1], None)
+    asked = questions_of(held_out[1])
     pictures = evaluate.read_pictures(held_out[1], [q.image for q in asked])
     answers = evaluate.ask(
         evaluate.load_checkpoint(stock_export), asked, pictures, EvaluationSpec(source="s", batch_size=50)
@@ -213,3 +222,20 @@ def test_a_wrong_spec_has_no_traceback(capsys, tmp_path):
             ]
         )
     assert "picture" in capsys.readouterr().err
+
+
+def test_a_task_that_is_not_registered_is_refused_with_the_list():
+    with pytest.raises(ValueError, match="'shapes'"):
+        EvaluationSpec(source="s", task="shape")
+
+
+def test_another_kind_of_task_is_an_entry(stock_export, held_out, tmp_path, monkeypatch):
+    """Its own questions, its own idea of what is right: here the questions backwards, and everything is right."""
+    lenient = Task(
+        "lenient", lambda source: SHAPES.read(source)[::-1], lambda given, right: True, lambda asked: {}
+    )
+    monkeypatch.setitem(TASKS, "lenient", lenient)
+    spec = EvaluationSpec(source="s", pictures=2, examples=0).model_copy(update={"task": "lenient"})
+    result = evaluate.evaluate(spec, stock_export, held_out[1], tmp_path / "r" / "manifest.json")
+    assert all(share == 1 for shares in result["accuracy"].values() for share in shares.values())
+    assert result["spec"]["task"] == "lenient" and result["chance"] == {}

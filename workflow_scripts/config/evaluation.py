@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 from pydantic import Field
 
 from workflow_scripts.config.base import StrictModel
+from workflow_scripts.evaluate.tasks import TASKS
 
+if TYPE_CHECKING:
+    TaskName: TypeAlias = str
+else:
+    TaskName = Literal[tuple(TASKS)]
 Level = Annotated[int, Field(ge=0, le=255)]
 
 
@@ -21,6 +26,8 @@ class EvaluationSpec(StrictModel):
     source: str
     """Name of the source with the questions: one question a record, with `question_type` (a `shapes` source
     with `split: test`)."""
+    task: TaskName = "shapes"
+    """What kind of questions they are, and what counts as right (`workflow_scripts/evaluate/tasks/`)."""
     pictures: int | None = Field(default=None, ge=1)
     """Use the first so many pictures of the source; null means all."""
     permute_seed: int = 0

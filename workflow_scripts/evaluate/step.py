@@ -28,6 +28,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workflow_scripts.config.evaluation import EvaluationSpec
+from workflow_scripts.evaluate.tasks import TASKS
+from workflow_scripts.evaluate.tasks.task import Question, Task
 from workflow_scripts.io import UserError, digest, file_sha256, progress, read_json, user_errors, write_json
 
 if TYPE_CHECKING:
@@ -37,49 +39,13 @@ if TYPE_CHECKING:
 CONDITIONS = ("normal", "permuted", "blank")
 
 
-@dataclass(frozen=True)
-class Question:
-    """One held-out question with its right answer."""
-
-    name: str
-    image: str
-    type: str
-    text: str
-    answer: str
-
-
 # ---- the source -------------------------------------------------------------------------------------------------
 
 
-def read_questions(source: Path, pictures: int | None) -> list[Question]:
-    """The questions of a source's annotations, of its first ``pictures`` pictures. Raises UserError for unfit records."""
-    manifest = read_json(source)
-    questions: list[Question] = []
-    for annotation in manifest["annotations"]:
-        path = source.parent / annotation["path"]
-        questions += [_question(record, f"{path}, record {i}") for i, record in enumerate(read_json(path), 1)]
-    if not questions:
-        raise UserError(
-            f"{source}: the source has no questions; evaluation.source needs one with `split: test`"
-        )
-    images = list(dict.fromkeys(question.image for question in questions))
-    chosen = set(images[:pictures])
+def first_pictures(questions: Sequence[Question], number: int | None) -> list[Question]:
+    """The questions about the first ``number`` pictures; all of them for None."""
+    chosen = set(list(dict.fromkeys(question.image for question in questions))[:number])
     return [question for question in questions if question.image in chosen]
-
-
-def _question(record: dict[str, Any], where: str) -> Question:
-    missing = [key for key in ("image", "question_type", "conversations") if key not in record]
-    if missing or len(record["conversations"]) != 2:
-        found = f"{missing[0]} is missing" if missing else f"{len(record['conversations'])} turns"
-        raise UserError(
-            f"{where}: {found}; the evaluation needs records with image, question_type and exactly one question "
-            "with its answer (evaluation.source: a `shapes` source with `split: test`)"
-        )
-    human, gpt = record["conversations"]
-    text = human["value"].replace("<image>", "").strip()
-    return Question(
-        str(record.get("id", where)), record["image"], record["question_type"], text, gpt["value"]
-    )
 
 
 def read_pictures(source: Path, names: Sequence[str]) -> dict[str, bytes]:
@@ -294,30 +260,12 @@ def permutation_seed(seed: int, question: Question) -> int:
 # ---- counting -----------------------------------------------------------------------------------------------------
 
 
-def normal_form(answer: str) -> str:
-    """Answers are compared without case, surrounding blanks and a final full stop."""
-    return " ".join(answer.lower().split()).removesuffix(".")
-
-
-def is_right(question: Question, answer: str) -> bool:
-    """Whether ``answer`` is the right one."""
-    return normal_form(answer) == normal_form(question.answer)
-
-
-def accuracies(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, float]:
+def accuracies(task: Task, questions: Sequence[Question], answers: Sequence[str]) -> dict[str, float]:
     """The share of right answers by question type."""
     right: dict[str, list[bool]] = {}
     for question, answer in zip(questions, answers, strict=True):
-        right.setdefault(question.type, []).append(is_right(question, answer))
+        right.setdefault(question.type, []).append(task.is_right(answer, question.answer))
     return {kind: round(sum(found) / len(found), 4) for kind, found in right.items()}
-
-
-def chance_levels(questions: Sequence[Question]) -> dict[str, float]:
-    """By question type: one over the number of different right answers."""
-    found: dict[str, set[str]] = {}
-    for question in questions:
-        found.setdefault(question.type, set()).add(normal_form(question.answer))
-    return {kind: round(1 / len(answers), 4) for kind, answers in found.items()}
 
 
 def counts(questions: Sequence[Question]) -> dict[str, int]:
@@ -361,7 +309,8 @@ def examples(
 
 def evaluate(spec: EvaluationSpec, checkpoint: Path, source: Path, manifest: Path) -> dict[str, Any]:
     """Runs the evaluation and writes its manifest."""
-    questions = read_questions(source, spec.pictures)
+    task = TASKS[spec.task]
+    questions = first_pictures(task.read(source), spec.pictures)
     pictures = read_pictures(source, [question.image for question in questions])
     exported, begin = read_json(checkpoint), time.monotonic()
     loaded = load_checkpoint(checkpoint)
@@ -383,8 +332,8 @@ def evaluate(spec: EvaluationSpec, checkpoint: Path, source: Path, manifest: Pat
         "pictures": len(pictures),
         "question_types": list(counts(questions)),
         "questions": counts(questions),
-        "chance": chance_levels(questions),
-        "accuracy": {condition: accuracies(questions, answers[condition]) for condition in CONDITIONS},
+        "chance": task.chance(questions),
+        "accuracy": {condition: accuracies(task, questions, answers[condition]) for condition in CONDITIONS},
         "examples": examples(questions, answers, pictures, spec.examples),
     }
     write_json(manifest, result)

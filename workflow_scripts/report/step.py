@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from workflow_scripts.evaluate.tasks import TASKS
 from workflow_scripts.io import atomic_path, user_errors, write_text
 from workflow_scripts.report import collect
 from workflow_scripts.report.collect import Collected
@@ -85,16 +86,15 @@ def accuracy_cells(found: Mapping[str, Any], kinds: Sequence[str]) -> list[dict[
 
 def example_cards(evaluations: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The example pictures, each with every experiment's answers to its questions."""
-    from workflow_scripts.evaluate.step import normal_form
-
     cards: dict[str, dict[str, Any]] = {}
     for name, found in evaluations.items():
+        task = TASKS[found["spec"].get("task", "shapes")]  # no manifest had it when there was one kind
         for example in found["examples"]:
             card = cards.setdefault(example["image"], {**example, "rows": {}})
             for asked in example["questions"]:
                 row = card["rows"].setdefault(asked["question"], {"asked": asked, "answers": {}})
                 row["answers"][name] = {
-                    condition: {"text": text, "right": normal_form(text) == normal_form(asked["answer"])}
+                    condition: {"text": text, "right": task.is_right(text, asked["answer"])}
                     for condition, text in asked["answers"].items()
                 }
     return list(cards.values())
