@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 CODE_VERSION = 3
-CODE_DIGEST = "518e85a58ac9271d"
+CODE_DIGEST = "e55761a0d85e2508"
 
 # The modules whose code decides what a training computes.
 NUMERIC = (

@@ -30,6 +30,11 @@ ORIGINAL_PROJECTOR = "model.mm_projector."
 ORIGINAL_TOWER = str(TOWERS["clip_vision_model"].original_prefix)
 
 
+# LLaVA's word in a config: the weights of the vision tower are the checkpoint's, no longer those of the folder or
+# repository that it names. Written to the tower's own config, from which it reaches every other.
+TRAINED_TOWER = "unfreeze_mm_vision_tower"
+
+
 WRAPPERS = ("proj", "projector")
 
 

@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 from ..errors import TrainingError
 from ..files import write_json
 from ..model import parts
+from ..model.build import without_zero3
 from ..model.interventions import (
     DEFAULT_LAYERS,
     FIELD_NAMES,
@@ -40,10 +41,12 @@ from ..model.interventions import (
 )
 from ..model.language_models import LANGUAGE_MODELS, language_model, original_text_type
 from ..model.towers import TOWERS, registered_tower
-from .keys import ORIGINAL_PROJECTOR, state_to_original
-from .tensors import WEIGHT_FILES, check_projector, read_projector, save_sharded
+from .keys import ORIGINAL_PROJECTOR, TOWER, TRAINED_TOWER, state_from_original, state_to_original
+from .tensors import WEIGHT_FILES, check_projector, read_folder, read_projector, save_sharded
 
 OWN_KEY = "spatial_llava"
+# Beside the projector of a stage 1 that trained the tower too; LLaVA's layout has no place for it.
+TOWER_FOLDER = "vision_tower"
 
 
 # ---- files ------------------------------------------------------------------------------------------------------
@@ -146,6 +149,8 @@ def config_to_original(
     if "rope_theta" not in fields and isinstance(text_config.get("rope_parameters"), dict):
         fields["rope_theta"] = text_config["rope_parameters"].get("rope_theta", 10000.0)
         fields["rope_scaling"] = None
+    if vision_config.get(TRAINED_TOWER):
+        fields[TRAINED_TOWER] = True
     if not interventions.is_vanilla:
         fields |= _published_fields(interventions, vision_config)
     fields[OWN_KEY] = {
@@ -236,6 +241,31 @@ def check_interventions(mine: Interventions, theirs: Interventions, what: str) -
         )
 
 
+def tower_trained(described: Mapping[str, Any]) -> bool:
+    """Whether a ``config.json`` of any layout says that the vision tower was trained (also in LLaVA-NeXT's way)."""
+    nested = described.get("vision_config")
+    return bool(
+        described.get(TRAINED_TOWER)
+        or (isinstance(nested, dict) and nested.get(TRAINED_TOWER))
+        or "mm_vision_tower" in str(described.get("mm_tunable_parts") or "").split(",")
+    )
+
+
+def check_tower(described: Mapping[str, Any], vision_config: Any, what: Path) -> None:
+    """Refuses a tower as it was published for a projector that was trained together with a tower of its own.
+
+    Raises:
+        TrainingError: names the tower to give instead.
+    """
+    if tower_trained(described) and not getattr(vision_config, TRAINED_TOWER, False):
+        beside = (what if what.is_dir() else what.parent) / TOWER_FOLDER
+        raise TrainingError(
+            f"{what}: was trained together with its vision tower, and the given one is another; give "
+            + (str(beside) if beside.is_dir() else "the folder with the tower's trained weights")
+            + " as the vision tower"
+        )
+
+
 # ---- loading ----------------------------------------------------------------------------------------------------
 
 
@@ -262,12 +292,19 @@ def load_original(
 
     path = Path(folder)
     described = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    vision_folder = find_model(described.get("mm_vision_tower"), tower, path, "vision tower", "--tower")
-    vision = parts.load_tower(vision_folder, dtype, attn_implementation)
+    beside = path / TOWER_FOLDER
+    named = beside if tower is None and beside.is_dir() else tower
+    vision_folder = find_model(described.get("mm_vision_tower"), named, path, "vision tower", "--tower")
+    whole = any((path / name).is_file() for name in WEIGHT_FILES)
+    if whole and tower_trained(described):
+        vision = _stored_tower(path, vision_folder, dtype, attn_implementation)
+    else:
+        vision = parts.load_tower(vision_folder, dtype, attn_implementation)
+        check_tower(described, vision.config, path)
     fields = picture_fields(vision.config, parts.load_image_processor(vision_folder))
     grid = (fields["tower_image_size"] or vision.config.image_size) // vision.config.patch_size
     projector = read_projector(path)
-    if any((path / name).is_file() for name in WEIGHT_FILES):
+    if whole:
         text_folder = path
         language = _load_language_model(path, described, dtype, attn_implementation)
     else:
@@ -283,6 +320,34 @@ def load_original(
     module.load_state_dict(projector)
     module.to(language.dtype)
     return model, tokenizer, parts.load_image_processor(vision_folder)
+
+
+def _stored_tower(
+    folder: Path, named: Path, dtype: torch.dtype | None, attn_implementation: str | None
+) -> Any:
+    """The trained tower inside a whole checkpoint; of the ``named`` one only its shape is taken."""
+    found = state_from_original(read_folder(folder))
+    weights = {
+        name.removeprefix(TOWER): tensor.to(dtype) if isinstance(dtype, torch.dtype) else tensor
+        for name, tensor in found.items()
+        if name.startswith(TOWER)
+    }
+    with without_zero3():
+        vision = parts.load_tower(named, dtype, attn_implementation)
+    expected = vision.state_dict()
+    wrong = sorted(
+        name
+        for name in expected.keys() | weights.keys()
+        if name not in expected or name not in weights or expected[name].shape != weights[name].shape
+    )
+    if wrong:
+        raise TrainingError(
+            f"{folder}: its config.json says that the vision tower was trained, and the weights stored there do not fit "
+            f"{named}, e.g. {', '.join(wrong[:3])}; give the tower that it was trained from"
+        )
+    vision.load_state_dict(weights, assign=True)
+    setattr(vision.config, TRAINED_TOWER, True)
+    return vision
 
 
 def _own_fields(described: Mapping[str, Any]) -> dict[str, Any]:
@@ -411,8 +476,12 @@ def export_original(
             "--projector_only writes the projector alone, for this package"
         )
     target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
     config = model.config
+    if projector_only and getattr(config.vision_config, TRAINED_TOWER, False):
+        raise TrainingError(
+            "--projector_only: the vision tower of this model was trained too, and would be left out; write the whole model"
+        )
+    target.mkdir(parents=True, exist_ok=True)
     known = _known_settings(model, tokenizer, projector_only)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     tensors = state_to_original(state, config.interventions)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    AutoModel,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
@@ -150,6 +151,23 @@ def save_checkpoint(
     with _staged(Path(folder)) as staging, _auto_classes(config), without_zero3():
         clone.save_pretrained(str(staging), save_original_format=True)
         processor.save_pretrained(str(staging))
+
+
+def save_tower(tower: Any, weights: Mapping[str, Tensor], image_processor: Any, folder: Path) -> None:
+    """Writes a vision tower as a folder like the one it was read from.
+
+    Args:
+        tower: what was trained, whose parameters may be split over processes.
+        weights: all of it, by its own names.
+    """
+    with torch.device("meta"), without_zero3():
+        clone = AutoModel.from_config(tower.config)
+    clone.load_state_dict(dict(weights), strict=True, assign=True)
+    # how the names in its files differ from those in memory: other programs read the former
+    clone._weight_conversions = getattr(tower, "_weight_conversions", None)
+    with without_zero3():
+        clone.save_pretrained(str(folder))
+    image_processor.save_pretrained(str(folder))
 
 
 def _empty_clone(config: SpatialLlavaConfig) -> Any:

@@ -297,7 +297,8 @@ class SpatialLlavaModel(LlavaModel):
             )
         if not (self.training and torch.is_grad_enabled()):
             return inputs_embeds
-        trains = any(parameter.requires_grad for parameter in self.multi_modal_projector.parameters())
+        path = (self.multi_modal_projector, self.vision_tower)
+        trains = any(parameter.requires_grad for part in path for parameter in part.parameters())
         # Ranks that hold only a part of the tower's weights gather them together (ZeRO-3, FSDP), trained or not.
         if not (trains or any(map(_is_split, self.vision_tower.parameters()))):
             return inputs_embeds

@@ -147,6 +147,12 @@ class LlavaTrainingArguments(TrainingArguments):
     mm_projector_lr: float | None = field(
         default=None, metadata={"help": "The projector's own learning rate."}
     )
+    train_vision_tower: bool = field(
+        default=False, metadata={"help": "The vision tower trains too, as far as gradients reach it."}
+    )
+    vision_tower_lr: float | None = field(
+        default=None, metadata={"help": "The vision tower's own learning rate (default: --learning_rate)."}
+    )
     group_by_modality_length: bool = field(default=False, metadata={"help": "LLaVA's grouping of samples."})
     group_by_length: bool = field(default=False, metadata={"help": "Grouping by length alone."})
     sampling: Literal["random", "sequential"] = field(
@@ -340,6 +346,12 @@ def _check_before(model: ModelArguments, data: DataArguments, namespace: argpars
     if len(grouped) == 2 or (grouped and namespace.sampling == "sequential"):
         raise TrainingError(
             f"--{grouped[0]}: contradicts --{grouped[-1] if len(grouped) == 2 else 'sampling sequential'}; give one of them"
+        )
+    rate = namespace.vision_tower_lr
+    if rate is not None and not (namespace.train_vision_tower and rate > 0):
+        raise TrainingError(
+            f"--vision_tower_lr {rate}: allowed is a number above 0, together with --train_vision_tower True; "
+            "leave it out for a tower that does not train, or that trains with --learning_rate"
         )
     if namespace.lora_enable and model.tune_mm_mlp_adapter:
         raise TrainingError(

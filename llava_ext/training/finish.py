@@ -11,7 +11,7 @@ import torch
 
 from .. import files
 from ..checkpoints import keys, original, tensors
-from ..checkpoints.stored import save_checkpoint
+from ..checkpoints.stored import save_checkpoint, save_tower
 from ..distributed.collectives import barrier
 from ..errors import TrainingError, say
 from ..model.parts import load_image_processor, load_tokenizer
@@ -69,7 +69,8 @@ def write_final(
 ) -> None:
     """The stage's result, written to ``folder`` and read back.
 
-    Stage 1: ``mm_projector.bin``, ``mm_projector.safetensors`` and ``config.json`` as LLaVA's; stage 2: a HF checkpoint.
+    Stage 1: ``mm_projector.bin``, ``mm_projector.safetensors`` and ``config.json`` as LLaVA's, and the folder
+    ``vision_tower`` if that was trained; stage 2: a HF checkpoint.
     """
     folder.mkdir(parents=True)
     model = trainer.plain_model
@@ -114,11 +115,17 @@ def _write_projector(
     projector = {name: tensor.contiguous() for name, tensor in projector.items()}
     torch.save(projector, folder / "mm_projector.bin")
     save_file(projector, folder / "mm_projector.safetensors", metadata={"format": "pt"})
+    settings = original_settings(arguments)
+    if arguments.training.train_vision_tower:
+        tower = {name.removeprefix(keys.TOWER): t for name, t in state.items() if name.startswith(keys.TOWER)}
+        processor = load_image_processor(folders["vision_tower"])
+        save_tower(model.model.vision_tower, tower, processor, folder / original.TOWER_FOLDER)
+        settings["mm_vision_tower"] = str(Path(arguments.training.output_dir) / original.TOWER_FOLDER)
     described = original.config_to_original(
         json.loads(model.config.text_config.to_json_string(use_diff=False)),
         json.loads(model.config.vision_config.to_json_string(use_diff=False)),
         model.config.interventions,
-        original_settings(arguments),
+        settings,
     )
     files.write_json(folder / "config.json", described)
 
@@ -132,6 +139,7 @@ def original_settings(arguments: Arguments) -> dict[str, Any]:
         "mm_vision_select_layer": model.mm_vision_select_layer,
         "mm_vision_select_feature": model.mm_vision_select_feature,
         "mm_projector_lr": training.mm_projector_lr,
+        "mm_vision_tower_lr": training.vision_tower_lr,
         "image_aspect_ratio": arguments.data.image_aspect_ratio,
         "tokenizer_model_max_length": training.model_max_length,
         "tune_mm_mlp_adapter": model.tune_mm_mlp_adapter,

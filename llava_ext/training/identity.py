@@ -53,7 +53,7 @@ def check_identity(
         changed = {
             key: f"{key}: {recorded.get(key)!r} when it was started, now {identity.get(key)!r}"
             for key in sorted(recorded.keys() | identity.keys())
-            if recorded.get(key) != identity.get(key)
+            if _said(recorded.get(key)) != _said(identity.get(key))
         }
         if not changed.keys() <= rounding:
             raise TrainingError(
@@ -64,6 +64,11 @@ def check_identity(
         for line in changed.values():
             say(f"{line}: the same steps, rounded otherwise from here on")
     write_json(path, identity)
+
+
+def _said(value: Any) -> Any:
+    """A value as it is compared: a switch that is off equals one that did not exist yet."""
+    return None if value is False else value
 
 
 # Not part of what determines the result: where things lie, what is logged, how work is spread over processes.

@@ -23,7 +23,12 @@ RENAMED = {
     "push_to_hub_model_id": "hub_model_id",
     "push_to_hub_token": "hub_token",
     "include_tokens_per_second": "include_num_input_tokens_seen",
+    "unfreeze_mm_vision_tower": "train_vision_tower",
+    "mm_vision_tower_lr": "vision_tower_lr",
 }
+
+# What LLaVA-NeXT's --mm_tunable_parts may list.
+TUNABLE_PARTS = ("mm_vision_tower", "mm_mlp_adapter", "mm_language_model")
 
 
 # Accepted, and why nothing happens.
@@ -92,6 +97,41 @@ def is_on(values: Sequence[str]) -> bool:
     return not values or values[0].lower() not in (*FALSE, "none", "")
 
 
+def parts_as_switches(pairs: list[tuple[str, list[str]]]) -> list[tuple[str, list[str]]]:
+    """LLaVA-NeXT's ``mm_tunable_parts``, which lists all that trains, as the switches that say the same.
+
+    Raises:
+        TrainingError: no part or an unknown one; a switch beside it that says something else.
+    """
+    given = {RENAMED.get(name, name): values for name, values in pairs}
+    if "mm_tunable_parts" not in given:
+        return pairs
+    text = ",".join(given["mm_tunable_parts"])
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    unknown = [part for part in parts if part not in TUNABLE_PARTS]
+    if unknown or not parts:
+        raise TrainingError(
+            f"--mm_tunable_parts {text}: found {', '.join(unknown) or 'no part'}; "
+            f"allowed, separated by commas: {', '.join(TUNABLE_PARTS)}"
+        )
+    meant = {
+        "tune_mm_mlp_adapter": "mm_language_model" not in parts,
+        "freeze_mm_mlp_adapter": "mm_mlp_adapter" not in parts,
+        "train_vision_tower": "mm_vision_tower" in parts,
+        "freeze_backbone": False,
+    }
+    for name, on in meant.items():
+        if name in given and is_on(given[name]) != on:
+            raise TrainingError(
+                f"--{name} {' '.join(given[name])}: contradicts --mm_tunable_parts {text}, which lists all that "
+                "trains; leave one of them out"
+            )
+    others = [
+        pair for pair in pairs if pair[0] != "mm_tunable_parts" and RENAMED.get(pair[0], pair[0]) not in meant
+    ]
+    return others + [(name, ["True"]) for name, on in meant.items() if on]
+
+
 def translate(argv: Sequence[str], known: Sequence[str], tf32_works: bool) -> tuple[list[str], list[str]]:
     """LLaVA's command line as today's.
 
@@ -108,8 +148,9 @@ def translate(argv: Sequence[str], known: Sequence[str], tf32_works: bool) -> tu
     """
     out: list[str] = []
     notices: list[str] = []
-    given = {name for name, _ in split_flags(argv)}
-    for name, values in split_flags(argv):
+    pairs = parts_as_switches(split_flags(argv))
+    given = {name for name, _ in pairs}
+    for name, values in pairs:
         if name in WITHOUT_EFFECT:
             notices.append(f"--{name} has no effect: {WITHOUT_EFFECT[name]}")
         elif name in REFUSED:
@@ -141,7 +182,7 @@ def translate(argv: Sequence[str], known: Sequence[str], tf32_works: bool) -> tu
 
 def unknown_flag(name: str, known: Sequence[str]) -> str:
     """The message for a flag that does not exist."""
-    every = [*known, *RENAMED, *WITHOUT_EFFECT]
+    every = [*known, *RENAMED, *WITHOUT_EFFECT, "mm_tunable_parts"]
     near = difflib.get_close_matches(name, every, n=1, cutoff=0.6)
     hint = f"did you mean --{near[0]}?" if near else "`python -m llava_ext.train --help` lists all flags"
     return f"--{name}: unknown flag; {hint}"

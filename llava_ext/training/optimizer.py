@@ -25,7 +25,7 @@ def component(name: str) -> str:
 def freeze(
     model: nn.Module, *, tune_mm_mlp_adapter: bool, freeze_mm_mlp_adapter: bool, freeze_backbone: bool
 ) -> None:
-    """Sets ``requires_grad`` as LLaVA's stages do; the vision tower never trains.
+    """Sets ``requires_grad`` as LLaVA's stages do; the vision tower is frozen (see ``vision_tower.py``).
 
     * ``tune_mm_mlp_adapter`` (stage 1): only the projector trains.
     * ``freeze_backbone``: the LLM's embeddings, layers and final norm are frozen. ``lm_head`` goes on training, as
@@ -63,22 +63,27 @@ def undecayed_names(model: nn.Module) -> set[str]:
 
 
 def parameter_groups(
-    model: nn.Module, weight_decay: float, mm_projector_lr: float | None = None
+    model: nn.Module,
+    weight_decay: float,
+    mm_projector_lr: float | None = None,
+    vision_tower_lr: float | None = None,
 ) -> list[dict[str, Any]]:
-    """The optimizer's groups: decayed and undecayed, and both again for the projector if it has its own rate.
+    """The optimizer's groups: decayed and undecayed, and both again for each part that has its own rate.
 
-    The order is LLaVA's: others decayed, others undecayed, projector decayed, projector undecayed. Each group
-    carries ``names``, so that a saved optimizer can be read by name.
+    The order is LLaVA's: others decayed, others undecayed, then the same of the projector, then of the tower. Each
+    group carries ``names``, so that a saved optimizer can be read by name.
     """
     undecayed = undecayed_names(model)
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    own_rate = bool(mm_projector_lr)
+    rates = {PROJECTOR: mm_projector_lr, TOWER: vision_tower_lr}
+    own = {part: float(rate) for part, rate in rates.items() if rate}
 
-    def group(projector: bool | None, decayed: bool, **settings: float) -> dict[str, Any]:
+    def group(part: str | None, decayed: bool, **settings: float) -> dict[str, Any]:
         members = [
             (name, parameter)
             for name, parameter in trained
-            if (name not in undecayed) == decayed and projector in (None, component(name) == PROJECTOR)
+            if (name not in undecayed) == decayed
+            and part == (component(name) if component(name) in own else None)
         ]
         return {
             "params": [parameter for _, parameter in members],
@@ -87,10 +92,10 @@ def parameter_groups(
             **settings,
         }
 
-    if not own_rate:
-        return [group(None, True), group(None, False)]
-    rate = float(mm_projector_lr or 0.0)
-    return [group(False, True), group(False, False), group(True, True, lr=rate), group(True, False, lr=rate)]
+    groups = [group(None, True), group(None, False)]
+    for part, rate in own.items():
+        groups += [group(part, True, lr=rate), group(part, False, lr=rate)]
+    return groups
 
 
 def trainable_names(model: nn.Module) -> list[str]:

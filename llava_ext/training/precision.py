@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from .optimizer import TOWER, component
+
 
 def load_dtype(training: Any) -> torch.dtype:
     """DeepSpeed keeps float32 copies itself; elsewhere the weights that train stay in float32 under autocast."""
@@ -21,10 +23,15 @@ def half_precision(training: Any) -> torch.dtype | None:
 
 
 def cast_frozen(model: Any, training: Any) -> None:
-    """Halves the memory of what does not train, as LLaVA does for the vision tower."""
+    """Halves the memory of what does not train, as LLaVA does for the vision tower.
+
+    A tower of which some layers train stays whole in float32: on the CPU norms take one precision only.
+    """
     half = half_precision(training)
     if half is None or training.deepspeed or training.fsdp:
         return
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
+    named = list(model.named_parameters())
+    tower_trains = any(item.requires_grad for name, item in named if component(name) == TOWER)
+    for name, parameter in named:
+        if not parameter.requires_grad and not (tower_trains and component(name) == TOWER):
             parameter.data = parameter.data.to(half)

@@ -38,6 +38,7 @@ from .lora import add_adapters
 from .optimizer import freeze
 from .precision import cast_frozen, load_dtype
 from .trainer import LlavaTrainer
+from .vision_tower import train_tower
 
 if TYPE_CHECKING:
     from ..data.samples import SampleStore
@@ -201,6 +202,8 @@ def _make_model(arguments: Arguments, folders: dict[str, Path]) -> tuple[Any, An
             freeze_mm_mlp_adapter=training.freeze_mm_mlp_adapter,
             freeze_backbone=model_args.freeze_backbone,
         )
+    if training.train_vision_tower:
+        train_tower(model)
     cast_frozen(model, training)
     return model, image_processor
 
@@ -280,9 +283,10 @@ def _fill(module: torch.nn.Module, projector: Mapping[str, torch.Tensor], path: 
 def _check_interventions(config: Any, stored: Path, what: Path) -> None:
     """Compares with the config beside a projector, if there is one that says anything."""
     described = files.read_json(stored)
-    if not isinstance(described, dict) or not (
-        "mm_vision_tower" in described or original.OWN_KEY in described
-    ):
+    if not isinstance(described, dict):
+        return
+    original.check_tower(described, config.vision_config, what)
+    if not ("mm_vision_tower" in described or original.OWN_KEY in described):
         return
     theirs = original.interventions_from_original(described, config.grid_side)
     original.check_interventions(config.interventions, theirs, str(what))

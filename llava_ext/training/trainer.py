@@ -202,7 +202,9 @@ class LlavaTrainer(Trainer):
         """As transformers', with LLaVA's groups."""
         if self.optimizer is None:
             target = self.model if model is None else model
-            groups = parameter_groups(target, self.args.weight_decay, self.mm_projector_lr)
+            groups = parameter_groups(
+                target, self.args.weight_decay, self.mm_projector_lr, self.args.vision_tower_lr
+            )
             kind, settings = self.get_optimizer_cls_and_kwargs(self.args, target)
             self.optimizer = kind(
                 [{k: v for k, v in group.items() if k != "names"} for group in groups], **settings
