@@ -42,12 +42,19 @@ def conclude(
         folder = output_dir / f"{states.STAGING}final"
         shutil.rmtree(folder, ignore_errors=True)
         write_final(trainer, state, arguments, folders, folder)
-        trainer.state.save_to_json(str(folder / "trainer_state.json"))
+        _write_history(trainer, output_dir)
         digests, sizes = states.publish(folder, output_dir)
         facts = {"files": digests, "bytes": sizes, "metrics": _summary(trainer)}
         states.write_result(output_dir, "finished", step, **facts)
         say(f"finished after step {step}: {output_dir}")
     barrier()
+
+
+def _write_history(trainer: LlavaTrainer, output_dir: Path) -> None:
+    """transformers' history of the steps, beside the files of the result: it holds times, which no digest may hold."""
+    temporary = output_dir / f"{states.STAGING}trainer_state.json"
+    trainer.state.save_to_json(str(temporary))
+    temporary.replace(output_dir / "trainer_state.json")
 
 
 def _summary(trainer: LlavaTrainer) -> dict[str, Any]:
