@@ -9,7 +9,11 @@ from workflow_scripts.config.yaml_files import check_files
 from workflow_scripts.io import UserError
 from workflow_scripts.plan.plan import Plan
 from workflow_scripts.plan.announce import announce
-from workflow_scripts.plan.checks import check_containers, check_targets
+from workflow_scripts.plan.checks import (
+    check_containers,
+    check_shared_files,
+    check_targets,
+)
 from workflow_scripts.plan.source_keys import known_recipe
 from workflow_scripts.plan.specs import compact, plain
 from workflow_scripts.plan.resources import resources_of
@@ -22,6 +26,9 @@ try:
     plan = Plan(load_config(config, workflow.configfiles))
     if workflow.modifier.is_main_snakefile():
         check_targets(plan, sys.argv[1:])
+    check_shared_files(
+        [str(usage) for usage in workflow.storage_settings.shared_fs_usage]
+    )
     if DeploymentMethod.APPTAINER in workflow.deployment_settings.deployment_method:
         check_containers(plan)
 except UserError as error:

@@ -193,3 +193,13 @@ def test_trackers_that_are_not_installed_are_said_before_anything_runs(tmp_path)
     assert text.count("NOT INSTALLED") == len(missing)
     assert all(f"stages.finetune.report_to names {name}, but {sys.executable}" in text for name in missing)
     assert "NOT INSTALLED" not in describe_plan(read_plan([DEMO]))
+
+
+def test_jobs_that_would_not_see_the_working_folder_are_refused_before_anything_runs(tmp_path):
+    command = [sys.executable, "-m", "snakemake", "-s", str(ROOT / "Snakefile"), "-n"]
+    done = subprocess.run(
+        [*command, "--shared-fs-usage", "none"], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert done.returncode == 1
+    assert "--shared-fs-usage lacks input-output and sources" in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from workflow_scripts.config.problems import known, suggestion
@@ -21,6 +21,21 @@ def check_targets(plan: Plan, targets: Iterable[str]) -> None:
                 raise UserError(
                     f"{target}: no experiment is called {name!r}; experiments: {known(plan.experiments)}; {advice}"
                 )
+
+
+NEEDED = ("input-output", "sources")
+
+
+def check_shared_files(shared: Collection[str]) -> None:
+    """Raises UserError when jobs would not see the working folder and the code where they lie."""
+    lacking = [name for name in NEEDED if name not in shared]
+    if lacking:
+        raise UserError(
+            f"--shared-fs-usage lacks {' and '.join(lacking)}, or the executor has no file system in common with this "
+            "machine: images are read by offset from archives and trainings continue from states that lie beside their "
+            "manifests, which no storage plugin carries along. Run on Slurm with a shared file system, or all of it on "
+            "one machine with GPUs (docs/slurm.md)"
+        )
 
 
 def check_containers(plan: Plan) -> None:
