@@ -1,6 +1,6 @@
-"""Secrets: a configuration names them as ``${NAME}``, a request has their value, and nothing that is said or kept has it.
+"""Secrets: a configuration names them as ``${NAME}``, a request has their value, nothing said or kept has it.
 
-A signature or a password in a URL is therefore in no log, manifest, message, list of processes or file of Snakemake.
+A signature in a URL is therefore in no log, manifest, message, list of processes or file of Snakemake.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class MissingSecret(Exception):
 
 
 def expand(text: str) -> str:
-    """``text`` with the environment's values in the place of ``${NAME}``; from now on :func:`redact` knows them.
+    """``text`` with the environment's values in the place of ``${NAME}``, which :func:`redact` knows from now on.
 
     Raises :class:`MissingSecret` where a variable is not set.
     """
@@ -68,7 +68,7 @@ def expand(text: str) -> str:
         found = os.environ.get(match[1])
         if not found:
             raise MissingSecret(
-                f"{public(text)}: the environment variable {match[1]} is not set; export it and run the same command again"
+                f"{public(text)}: the environment variable {match[1]} is not set; export it, run the same command again"
             )
         hide(found, match[0])
         return found
@@ -95,7 +95,7 @@ def hide(value: str, shown: str = "(secret)") -> None:
 
 
 def redact(text: str) -> str:
-    """``text`` without known secrets, without logins in URLs, and without what stands behind their question mark."""
+    """``text`` without known secrets, and URLs without logins and what stands behind their question mark."""
     for value in sorted(_struck, key=len, reverse=True):
         text = text.replace(value, _struck[value])
     text = _LOGIN.sub("", text)

@@ -77,3 +77,12 @@ def test_a_hub_that_does_not_answer_is_no_reason_to_stay(tmp_path):
         files = [{"path": "a.bin", "role": "other"}]
         spec = {"kind": "hub", "repo": hub.repo, "revision": hub.commit, "files": files}
         told(Acquiring(tmp_path, hub.url), hub, spec, signal.SIGINT, lambda: hub.requests)
+
+
+def test_a_model_that_is_fetched_ends_at_once_too(tmp_path):
+    with HubServer("owner/model", "model").running() as hub:
+        hub.put("model.bin", DATA)
+        hub.api_faults = [Fault("hang", MINUTES)]
+        spec = {"kind": "hub", "role": "llm", "repo": hub.repo, "revision": hub.commit}
+        work = Acquiring(tmp_path, hub.url, step="prepare_model")
+        told(work, hub, spec, signal.SIGTERM, lambda: hub.requests)

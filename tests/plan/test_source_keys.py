@@ -1,4 +1,4 @@
-"""What renames trainings and what does not, where data come from the network: the second table of docs/reruns.md."""
+"""What renames trainings, and what does not, of data from the network: the second table of docs/reruns.md."""
 
 from __future__ import annotations
 

@@ -16,8 +16,8 @@ ROOT = Path(__file__).parents[2]
 class Acquiring:
     """A working folder, and an environment that reaches only the test's servers."""
 
-    def __init__(self, folder, endpoint="http://127.0.0.1:9"):
-        self.folder = folder
+    def __init__(self, folder, endpoint="http://127.0.0.1:9", step="acquire"):
+        self.folder, self.step = folder, step
         self.env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
         self.env |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "hf"), "PYTHONPATH": str(ROOT)}
         self.env["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -28,7 +28,7 @@ class Acquiring:
 
     def command(self, spec):
         options = ["--name", "N", "--spec", json.dumps(spec), "--manifest", str(self.data / "manifest.json")]
-        return [sys.executable, "-m", "workflow_scripts.acquire", *options]
+        return [sys.executable, "-m", f"workflow_scripts.{self.step}", *options]
 
     def start(self, spec, **env):
         """In the background; what it says comes in a pipe."""

@@ -1,5 +1,6 @@
-"""Downloads as Snakemake starts them: they end with it, outlive its death, rerun for nothing, and give no secret away."""
+"""Downloads under Snakemake: they end with it, outlive its death, rerun for nothing, give no secret away."""
 
+import contextlib
 import json
 import os
 import re
@@ -57,16 +58,18 @@ def size(path):
     return path.stat().st_size if path.exists() else 0
 
 
-def downloads():
-    """The process ids of all acquire steps of these tests."""
+def processes(step, manifest):
+    """The process ids of a step that has this manifest in its command, of these tests only."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
+        with contextlib.suppress(OSError):
             arguments = path.read_text(errors="replace").split("\0")
-        except OSError:
-            continue
-        if "acquire" in arguments and TARGET in arguments:
-            found.append(int(path.parent.name))
+            if (
+                arguments[1:3] == ["-m", "workflow_scripts.step"]
+                and step in arguments
+                and manifest in arguments
+            ):
+                found.append(int(path.parent.name))
     return found
 
 
@@ -84,7 +87,7 @@ def test_a_signal_to_snakemake_ends_its_downloads(tmp_path, server, number, whom
     said = (workspace.folder / "snakemake.out").read_text()
     assert f"stopped by {number.name}" in said
     assert "Traceback" not in said
-    assert not downloads()
+    assert not processes("acquire", TARGET)
     assert size(part(workspace, "more.bin")) > 100
 
 
@@ -132,7 +135,7 @@ def command_lines(stop, found):
 
 
 def test_no_secret_is_left_anywhere(tmp_path, server, other_server, drawn):
-    """Neither by a run that fails nor by one that finishes: logs, manifests, Snakemake's own files, lists of processes."""
+    """Neither by a run that fails nor by one that finishes, in no file and in no list of processes."""
     server.add(
         "/a.zip",
         drawn[0],
@@ -162,3 +165,15 @@ def test_no_secret_is_left_anywhere(tmp_path, server, other_server, drawn):
     assert not [line for line in seen if SECRET.encode() in line and b"pytest" not in line]
     asked = json.dumps([path for _, path, _ in server.requests + other_server.requests])
     assert asked.count(SECRET) > 2, "the servers did get it"
+
+
+def test_a_step_that_is_killed_is_tried_once_more(tmp_path, server, drawn):
+    """The scan, as the kernel kills it when memory is short."""
+    images = {"url": server.add("/a.zip", drawn[0]), "role": "images"}
+    workspace = workspace_for(tmp_path, images)
+    process = workspace.start("data/scans/captions/manifest.json")
+    os.kill(wait_for(lambda: processes("scan", TARGET), 60, "the scan", process)[0], signal.SIGKILL)
+    process.wait(timeout=120)
+    said = (workspace.folder / "snakemake.out").read_text()
+    assert process.returncode == 0, said
+    assert "Trying to restart job" in said

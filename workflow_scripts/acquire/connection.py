@@ -1,4 +1,4 @@
-"""A connection whose server can't keep us waiting for ever, and whose errors are told without the addresses in them."""
+"""A connection whose server can't keep us waiting for ever, and whose errors are told without addresses."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def explain_final(error: BaseException) -> str:
         return f"redirects without end (more than {REDIRECTS})"
     if isinstance(error, requests.exceptions.InvalidHeader | urllib3.exceptions.InvalidHeader):
         return "the server says two lengths at once"
-    return f"the URL, or what the server redirects to, is no address that can be fetched ({type(error).__name__})"
+    return f"the URL or the server's redirect is no address that can be fetched ({type(error).__name__})"
 
 
 def is_distrust(error: BaseException) -> bool:
@@ -103,7 +103,7 @@ def is_distrust(error: BaseException) -> bool:
 
 
 def explain(error: BaseException) -> str:
-    """What happened. The errors' own texts are not used: they have whole addresses in them, with their signatures."""
+    """What happened. The errors' own texts are not used: they have whole addresses, with their signatures."""
     chain = list(_chain(error))
     for item in chain:
         if isinstance(item, ssl.SSLCertVerificationError):

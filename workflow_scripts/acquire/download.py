@@ -1,8 +1,8 @@
-"""Fetches big files over HTTP so that what arrives is whole, verified, of one version, and never fetched twice.
+"""Fetches big files over HTTP so that what arrives is whole, verified, of one version, and fetched once.
 
-Data stream into `NAME.part`; a connection that breaks, stalls or is refused for a while is resumed from there, by
-this process or by the next one after a crash. The hash is computed while the data stream in. Only a file of the
-right size and hash gets its name, and beside it `.NAME.provenance.json` remembers where it came from.
+Data stream into `NAME.part`; a connection that breaks, stalls or is refused for a while is resumed from there,
+by this process or by the next one after a crash. The hash is computed while the data stream in. Only a file of
+the right size and hash gets its name, and beside it `.NAME.provenance.json` remembers where it came from.
 """
 
 from __future__ import annotations
@@ -113,8 +113,8 @@ class _Fetch:
             f"{self.wanted.name} could not be fetched:\n"
             + "\n".join(failures)
             + f"\n  {kept}run the same command "
-            "again to go on, add another URL to the source's config, or fetch the file by other means and name it "
-            "under `local` (or as a source of kind path)"
+            "again to go on, add another URL to the source's config, or fetch the file by other means and name "
+            "it under `local` (or as a source of kind path)"
         )
 
     def _disk_trouble(self, error: OSError) -> str:
@@ -123,7 +123,7 @@ class _Fetch:
         if error.errno in FULL_DISK:
             return (
                 f"{self.part}: the disk is full (or a quota is); {kept}. Free space on "
-                "that disk, or put the working folder on a larger one, and run the same command again to go on"
+                "that disk, or put the working folder on a larger one, and run the same command again"
             )
         return f"{self.part}: {error.strerror}; {kept}"
 
@@ -242,7 +242,7 @@ class _Fetch:
         self._write(_chain(next(rest, b""), rest), url, version)
 
     def _after_416(self, response: requests.Response, have: int) -> None:
-        """Nothing is left to fetch, if it is the same file; then the hash says so, or a few bytes would have come."""
+        """Nothing is left to fetch, if it is the same file: the hash will say, or bytes would have come."""
         size = size_of_416(response)
         if size != have or not self.wanted.by_hash:
             raise StartOver(
@@ -272,7 +272,7 @@ class _Fetch:
         self.voice.say(f"warning: {total} bytes, {expected} elsewhere")
 
     def _check_same(self, version: Version) -> None:
-        """Raises :class:`StartOver` where the server says that this is another file than that of the beginning."""
+        """Raises :class:`StartOver` where the server says that this is not the file of the beginning."""
         known = from_meta(self.meta)
         if not self.wanted.by_hash:
             if known.differs(version):

@@ -143,12 +143,12 @@ class Repository:
         )
 
     def _refused(self, error: HfHubHTTPError) -> tuple[str, float | None]:
-        """What to say about a busy hub, and how long it asks to wait. Raises :class:`UserError` for a final no."""
+        """What to say about a busy hub, and how long it wants to wait. Raises :class:`UserError` for a final no."""
         from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
         status = error.response.status_code if error.response is not None else 0
         finals: dict[type[HfHubHTTPError], str] = {
-            GatedRepoError: f"its owner asks for agreement to terms; accept them on {self.page} and set HF_TOKEN",
+            GatedRepoError: f"its owner asks for agreement to terms; accept them on {self.page}, set HF_TOKEN",
             RevisionNotFoundError: "there is no such revision; pin an existing commit",
             RepositoryNotFoundError: f"there is no such repository at {self.endpoint}, or it is private and needs "
             "HF_TOKEN; check `repo` and `repo_type`",
@@ -284,7 +284,7 @@ def _agree(repository: Repository, file: HubFile) -> Wanted:
 
 
 def verify_cached(cached: Path, wanted: Wanted, target: Path) -> dict[str, Any] | None:
-    """Hashes a cached file once; its provenance is remembered beside where the file would have been fetched to."""
+    """Hashes a cached file once; its provenance is noted beside where the file would have been fetched to."""
     stat = cached.stat()
     memory = provenance_path(target.with_name(target.name + ".cached"))
     key = {"path": str(cached), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
@@ -311,7 +311,7 @@ def fetch_snapshot(
     choose: Callable[[list[str]], list[str]] = list,
     patience: Patience | None = None,
 ) -> tuple[str, list[tuple[Path, dict[str, Any]]]]:
-    """Makes all files of a repository that ``choose`` picks available: the commit, and each file with its provenance.
+    """Makes a repository's files that ``choose`` picks available: the commit, and each file with its provenance.
 
     Files of the client's cache are used where they are; the others are fetched into ``folder``.
     """
@@ -366,7 +366,7 @@ def _cached_snapshot(
 
 
 def _trusted_by_name(path: Path, name: str) -> dict[str, Any]:
-    """The client's cache names a file's content by its hash, which offline is all there is to compare with."""
+    """The client's cache names a file's content by its hash, offline all that there is to compare with."""
     sha, git = hash_file(path)
     blob = path.resolve().name
     if re.fullmatch(r"[0-9a-f]{64}|[0-9a-f]{40}", blob) and blob not in (sha, git):

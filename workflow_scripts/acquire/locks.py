@@ -1,4 +1,4 @@
-"""One process writes a file at a time, and one host has few connections, among all processes of a working folder."""
+"""One process writes a file at a time, and one host has few connections, in all of a working folder."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _lock(stream: IO[str]) -> bool:
 
 @contextlib.contextmanager
 def only_one(target: Path, part: Path, voice: Voice) -> Iterator[None]:
-    """Waits while another process fetches this file: one that an earlier Snakemake has left behind, for instance."""
+    """Waits while another process fetches this file: one that an earlier Snakemake left, for instance."""
     with target.with_name(f".{target.name}.lock").open("a+") as stream:
         waited = False
         while not _lock(stream):

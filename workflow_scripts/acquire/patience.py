@@ -23,7 +23,7 @@ class Patience:
     attempts: int = 8
     """Attempts in a row that bring no new byte."""
     restarts: int = 8
-    """How often one URL's file may be started over: a server whose file changes all the time has none to give."""
+    """How often one URL's file may be started over: one that changes all the time can't be fetched."""
     backoff_s: float = 1.0
     """First pause after a failure; each is twice as long as the one before."""
     max_backoff_s: float = 120.0
@@ -47,7 +47,7 @@ class Patience:
         return min(1.0, self.answer_s / 4)
 
     def pause(self, failures: int, asked: float | None) -> float:
-        """Seconds to wait after so many failures in a row: what the server asked for, but never less than our own."""
+        """Seconds to wait after so many failures in a row: what the server asks for, but not less than ours."""
         own = min(self.backoff_s * 2 ** max(0, failures - 1), self.max_backoff_s)
         return max(own * (0.5 + random.random() / 2), asked or 0.0)
 

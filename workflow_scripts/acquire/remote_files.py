@@ -129,7 +129,7 @@ def _describe(
         shown = described_path(path, folder)
         if file.sha256 is None and file.role != "other":
             say(
-                f"{file.name}: sha256 {provenance['sha256']}, {provenance['bytes']} bytes (not pinned in the config)"
+                f"{file.name}: sha256 {provenance['sha256']}, {provenance['bytes']} bytes (not in the config)"
             )
         found["files"].append({**provenance, "path": shown, "trust": file.trust})
         if file.role == "images":

@@ -1,4 +1,4 @@
-"""A signal to Snakemake alone ends its downloads too: Snakemake itself waits for its jobs, and a download takes hours."""
+"""A signal to Snakemake alone ends its downloads too: it waits for its jobs, and a download takes hours."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DOWNLOADING = ("acquire", "prepare_model")
 
 
 def is_download(arguments: list[str]) -> bool:
-    """True for the command line of a step that downloads: ``... -m workflow_scripts.step --log FILE STEP ...``."""
+    """True for a step that downloads: ``... -m workflow_scripts.step --log FILE STEP ...``."""
     if "workflow_scripts.step" not in arguments:
         return False
     name = arguments.index("workflow_scripts.step") + 3

@@ -1,4 +1,4 @@
-"""Files that were verified: their hashes, and beside each a note of where it came from and when it was whole."""
+"""Files that were verified: their hashes, and beside each a note of where it came from."""
 
 from __future__ import annotations
 
@@ -97,9 +97,7 @@ def objection(wanted: Wanted, size: int, sha: str, git: str | None) -> str | Non
     if wanted.sha256 is not None and sha != wanted.sha256:
         if not wanted.first_use:
             return f"has sha256 {sha}, {wanted.sha256} is expected"
-        say(
-            f"warning: {wanted.name}: sha256 is {sha}, a copy elsewhere had {wanted.sha256}; recorded as it is"
-        )
+        say(f"warning: {wanted.name}: sha256 is {sha}, elsewhere it was {wanted.sha256}; recorded as it is")
     if wanted.git_sha1 is not None and git is not None and git != wanted.git_sha1:
         return f"has git hash {git}, {wanted.git_sha1} is expected"
     return None

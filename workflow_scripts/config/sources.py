@@ -42,8 +42,8 @@ def _http_url(value: str) -> str:
     for name, text in parse_qsl(parts.query, keep_blank_values=True):
         if is_secret(name, text):
             raise ValueError(
-                f"found a literal value of {name} in the URL {shown}, which would be in logs; write {name}=${{SOME_NAME}} "
-                "and export SOME_NAME in the shell that starts Snakemake"
+                f"found a literal value of {name} in the URL {shown}, which would be in logs; write "
+                f"{name}=${{SOME_NAME}} and export SOME_NAME in the shell that starts Snakemake"
             )
     return value
 
@@ -63,8 +63,8 @@ def _file_name(value: str) -> str:
     """A file's name in the source's folder, where our own files are too."""
     if value == "manifest.json" or OUR_FILES.fullmatch(value.rsplit("/", 1)[-1]):
         raise ValueError(
-            f"{value!r} is the name of one of the workflow's own files in the source's folder; give it another `name` (a "
-            "file of a hub has none: name a copy under `local`)"
+            f"{value!r} is the name of one of the workflow's own files in the source's folder; give it another "
+            "`name` (a file of a hub has none: name a copy under `local`)"
         )
     return value
 
@@ -115,8 +115,8 @@ class UrlFile(RemoteFile):
     """A file on a web server."""
 
     url: Urls
-    """Where it is; several URLs are mirrors, tried in order. A signature or key in it is written as `${NAME}` and taken from
-    the environment when the file is fetched."""
+    """Where it is; several URLs are mirrors, tried in order. A signature or key in it is written as `${NAME}` and
+    taken from the environment when the file is fetched."""
     name: FileName = ""
     """Name on the disk; by default the last part of the first URL."""
 

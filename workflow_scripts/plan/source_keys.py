@@ -1,7 +1,7 @@
 """What a source is in keys: where a hash is stated its files are that hash, wherever they come from.
 
-A file without a hash is its URL, or its path in a repository at a commit. What was fetched is remembered beside the
-sources, so that a hash that is stated later, and is that of the file that was fetched, changes no key.
+A file without a hash is its URL, or its path in a repository at a commit. What was fetched is remembered beside
+the sources, so that a hash that is stated later, and is that of the file that was fetched, changes no key.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FORMER: Mapping[str, Mapping[str, Any]] = {
         ],
     }
 }
-"""What stands in a key besides the hash, by hash: files that were in keys before URLs were left out of them."""
+"""What stands in a key besides the hash: files that were in keys before URLs were left out of them."""
 
 
 def pinned(file: RemoteFile) -> bool:
@@ -62,7 +62,7 @@ def memory_path(name: str, sources: Path = SOURCES) -> Path:
 
 
 def known_recipe(name: str, spec: StrictModel, sources: Path = SOURCES) -> dict[str, Any]:
-    """:func:`source_recipe`, or the one under which the same files were fetched before hashes were added or taken away."""
+    """:func:`source_recipe`, or the one under which the same files were fetched before hashes were added."""
     path = memory_path(name, sources)
     if getattr(spec, "files", ()) and path.is_file():
         try:
