@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 CODE_VERSION = 3
-CODE_DIGEST = "e55761a0d85e2508"
+CODE_DIGEST = "ab874ad5b40cb8cc"
 
 # The modules whose code decides what a training computes.
 NUMERIC = (

@@ -84,6 +84,10 @@ class StageSpec(StrictModel):
     """Seed of the initialisation and of the order of the data."""
     train_projector: bool = True
     """Train the projector. `false` freezes it in stage 2 (LLaVA's `freeze_mm_mlp_adapter`)."""
+    train_vision_tower: bool = False
+    """Train the vision tower too, as far as gradients reach it. Stage 2 begins with the tower that stage 1 has trained."""
+    vision_tower_learning_rate: Rate | None = None
+    """Another learning rate for the vision tower; only with `train_vision_tower`."""
     lora: LoraSpec | None = None
     """Train low-rank updates of the LLM instead of all its weights; not in `pretrain`."""
     save_steps: Positive = 500
@@ -111,6 +115,11 @@ class StageSpec(StrictModel):
         if (self.epochs is None) == (self.max_steps is None):
             found = "both" if self.epochs is not None else "neither"
             raise ValueError(f"give either epochs or max_steps, found {found}")
+        if self.vision_tower_learning_rate is not None and not self.train_vision_tower:
+            raise ValueError(
+                f"vision_tower_learning_rate: found {self.vision_tower_learning_rate}, but the tower does not train; "
+                "set train_vision_tower: true, or leave it out"
+            )
         if (self.scheduler == "cosine_with_min_lr") != (self.min_lr_rate is not None):
             raise ValueError(
                 "scheduler: cosine_with_min_lr and min_lr_rate belong together; give both or neither"

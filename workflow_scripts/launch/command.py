@@ -94,6 +94,7 @@ def _model_flags(spec: Mapping[str, Any], stage: StageSpec, inputs: Inputs) -> d
         "mm_vision_select_feature": model["vision_feature_select"],
         "tune_mm_mlp_adapter": None if STAGES[spec["stage"]].trains_llm else True,
         "freeze_mm_mlp_adapter": None if stage.train_projector else True,
+        "train_vision_tower": stage.train_vision_tower or None,
         "pretrain_mm_mlp_adapter": inputs.projector,
     }
 
@@ -106,6 +107,7 @@ def _recipe_flags(stage: StageSpec) -> dict[str, Any]:
         "max_steps": stage.max_steps,
         "learning_rate": stage.learning_rate,
         "mm_projector_lr": stage.mm_projector_lr,
+        "vision_tower_lr": stage.vision_tower_learning_rate,
         "weight_decay": stage.weight_decay,
         "warmup_ratio": stage.warmup_ratio,
         "lr_scheduler_type": stage.scheduler,

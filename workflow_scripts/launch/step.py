@@ -41,6 +41,8 @@ from workflow_scripts.launch.provenance import provenance
 from workflow_scripts.stages import STAGES
 
 RESULT = "train_result.json"
+# The folder in which a stage leaves the vision tower that it has trained, for the next one to begin with.
+TOWER = "vision_tower"
 # EX_TEMPFAIL: saved, to be continued.
 INTERRUPTED = 75
 
@@ -96,12 +98,14 @@ def prepare(
             f"--models: no manifest of role {', '.join(sorted(missing))}; give the LLM's and the vision tower's"
         )
     digests = {"mixture": data["digest"], **{role: value for role, (_, value) in roles.items()}}
-    projector = None
+    projector, tower = None, roles["vision_tower"][0]
     if parent is not None:
         content = read_json(parent)
         projector = parent.parent / content["folder"] / str(STAGES[spec["stage"]].takes)
         digests["parent"] = content["digest"]
-    inputs = Inputs(mixture.parent / "samples.json", roles["llm"][0], roles["vision_tower"][0], projector)
+        if f"{TOWER}/config.json" in content["files"]:
+            tower = parent.parent / content["folder"] / TOWER
+    inputs = Inputs(mixture.parent / "samples.json", roles["llm"][0], tower, projector)
     return Job(complete(spec), inputs, digests, manifest)
 
 
