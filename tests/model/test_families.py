@@ -1,5 +1,7 @@
 """The registers: every vision tower with every intervention, every language model's padding, and what is refused."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -24,6 +26,7 @@ from llava_ext.model.projectors import projector_depth
 from llava_ext.model.towers import TOWERS, TowerError
 from tests.support.families import byte_tokenizer, llama3_tokenizer, make_llm, make_tower, qwen_tokenizer
 from tests.support.models import LLM, make_batch, picture
+from workflow_scripts.config.models import PathModel
 
 # What stands before the patches, and the norm after the last layer, said once more by hand.
 BEFORE = {"clip_vision_model": 1, "siglip_vision_model": 0, "dinov2": 1, "dinov2_with_registers": 5}
@@ -201,6 +204,24 @@ def test_projectors_are_named_as_in_llava():
     assert [projector_depth(name) for name in ("linear", "mlp2x_gelu", "mlp12x_gelu")] == [1, 2, 12]
     with pytest.raises(ValueError, match="found 'resampler'; allowed are `linear` and `mlpNx_gelu`"):
         projector_depth("resampler")
+
+
+def test_the_workflow_refuses_a_tower_when_it_is_prepared_and_when_the_config_is_read(folders, tmp_path):
+    from transformers import Siglip2VisionConfig
+
+    from workflow_scripts.config.checks import tower_facts
+    from workflow_scripts.io import UserError
+    from workflow_scripts.prepare_model.step import preflight
+
+    Siglip2VisionConfig().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"models.naflex: .*siglip2_vision_model .* expected: CLIP"):
+        preflight(tmp_path, "vision_tower", "naflex")
+    preflight(folders["siglip_vision_model"], "vision_tower", "siglip")
+    preflight(folders["qwen2"], "llm", "qwen")
+    larger = {"size": {"shortest_edge": 80}, "crop_size": {"height": 70, "width": 70}}
+    dino = make_tower(tmp_path / "dino", "dinov2", larger)
+    model = PathModel(kind="path", role="vision_tower", path=str(dino))
+    assert tower_facts(SimpleNamespace(models={"dino": model}), "dino") == {"side": 5, "layers": 4}
 
 
 # ---- checkpoints ------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from llava_ext.model.towers import TOWERS, known_towers
 from workflow_scripts.config.experiments import Experiment
 from workflow_scripts.config.problems import Problem, known, suggestion
 from workflow_scripts.config.schema import Config
@@ -88,6 +89,11 @@ def check_models(config: Config, experiments: list[Experiment]) -> Iterator[Prob
                 "a model folder with a config.json",
                 "correct the path, or use kind: hub",
             )
+        elif model.kind == "path" and model.role == "vision_tower":
+            kind = _tower_config(Path(model.path).expanduser()).get("model_type")
+            if kind is not None and kind not in TOWERS:
+                fix = "use one of these; to add a family, add an entry to llava_ext/model/towers.py"
+                yield Problem(f"models.{name}.path", kind, f"a registered tower: {known_towers()}", fix)
 
 
 def check_stages(config: Config, experiments: list[Experiment]) -> Iterator[Problem]:
@@ -135,7 +141,10 @@ def tower_facts(config: Config, name: str) -> dict[str, int | None]:
     size, patch = getattr(model, "image_size", None), getattr(model, "patch_size", None)
     layers = getattr(model, "layers", None)
     if model is not None and model.kind == "path" and not (size and patch and layers):
-        found = _tower_config(Path(model.path).expanduser())
+        folder = Path(model.path).expanduser()
+        found = _tower_config(folder)
+        if found.get("model_type") in TOWERS and TOWERS[found["model_type"]].any_size:
+            size = size or _crop_side(folder)
         size, patch = size or found.get("image_size"), patch or found.get("patch_size")
         layers = layers or found.get("num_hidden_layers")
     return {"side": size // patch if size and patch else None, "layers": layers}
@@ -149,6 +158,17 @@ def _tower_config(folder: Path) -> dict[str, Any]:
         return dict(found.get("vision_config", found))
     except (OSError, ValueError):
         return {}
+
+
+def _crop_side(folder: Path) -> int | None:
+    """Side of the pictures that a tower's image processor cuts out, where its settings say it."""
+    import json
+
+    try:
+        crop = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))["crop_size"]
+        return int(crop["height"] if isinstance(crop, dict) else crop)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def check_interventions(config: Config, experiments: list[Experiment]) -> Iterator[Problem]:

@@ -6,11 +6,13 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
+from llava_ext.model.projectors import PROJECTORS
 from workflow_scripts.config.base import StrictModel
 from workflow_scripts.config.shapes import ShapesLlm, ShapesTower
 from workflow_scripts.config.types import Positive
 
 Role = Literal["llm", "vision_tower"]
+PROJECTOR_PATTERN = f"^({'|'.join(entry.pattern for entry in PROJECTORS)})$"
 
 
 class PreparedModel(StrictModel):
@@ -22,7 +24,7 @@ class PreparedModel(StrictModel):
     """Set `do_sample: true` in the prepared copy's `generation_config.json` where it has a temperature or top_p
     without it: otherwise saving fails after stage 2."""
     image_size: Positive | None = None
-    """Side of the vision tower's input in pixels. Stated here, flags like `final_spatial_size` are checked against
+    """Side of the vision tower's pictures in pixels, as its image processor gives them. Stated here, flags like `final_spatial_size` are checked against
     the tower's grid before anything is downloaded."""
     patch_size: Positive | None = None
     """Side of the vision tower's patches in pixels."""
@@ -83,12 +85,12 @@ class ModelSection(StrictModel):
     """Name of a model with `role: llm`."""
     vision_tower: str
     """Name of a model with `role: vision_tower`."""
-    projector_type: Annotated[
-        str, BeforeValidator(_trainable), Field(pattern=r"^(linear|mlp[1-9]\d?x_gelu)$")
-    ] = "mlp2x_gelu"
+    projector_type: Annotated[str, BeforeValidator(_trainable), Field(pattern=PROJECTOR_PATTERN)] = (
+        "mlp2x_gelu"
+    )
     """The projector: `linear` or `mlpNx_gelu`, as LLaVA names them."""
     vision_feature_layer: Annotated[int, Field(strict=True)] = -2
     """The tower's layer whose features are used; negative counts from the end. Ignored with
     `use_multilayer_features`, which has its own picks."""
     vision_feature_select: Literal["patch", "cls_patch"] = "patch"
-    """`patch` leaves out the class token, `cls_patch` keeps it."""
+    """`patch` leaves out what stands before the patches (class token, registers), `cls_patch` keeps it."""

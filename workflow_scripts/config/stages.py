@@ -48,7 +48,7 @@ class StageSpec(StrictModel):
     prompt_version: Literal["plain", "v1"]
     """Conversation template: `plain` for captions (stage 1), `v1` for Vicuna's chat (stage 2)."""
     image_aspect_ratio: Literal["square", "pad"] = "pad"
-    """`square`: resize and crop as CLIP does (LLaVA's stage 1). `pad`: pad to a square with the mean colour (stage 2)."""
+    """`square`: as the tower's image processor does (CLIP and DINOv2 crop, SigLIP squeezes; LLaVA's stage 1). `pad`: pad to a square with the mean colour (stage 2)."""
     learning_rate: Rate
     """Peak learning rate."""
     mm_projector_lr: Rate | None = None
