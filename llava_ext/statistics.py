@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from .data.templates import TEMPLATES, described
 from .errors import TrainingError, say
 
 if TYPE_CHECKING:
@@ -145,7 +146,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data_path", required=True, help="LLaVA-format JSON or a mixture's samples.json")
     parser.add_argument("--image_folder", help="folder of the JSON's images (they are not read)")
     parser.add_argument("--tokenizer", "--model_name_or_path", required=True, help="the LLM's folder")
-    parser.add_argument("--version", default="v1", help="conversation template: plain or v1")
+    parser.add_argument(
+        "--version", default="v1", choices=list(TEMPLATES), help=f"prompt template: {described()}"
+    )
     parser.add_argument("--model_max_length", type=int, default=2048)
     parser.add_argument(
         "--samples", type=int, default=0, help="look at so many samples, evenly spread (0: all)"

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 CODE_VERSION = 3
-CODE_DIGEST = "ab874ad5b40cb8cc"
+CODE_DIGEST = "d72aecd72d117783"
 
 # The modules whose code decides what a training computes.
 NUMERIC = (
@@ -27,6 +27,9 @@ NUMERIC = (
     "llava_ext/model/configuration_spatial_llava.py",
     "llava_ext/model/modeling_spatial_llava.py",
     "llava_ext/model/processing_spatial_llava.py",
+    "llava_ext/data/templates.py",
+    "llava_ext/data/image_token.py",
+    "llava_ext/data/chat.py",
     "llava_ext/data/conversation.py",
     "llava_ext/data/images.py",
     "llava_ext/data/assembly.py",

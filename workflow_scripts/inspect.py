@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llava_ext.data.templates import TEMPLATES, ConversationError
 from workflow_scripts.io import UserError, progress, read_json, user_errors, write_text
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ def token_lengths(
     """Tokens of the prompts, each image counted as ``extra`` tokens."""
     import numpy as np
 
-    from llava_ext.data.conversation import ConversationError, encode
+    from llava_ext.data.conversation import encode
 
     found = []
     for row in progress(rows, len(rows), f"tokenizing {name}"):
@@ -306,7 +307,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("data", type=Path, help="a mixture's folder, or a LLaVA JSON")
     parser.add_argument("--image-folder", type=Path, help="with a LLaVA JSON: where its images are")
     parser.add_argument("--tokenizer", type=Path, help="a model folder: measure tokens instead of words")
-    parser.add_argument("--prompt-version", default="v1", choices=["v1", "plain"], help="with --tokenizer")
+    parser.add_argument("--prompt-version", default="v1", choices=list(TEMPLATES), help="with --tokenizer")
     parser.add_argument("--image-tokens", type=int, default=0, help="with --tokenizer: tokens an image adds")
     parser.add_argument(
         "--limit", type=int, default=20_000, help="records a source to tokenize (%(default)s)"

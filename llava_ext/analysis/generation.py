@@ -11,8 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 from ..data.assembly import Collator
-from ..data.conversation import IMAGE_TOKEN, IMAGE_TOKEN_INDEX, inference_prompt, prompt_ids
+from ..data.conversation import end_ids, inference_ids, inference_prompt
 from ..data.images import ImagePreprocessor
+from ..data.templates import IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from .diagnostics import permuted_vision_tokens
 
 Question = tuple[Image.Image | None, str]
@@ -23,8 +24,9 @@ def prompt_batch(
     tokenizer: Any,
     prompts: Sequence[tuple[Image.Image | None, str]],
     preprocess: ImagePreprocessor,
+    version: str = "v1",
 ) -> dict[str, Tensor]:
-    """Prompts (with `<image>` where the picture goes) as a left-padded batch for ``generate``.
+    """Prompts (with `<image>` where the picture goes) as a left-padded batch for ``generate``, tokenised as training does.
 
     Raises:
         ValueError: a prompt with a picture but no `<image>`, or the reverse.
@@ -36,7 +38,7 @@ def prompt_batch(
                 f"a prompt needs one {IMAGE_TOKEN} if it has a picture and none otherwise; found {prompt!r:.120}"
             )
         # A text without picture may hold the word <image>; here it may not, so nothing is ambiguous.
-        ids = prompt_ids(tokenizer, prompt)
+        ids = inference_ids(tokenizer, prompt, version, image is not None)
         assert ids.count(IMAGE_TOKEN_INDEX) == int(image is not None)
         samples.append(
             {"input_ids": ids, "labels": ids, "images": [] if image is None else [preprocess(image)]}
@@ -55,10 +57,12 @@ def generate_ids(
     preprocess: ImagePreprocessor,
     max_new_tokens: int = 32,
     permute_seed: int | None = None,
+    version: str = "v1",
     **options: Any,
 ) -> list[list[int]]:
     """New ids of each prompt, greedy unless ``options`` say otherwise, up to and including the end token; no padding."""
-    batch = prompt_batch(model, tokenizer, prompts, preprocess)
+    batch = prompt_batch(model, tokenizer, prompts, preprocess, version)
+    ends = end_ids(tokenizer, version)
     if "pixel_values" in batch:
         batch["pixel_values"] = batch["pixel_values"].to(model.dtype)
     settings: dict[str, Any] = {
@@ -67,6 +71,7 @@ def generate_ids(
         "top_p": None,
         "top_k": None,
         "num_beams": 1,
+        "eos_token_id": ends,
     }
     was_training = model.training
     model.eval()
@@ -81,14 +86,12 @@ def generate_ids(
             )
     finally:
         model.train(was_training)
-    return [
-        _until_end(row, tokenizer.eos_token_id) for row in output[:, batch["input_ids"].shape[1] :].tolist()
-    ]
+    return [_until_end(row, ends) for row in output[:, batch["input_ids"].shape[1] :].tolist()]
 
 
-def _until_end(ids: list[int], end: int) -> list[int]:
+def _until_end(ids: list[int], ends: Sequence[int]) -> list[int]:
     """The ids up to and including the first end token."""
-    return ids[: ids.index(end) + 1] if end in ids else ids
+    return next((ids[: index + 1] for index, token in enumerate(ids) if token in ends), ids)
 
 
 def answer(
@@ -119,9 +122,10 @@ def answer(
     answers: list[str] = []
     for chunk in _batches(questions, batch_size):
         prompts = [
-            (image, inference_prompt(question, version, image is not None)) for image, question in chunk
+            (image, inference_prompt(question, version, image is not None, tokenizer))
+            for image, question in chunk
         ]
-        new = generate_ids(model, tokenizer, prompts, preprocess, max_new_tokens, permute_seed)
+        new = generate_ids(model, tokenizer, prompts, preprocess, max_new_tokens, permute_seed, version)
         answers += [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in new]
     return answers
 

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from ..data.image_token import image_token_id
 from ..errors import TrainingError
 from ..files import write_json
 from ..model import parts
@@ -377,7 +378,7 @@ def _join(
     config = SpatialLlavaConfig(
         vision_config=vision.config,
         text_config=language.config,
-        image_token_index=parts.image_token_id(tokenizer),
+        image_token_index=image_token_id(tokenizer),
         tie_word_embeddings=language.config.tie_word_embeddings,
         **chosen.to_dict(),
         **fields,
@@ -519,7 +520,7 @@ def keep_sentencepiece(model: Path | None, folder: Path) -> None:
     shutil.copyfile(model, folder / "tokenizer.model")
     path = folder / "tokenizer_config.json"
     content = json.loads(path.read_text(encoding="utf-8"))
-    write_json(path, content | {"legacy": False, "add_bos_token": True, "add_eos_token": False})
+    write_json(path, {"add_bos_token": True, "add_eos_token": False} | content | {"legacy": False})
 
 
 def _known_settings(model: Any, tokenizer: Any, projector_only: bool) -> dict[str, Any]:

@@ -21,14 +21,18 @@ from transformers import (
 )
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from ..data.conversation import chat_template
+from ..data.chat import chat_of
+from ..data.conversation import end_ids
+from ..data.image_token import with_image_token, with_marked_images, without_added_ids
 from ..data.images import ImagePreprocessor
+from ..data.templates import dialogue_jinja, template
 from ..model.build import picture_fields
 from ..model.configuration_spatial_llava import SpatialLlavaConfig
 from ..model.modeling_spatial_llava import SpatialLlavaForConditionalGeneration
-from ..model.parts import BuildError, load_tokenizer, require_complete, with_image_token
+from ..model.parts import BuildError, load_tokenizer, require_complete
 from ..model.processing_spatial_llava import SpatialLlavaProcessor
 from ..patches import without_zero3
+from .generation import exported_generation
 
 # Exported vocabularies grow to a multiple of this, as in the published HF checkpoints of LLaVA (32000 -> 32064).
 VOCABULARY_STEP = 64
@@ -146,7 +150,8 @@ def save_checkpoint(
     clone = _empty_clone(config)
     clone.load_state_dict(weights, strict=True, assign=True)
     clone.tie_weights()
-    clone.generation_config = copy.deepcopy(model.generation_config)
+    ends = end_ids(tokenizer, config.prompt_version)
+    clone.generation_config = exported_generation(model.generation_config, ends)
     processor = make_processor(config, tokenizer, image_processor)
     with _staged(Path(folder)) as staging, _auto_classes(config), without_zero3():
         clone.save_pretrained(str(staging), save_original_format=True)
@@ -206,19 +211,33 @@ def make_processor(config: SpatialLlavaConfig, tokenizer: Any, image_processor: 
         image_std=list(pixels.std),
         do_pad=pixels.aspect_ratio == "pad",
     )
-    text = with_image_token(tokenizer)
-    text.padding_side = "left"  # a checkpoint is for generation, which needs it
     shared: dict[str, Any] = {
         "image_processor": saved_images,
-        "tokenizer": text,
+        "tokenizer": with_image_token(tokenizer),
         "patch_size": config.vision_config.patch_size,
         "vision_feature_select_strategy": config.vision_feature_select_strategy,
-        "chat_template": chat_template(config.prompt_version) if config.prompt_version else None,
         "num_additional_image_tokens": config.tokens_before,
     }
     if config.is_stock:
-        return LlavaProcessor(**shared)
-    return SpatialLlavaProcessor(**shared, interventions=config.interventions.to_dict())
+        processor: Any = LlavaProcessor(**shared)
+    else:
+        processor = SpatialLlavaProcessor(**shared, interventions=config.interventions.to_dict())
+    block = processor.replace_image_token({"pixel_values": [torch.empty(3, pixels.size, pixels.size)]}, 0)
+    _write_prompts(processor, tokenizer, config.prompt_version, block)
+    return processor
+
+
+def _write_prompts(processor: Any, tokenizer: Any, version: str | None, block: str) -> None:
+    """Gives a processor the tokenizer and the chat template with which any client's prompt has the ids of training."""
+    style = None if version is None else template(version)
+    if style is not None and style.style == "tokenizer":
+        processor.tokenizer = without_added_ids(tokenizer)
+        processor.chat_template = chat_of(tokenizer).exported
+    else:
+        processor.tokenizer = with_marked_images(tokenizer, block)
+        processor.chat_template = dialogue_jinja(style) if style and style.style == "dialogue" else None
+    processor.tokenizer.chat_template = None  # the processor's counts; two would differ
+    processor.tokenizer.padding_side = "left"  # a checkpoint is for generation, which needs it
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..model.configuration_spatial_llava import SpatialLlavaConfig
 from ..model.interventions import Interventions
-from .conversation import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from .templates import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
 
 class AssemblyError(ValueError):
@@ -132,7 +132,7 @@ class Collator:
         placeholders = ids.count(IMAGE_TOKEN_INDEX)
         if placeholders > len(images):
             raise AssemblyError(
-                f"sample {sample.get('id', '?')!r}: {placeholders} image placeholders but {len(images)} images; "
+                f"sample {sample.get('id', sample.get('index', 'without an id'))!r}: {placeholders} image placeholders but {len(images)} images; "
                 "each <image> needs one (a caption that contains the word <image> is a frequent cause)"
             )
         return self._expanded(ids, labels, images[:placeholders])

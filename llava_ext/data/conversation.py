@@ -1,8 +1,8 @@
 """Conversations to token ids and labels, as the original LLaVA 1.5 makes them, to the id.
 
-A template is an entry of :data:`TEMPLATES`; to add one, add an entry. Sentinels are LLaVA's: -200 stands for an image, -100
-for a label that is ignored. What the original does to unusual conversations (empty answers, a literal `</s>`, ...) is done here
-too: all labels of such a sample are masked and ``Encoded.mismatch`` says so.
+The templates are in :mod:`llava_ext.data.templates`. Sentinels are LLaVA's: -200 stands for an image, -100 for a label that is
+ignored. What the original does to unusual conversations (empty answers, a literal `</s>`, ...) is done here too: all labels of
+such a sample are masked and ``Encoded.mismatch`` says so.
 """
 
 from __future__ import annotations
@@ -10,42 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
-IMAGE_TOKEN_INDEX = -200
-IGNORE_INDEX = -100
-IMAGE_TOKEN = "<image>"
-MARK = "▁"  # sentencepiece's word mark
-
-
-class ConversationError(ValueError):
-    """A record that is no conversation of the template's form; the message says which turn and what is expected."""
-
-
-@dataclass(frozen=True)
-class Template:
-    """How turns become one text.
-
-    ``dialogue``: ``system`` + separators[0], then for each turn ``role: text`` + a separator (the first after human turns, the
-    second after answers). ``caption``: an image and its caption, the human's words are dropped.
-    """
-
-    style: str
-    system: str = ""
-    roles: tuple[str, str] = ("USER", "ASSISTANT")
-    separators: tuple[str, str] = (" ", "</s>")
-
-
-TEMPLATES: dict[str, Template] = {
-    "v1": Template(
-        style="dialogue",
-        system=(
-            "A chat between a curious user and an artificial intelligence assistant. "
-            "The assistant gives helpful, detailed, and polite answers to the user's questions."
-        ),
-    ),
-    "plain": Template(style="caption", roles=("", ""), separators=("\n", "\n")),
-}
+from .chat import ChatTemplate, chat_of
+from .image_token import MARK, marks_once
+from .samples import image_names
+from .templates import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX, ConversationError, Template, template
 
 
 @dataclass(frozen=True)
@@ -57,29 +26,7 @@ class Encoded:
     mismatch: bool = False
 
 
-def template(version: str) -> Template:
-    """The template of that name. Raises :class:`ConversationError` with the known names."""
-    if version not in TEMPLATES:
-        raise ConversationError(
-            f"prompt version: found {version!r}; allowed are {', '.join(sorted(TEMPLATES))}"
-        )
-    return TEMPLATES[version]
-
-
 # -- tokens -------------------------------------------------------------------------------------------------------------
-
-
-_MARKS_ONCE: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
-
-
-def _marks_once(tokenizer: Any) -> bool:
-    """True for sentencepiece-like tokenizers that do not put a second mark before a chunk that starts with a space."""
-    if tokenizer not in _MARKS_ONCE:
-        pieces = tokenizer.tokenize("a")
-        _MARKS_ONCE[tokenizer] = (
-            bool(pieces) and pieces[0].startswith(MARK) and tokenizer.tokenize(" a") == pieces
-        )
-    return _MARKS_ONCE[tokenizer]
 
 
 def text_ids(tokenizer: Any, text: str) -> list[int]:
@@ -88,7 +35,7 @@ def text_ids(tokenizer: Any, text: str) -> list[int]:
     LLaVA was trained with the slow sentencepiece tokenizer, which puts a mark before every chunk, also before one that starts with a
     space; the fast one of today does not, so such a chunk gets one more space.
     """
-    if _marks_once(tokenizer):
+    if marks_once(tokenizer):
         text = text.replace(MARK, " ")
         if text.startswith(" "):
             text = " " + text
@@ -112,11 +59,11 @@ def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
     return ids
 
 
-# -- text ---------------------------------------------------------------------------------------------------------------
+# -- pictures -----------------------------------------------------------------------------------------------------------
 
 
 def image_first(turns: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
-    """Turns of a sample with an image: in each turn all `<image>` are taken out and one is put in front, as LLaVA does."""
+    """Turns of a sample with one image: in each turn all `<image>` are taken out and one is put in front, as LLaVA does."""
     moved = []
     for turn in turns:
         value = turn["value"]
@@ -126,46 +73,81 @@ def image_first(turns: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
     return moved
 
 
-def dialogue_text(style: Template, messages: Sequence[tuple[str, str]]) -> str:
-    """The whole text of (role, message) pairs; an empty message leaves its role open: `ASSISTANT:`."""
-    text = style.system + style.separators[0]
+def place_images(turns: list[dict[str, str]], pictures: int) -> list[dict[str, str]]:
+    """One picture leads its turn, as in LLaVA; several stay where their placeholders are, in their order.
+
+    Raises:
+        ConversationError: several pictures, and not as many placeholders.
+    """
+    if pictures <= 1:
+        return image_first(turns) if pictures else turns
+    found = sum(turn["value"].count(IMAGE_TOKEN) for turn in turns)
+    if found != pictures:
+        raise ConversationError(_picture_mismatch(found, pictures, turns))
+    return turns
+
+
+def require_pictures(record: Mapping[str, Any], encoded: Encoded) -> None:
+    """Raises :class:`ConversationError` when a sample asks for more pictures than it has. A picture that is not asked for is
+    left out, as LLaVA does."""
+    pictures, found = len(image_names(record.get("image"))), encoded.input_ids.count(IMAGE_TOKEN_INDEX)
+    if found > pictures:
+        raise ConversationError(_picture_mismatch(found, pictures, record["conversations"]))
+
+
+def _picture_mismatch(found: int, pictures: int, turns: Sequence[Mapping[str, str]]) -> str:
+    places = [
+        f"turn {index} ({turn['from']})" for index, turn in enumerate(turns) if IMAGE_TOKEN in turn["value"]
+    ]
+    return (
+        f"{found} {IMAGE_TOKEN} ({', '.join(places) or 'in no turn'}) for {pictures} picture{'s' * (pictures != 1)}; "
+        f"each picture needs one {IMAGE_TOKEN} (a text that speaks of {IMAGE_TOKEN} is a frequent cause)"
+    )
+
+
+# -- text ---------------------------------------------------------------------------------------------------------------
+
+
+def dialogue_text(style: Template, messages: Sequence[tuple[str, str]], system: str | None = None) -> str:
+    """The whole text of (role, message) pairs; an empty message leaves its role open: `ASSISTANT:`. ``system`` replaces the
+    template's own."""
+    opening = style.system if system is None else system
+    text = opening + style.separators[0] if opening else ""
     for index, (role, message) in enumerate(messages):
         text += f"{role}: {message}{style.separators[index % 2]}" if message else f"{role}:"
     return text
 
 
-def inference_prompt(question: str, version: str, has_image: bool) -> str:
-    """The text that asks ``question``, ending where the answer begins."""
+def inference_prompt(question: str, version: str, has_image: bool, tokenizer: Any = None) -> str:
+    """The text that asks ``question``, ending where the answer begins. ``chat`` needs the tokenizer, whose template it is."""
     style = template(version)
     if style.style == "caption":
         return IMAGE_TOKEN if has_image else question
     if has_image and IMAGE_TOKEN not in question:
         question = f"{IMAGE_TOKEN}\n{question}"
+    if style.style == "tokenizer":
+        return chat_of(tokenizer).render([{"role": "user", "content": question}], ask=True)
     return dialogue_text(style, [(style.roles[0], question), (style.roles[1], "")])
 
 
-def chat_template(version: str) -> str | None:
-    """A Jinja chat template with which transformers' own processor yields exactly the ids of training.
+def inference_ids(tokenizer: Any, prompt: str, version: str, has_image: bool) -> list[int]:
+    """Ids of a whole prompt, each `<image>` as -200, as training has them."""
+    if template(version).style == "tokenizer":
+        return chat_of(tokenizer).ids(prompt, has_image)
+    return prompt_ids(tokenizer, prompt)
 
-    The space after `<image>` stands for the mark that LLaVA's tokenisation of the next chunk begins with.
-    """
-    style = template(version)
-    if style.style != "dialogue":
-        return None
-    human, gpt = style.roles
-    return (
-        f"{{{{ {style.system + style.separators[0]!r} }}}}"
-        "{% for message in messages %}"
-        f"{{% set human = message['role'] == 'user' %}}{{{{ {human!r} if human else {gpt!r} }}}}{{{{ ':' }}}}"
-        "{% set parts = [{'type': 'text', 'text': message['content']}] if message['content'] is string else message['content'] %}"
-        "{% set text = parts | selectattr('type', 'equalto', 'text') | map(attribute='text') | join('') %}"
-        "{% set images = parts | selectattr('type', 'equalto', 'image') | list %}"
-        "{% if text or images %}"
-        "{{ ' ' }}{% for image in images %}{{ '<image> ' }}{% if text and loop.last %}{{ '\\n' }}{% endif %}{% endfor %}"
-        f"{{{{ text }}}}{{{{ {style.separators[0]!r} if human else {style.separators[1]!r} }}}}"
-        "{% endif %}{% endfor %}"
-        f"{{% if add_generation_prompt %}}{{{{ {gpt + ':'!r} }}}}{{% endif %}}"
-    )
+
+def end_ids(tokenizer: Any, version: str | None) -> list[int]:
+    """The ids that end an answer."""
+    if version is not None and template(version).style == "tokenizer":
+        return [chat_of(tokenizer).end_id]
+    return [tokenizer.eos_token_id]
+
+
+def check_template(version: str, tokenizer: Any) -> None:
+    """Raises :class:`ConversationError` for an unknown template, or one that can't be used with this tokenizer."""
+    if template(version).style == "tokenizer":
+        chat_of(tokenizer)
 
 
 # -- samples ------------------------------------------------------------------------------------------------------------
@@ -182,30 +164,36 @@ def encode(record: Mapping[str, Any], tokenizer: Any, version: str, max_length: 
         ConversationError: roles that do not alternate, an unknown role, a caption sample without image, ...
     """
     style = template(version)
-    turns = _checked_turns(record)
-    has_image = "image" in record
-    if has_image:
-        turns = image_first(turns)
+    pictures = len(image_names(record.get("image")))
+    turns = place_images(_checked_turns(record), pictures)
     if style.style == "caption":
         return _encode_caption(turns, tokenizer, style)
-    return _encode_dialogue(turns, tokenizer, style, max_length, has_image)
+    system, turns = _split_system(turns)
+    if style.style == "tokenizer":
+        return _encode_chat(system, turns, chat_of(tokenizer), max_length, pictures > 0)
+    return _encode_dialogue(system, turns, tokenizer, style, max_length, pictures > 0)
 
 
 def _checked_turns(record: Mapping[str, Any]) -> list[dict[str, str]]:
     """The record's turns, or an error that says what is wrong with them."""
-    name, turns = record.get("id", "?"), record.get("conversations")
+    turns = record.get("conversations")
     if not isinstance(turns, list) or not turns:
-        raise ConversationError(
-            f"record {name!r}: `conversations` must be a list of turns, found {turns!r:.80}"
-        )
+        raise ConversationError(f"`conversations` must be a list of turns, found {turns!r:.80}")
     for index, turn in enumerate(turns):
         if not isinstance(turn, Mapping) or not all(
             isinstance(turn.get(key), str) for key in ("from", "value")
         ):
-            raise ConversationError(
-                f"record {name!r}, turn {index}: expected {{from: text, value: text}}, found {turn!r:.80}"
-            )
+            raise ConversationError(f"turn {index}: expected {{from: text, value: text}}, found {turn!r:.80}")
     return turns
+
+
+def _split_system(turns: list[dict[str, str]]) -> tuple[str | None, list[dict[str, str]]]:
+    """The text of a leading system turn, and the turns of human and model."""
+    if turns[0]["from"] != "system":
+        return None, turns
+    if len(turns) == 1:
+        raise ConversationError("turn 0: a system turn alone is no conversation")
+    return turns[0]["value"], turns[1:]
 
 
 def _encode_caption(turns: list[dict[str, str]], tokenizer: Any, style: Template) -> Encoded:
@@ -214,33 +202,60 @@ def _encode_caption(turns: list[dict[str, str]], tokenizer: Any, style: Template
             f"prompt version `plain` needs two turns, the first with {IMAGE_TOKEN}; found {len(turns)} turns, the first "
             f"{turns[0]['value']!r:.60}; use another prompt version for dialogues"
         )
-    ids = prompt_ids(tokenizer, IMAGE_TOKEN + turns[1]["value"] + style.separators[0])
+    pictures = IMAGE_TOKEN * turns[0]["value"].count(IMAGE_TOKEN)
+    ids = prompt_ids(tokenizer, pictures + turns[1]["value"] + style.separators[0])
     labels = list(ids)
-    masked = len(prompt_ids(tokenizer, IMAGE_TOKEN))
+    masked = len(prompt_ids(tokenizer, pictures))
     labels[:masked] = [IGNORE_INDEX] * masked
     return Encoded(ids, labels)
 
 
-def _messages(turns: list[dict[str, str]], style: Template) -> list[tuple[str, str]]:
-    """(role, message) pairs; a first turn that is not human is skipped, then human and gpt must alternate."""
-    roles = {"human": style.roles[0], "gpt": style.roles[1]}
-    for index, turn in enumerate(turns):
-        if turn["from"] not in roles:
-            raise ConversationError(f"turn {index}: unknown role {turn['from']!r}; allowed are human and gpt")
-    if turns[0]["from"] != "human":
-        turns = turns[1:]
-    for index, turn in enumerate(turns):
-        if roles[turn["from"]] != style.roles[index % 2]:
+def _alternating(turns: list[dict[str, str]], first: int) -> list[dict[str, str]]:
+    """The turns without a first one that is not human (as LLaVA has it); then human and gpt must alternate.
+
+    ``first`` is the place of the first turn in its record, for messages.
+    """
+    for index, turn in enumerate(turns, first):
+        if turn["from"] not in ("human", "gpt"):
             raise ConversationError(
-                f"turn {index}: found {turn['from']!r}; human and gpt must alternate, human first"
+                f"turn {index}: unknown role {turn['from']!r}; allowed are human and gpt, and system for the first turn"
             )
-    return [(roles[turn["from"]], turn["value"]) for turn in turns]
+    if turns[0]["from"] != "human":
+        turns, first = turns[1:], first + 1
+    for index, turn in enumerate(turns):
+        if turn["from"] != ("human", "gpt")[index % 2]:
+            raise ConversationError(
+                f"turn {first + index}: found {turn['from']!r}; human and gpt must alternate, human first"
+            )
+    return turns
+
+
+def _encode_chat(
+    system: str | None, turns: list[dict[str, str]], chat: ChatTemplate, max_length: int, has_image: bool
+) -> Encoded:
+    roles = {"human": "user", "gpt": "assistant"}
+    messages = [
+        {"role": roles[turn["from"]], "content": turn["value"]}
+        for turn in _alternating(turns, int(system is not None))
+    ]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    ids, labels = chat.encode(messages, has_image)
+    limit = None if has_image else max_length
+    return Encoded(ids[:limit], labels[:limit])
 
 
 def _encode_dialogue(
-    turns: list[dict[str, str]], tokenizer: Any, style: Template, max_length: int, has_image: bool
+    system: str | None,
+    turns: list[dict[str, str]],
+    tokenizer: Any,
+    style: Template,
+    max_length: int,
+    has_image: bool,
 ) -> Encoded:
-    text = dialogue_text(style, _messages(turns, style))
+    roles = {"human": style.roles[0], "gpt": style.roles[1]}
+    messages = [(roles[turn["from"]], turn["value"]) for turn in _alternating(turns, int(system is not None))]
+    text = dialogue_text(style, messages, system)
     tokenise = prompt_ids if has_image else text_ids
     ids = tokenise(tokenizer, text)
     if not has_image:

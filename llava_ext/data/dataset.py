@@ -9,7 +9,8 @@ import torch
 from torch.utils.data import Dataset
 
 from ..errors import TrainingError
-from .conversation import IGNORE_INDEX, encode
+from .conversation import check_template, encode, require_pictures
+from .templates import IGNORE_INDEX, ConversationError
 
 if TYPE_CHECKING:
     from .assembly import Collator
@@ -26,6 +27,9 @@ class EncodedSamples(Dataset[dict[str, Any]]):
         read_image: file content and tolerance to pixel values.
         cache_mib: how much of the encoded samples may stay in memory, per process. Nothing is random in an item,
             so a cached one is the same.
+
+    Raises:
+        TrainingError: a template that can't be used with this tokenizer.
     """
 
     def __init__(
@@ -44,6 +48,10 @@ class EncodedSamples(Dataset[dict[str, Any]]):
         self.read_image = read_image
         self._room = cache_mib * 2**20
         self._cache: dict[int, dict[str, Any]] = {}
+        try:
+            check_template(version, tokenizer)
+        except ConversationError as error:
+            raise TrainingError(f"--version {version}: {error}") from None
 
     def __len__(self) -> int:
         return len(self.store)
@@ -62,7 +70,9 @@ class EncodedSamples(Dataset[dict[str, Any]]):
         """The sample's ids and labels without its images, as :func:`llava_ext.data.conversation.encode` gives them."""
         record = self.store.record(index)
         try:
-            return encode(record, self.tokenizer, self.version, self.max_length)
+            encoded = encode(record, self.tokenizer, self.version, self.max_length)
+            require_pictures(record, encoded)
+            return encoded
         except (ValueError, KeyError, AssertionError) as error:
             raise TrainingError(f"{self.describe(index)}: can't be encoded: {error}") from error
 
@@ -89,10 +99,11 @@ class EncodedSamples(Dataset[dict[str, Any]]):
             ) from error
 
     def describe(self, index: int) -> str:
-        """Names a sample in messages: its number, id, source and image."""
+        """Names a sample in messages: its file, number (from 1), id, source and image."""
         record = self.store.record(index)
         image = record.get("image") or "no image"
-        return f"record {index} (id {record.get('id')!r}, source {self.store.source(index)}, {image})"
+        source = f"id {record.get('id')!r}, source {self.store.source(index)}"
+        return f"{self.store.path}, record {index + 1} ({source}, {image})"
 
 
 class TrainingCollator:

@@ -17,13 +17,14 @@ from transformers import (
     AutoProcessor,
 )
 
+from ..data.image_token import image_token_id
 from ..data.images import ImagePreprocessor
 from ..distributed.gather import whole
 from ..patches import without_zero3
 from .configuration_spatial_llava import SpatialLlavaConfig
 from .interventions import Interventions
 from .modeling_spatial_llava import SpatialLlavaForConditionalGeneration
-from .parts import BuildError, image_token_id, load_image_processor, load_llm, load_tokenizer, load_tower
+from .parts import BuildError, load_image_processor, load_llm, load_tokenizer, load_tower
 from .processing_spatial_llava import SpatialLlavaProcessor
 from .towers import check_image_size, check_select_feature
 

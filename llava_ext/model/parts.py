@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +10,6 @@ from typing import Any
 
 import torch
 import transformers
-from tokenizers import AddedToken, Tokenizer
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -22,7 +19,7 @@ from transformers import (
     AutoTokenizer,
 )
 
-from ..data.conversation import IMAGE_TOKEN
+from ..data.image_token import remove_image_token
 from ..errors import TrainingError
 from .language_models import (
     LANGUAGE_MODELS,
@@ -86,7 +83,7 @@ def load_tokenizer(folder: str | Path, model_max_length: int = 2048, padding_sid
         raise BuildError(
             f"{folder}: no usable tokenizer ({error}); it needs tokenizer.model or tokenizer.json"
         ) from None
-    _remove_image_token(tokenizer)
+    remove_image_token(tokenizer)
     family = language_model(text_model_type(folder))
     padding = padding_token(tokenizer, family)
     if padding is None:
@@ -97,28 +94,6 @@ def load_tokenizer(folder: str | Path, model_max_length: int = 2048, padding_sid
         )
     tokenizer.pad_token = padding
     return tokenizer
-
-
-def _remove_image_token(tokenizer: Any) -> None:
-    """Takes a special `<image>` token out of the tokenizer, in place."""
-    description = json.loads(tokenizer.backend_tokenizer.to_str())
-    kept = [token for token in description["added_tokens"] if token["content"] != IMAGE_TOKEN]
-    if len(kept) == len(description["added_tokens"]) or IMAGE_TOKEN in description["model"].get("vocab", {}):
-        return
-    description["added_tokens"] = kept
-    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(description))
-
-
-def with_image_token(tokenizer: Any) -> Any:
-    """A copy of the tokenizer in which `<image>` is one special token, after all others."""
-    extended = copy.deepcopy(tokenizer)
-    extended.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
-    return extended
-
-
-def image_token_id(tokenizer: Any) -> int:
-    """The id that `<image>` has in exported checkpoints: the first that the tokenizer does not use."""
-    return int(with_image_token(tokenizer).convert_tokens_to_ids(IMAGE_TOKEN))
 
 
 def tower_config(folder: str | Path) -> Any:

@@ -21,6 +21,7 @@ from typing import Any, Literal
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils import is_flash_attn_2_available
 
+from ..data.templates import TEMPLATES, described
 from ..distributed import rendezvous
 from ..errors import TrainingError, say
 from ..model.interventions import Interventions
@@ -58,9 +59,7 @@ class ModelArguments:
     vision_tower: str | None = field(
         default=None, metadata={"help": "Vision tower (CLIP, SigLIP, DINOv2): a folder or a hub id."}
     )
-    version: str = field(
-        default="v1", metadata={"help": "Conversation template: plain (stage 1), v1 (stage 2)."}
-    )
+    version: str = field(default="v1", metadata={"help": f"Prompt template: {described()}."})
     freeze_backbone: bool = field(
         default=False, metadata={"help": "Freeze the LLM except its lm_head, as LLaVA does."}
     )
@@ -314,7 +313,8 @@ def _check_before(model: ModelArguments, data: DataArguments, namespace: argpars
     ):
         if not value:
             raise TrainingError(f"--{name}: missing; it is needed")
-    allowed = {
+    allowed: dict[str, tuple[Any, tuple[Any, ...]]] = {
+        "version": (model.version, tuple(TEMPLATES)),
         "image_aspect_ratio": (data.image_aspect_ratio, ("square", "pad")),
         "mm_patch_merge_type": (model.mm_patch_merge_type, ("flat",)),
         "mm_vision_select_feature": (model.mm_vision_select_feature, ("patch", "cls_patch")),

@@ -15,6 +15,7 @@ from transformers import set_seed
 
 from .. import files, statistics
 from ..checkpoints import original, tensors
+from ..checkpoints.generation import exported_generation
 from ..checkpoints.stored import load_model, make_processor
 from ..data.assembly import Collator
 from ..data.dataset import EncodedSamples, TrainingCollator
@@ -294,15 +295,8 @@ def _check_interventions(config: Any, stored: Path, what: Path) -> None:
 
 def _preflight(model: Any, tokenizer: Any, image_processor: Any, arguments: Arguments) -> None:
     """Everything that would make the last save fail, found before the first step."""
-    generation = model.generation_config
-    try:
-        generation.validate(strict=True)
-    except ValueError:
-        # LLaVA's remedy for Vicuna's temperature and top_p without do_sample.
-        generation.do_sample = True
-        say(
-            "generation_config.json sets sampling values without do_sample; do_sample is set to true in the checkpoints"
-        )
+    # Vicuna's temperature and top_p without do_sample could not be saved; a checkpoint does not have them.
+    generation = exported_generation(model.generation_config, [])
     output_dir = Path(arguments.training.output_dir)
     try:
         generation.validate(strict=True)

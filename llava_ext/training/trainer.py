@@ -19,8 +19,8 @@ from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback
 
 from .. import patches
-from ..data.conversation import IGNORE_INDEX
 from ..data.sampler import EpochSampler
+from ..data.templates import IGNORE_INDEX
 from ..distributed.collectives import any_rank, barrier, from_all, world_size
 from ..distributed.elastic import load_universal
 from ..distributed.gather import gather

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, create_model, model_validator
 
+from llava_ext.data.templates import TEMPLATES, described
 from workflow_scripts.config.base import StrictModel
 from workflow_scripts.config.types import NonNegative, Positive, Rate, Seed, Share
 from workflow_scripts.stages import STAGES
+
+if TYPE_CHECKING:
+    PromptVersion = str
+else:
+    PromptVersion = Literal[tuple(TEMPLATES)]
 
 
 class LoraSpec(StrictModel):
@@ -45,8 +51,7 @@ class StageSpec(StrictModel):
     """Name of the mixture to train on."""
     compute: str
     """Name of the kind of job (section `compute`)."""
-    prompt_version: Literal["plain", "v1"]
-    """Conversation template: `plain` for captions (stage 1), `v1` for Vicuna's chat (stage 2)."""
+    prompt_version: Annotated[PromptVersion, Field(description=f"Prompt template: {described()}.")]
     image_aspect_ratio: Literal["square", "pad"] = "pad"
     """`square`: as the tower's image processor does (CLIP and DINOv2 crop, SigLIP squeezes; LLaVA's stage 1). `pad`: pad to a square with the mean colour (stage 2)."""
     learning_rate: Rate

@@ -21,12 +21,12 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from llava_ext.checkpoints.generation import REPAIRED, SAMPLING
 from workflow_scripts.config.models import HubModel, ModelSpec, PathModel
 from workflow_scripts.io import UserError, digest, file_sha256, progress, read_json, user_errors, write_json
 
 COPIED = (".json", ".txt", ".model", ".jinja", ".md", ".py")
 LINKED = (".safetensors",)
-SAMPLING = ("temperature", "top_p", "top_k", "typical_p", "min_p")
 HASHES = ".hashes.json"
 INDEX = "pytorch_model.bin.index.json"
 
@@ -176,7 +176,10 @@ def _apart(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def patch_generation_config(folder: Path) -> list[str]:
-    """Sets `do_sample` where sampling values stand without it, which is what makes saving fail after stage 2."""
+    """Sets `do_sample` where sampling values stand without it, which is what makes saving fail after stage 2.
+
+    The file says that it is a repair, so that a finished checkpoint still generates greedily.
+    """
     path = folder / "generation_config.json"
     if not path.is_file():
         return []
@@ -185,7 +188,7 @@ def patch_generation_config(folder: Path) -> list[str]:
         key in config and config[key] not in (None, 1.0, 50) for key in SAMPLING
     ):
         return []
-    write_json(path, {**config, "do_sample": True})
+    write_json(path, {**config, "do_sample": True, REPAIRED: True})
     return ["generation_config.json: do_sample = true"]
 
 
