@@ -9,13 +9,13 @@ kept, unless `--forget` names their experiments. Of a run that is used, states o
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from workflow_scripts.command_line import command_line
 from workflow_scripts.io import UserError, read_json, user_errors
 from workflow_scripts.launch.ownership import OWNER, alive
 from workflow_scripts.stages import STAGES
@@ -122,13 +122,10 @@ def used_by_files(files: Sequence[Path]) -> list[str]:
     return sorted({folder for file in files for folder in read_plan([file]).used_folders()})
 
 
+@user_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     """Lists or removes."""
-    parser = argparse.ArgumentParser(
-        prog="python -m workflow_scripts.clean",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("clean", __doc__)
     parser.add_argument("--used", help="the run folders that are used, as a JSON list")
     parser.add_argument(
         "--configfile", nargs="+", type=Path, default=[], help="configurations whose runs are used"
@@ -139,11 +136,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--remove", action="store_true", help="delete what is listed")
     parser.add_argument("--directory", type=Path, default=Path(), help="the working folder")
     options = parser.parse_args(argv)
-    with user_errors():
-        if options.used is None and not options.configfile:
-            raise UserError("which runs are used? give --configfile FILE (or --used)")
-        used = [*(json.loads(options.used) if options.used else []), *used_by_files(options.configfile)]
-        clean(options.directory.resolve(), used, options.forget, options.remove)
+    if options.used is None and not options.configfile:
+        raise UserError("which runs are used? give --configfile FILE (or --used)")
+    used = [*(json.loads(options.used) if options.used else []), *used_by_files(options.configfile)]
+    clean(options.directory.resolve(), used, options.forget, options.remove)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,13 @@ digest of the code that makes the numbers with ``CODE_DIGEST`` and reminds whoev
 
 from __future__ import annotations
 
-import argparse
 import ast
 import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
+
+from workflow_scripts.command_line import command_line
 
 CODE_VERSION = 3
 CODE_DIGEST = "d72aecd72d117783"
@@ -76,7 +77,7 @@ def code_digest(root: Path) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints whether the recorded digest still holds, or records the present one."""
-    parser = argparse.ArgumentParser(prog="python -m workflow_scripts.code_version", description=__doc__)
+    parser = command_line("code_version", __doc__)
     parser.add_argument(
         "--update", action="store_true", help="record the present code as belonging to CODE_VERSION"
     )

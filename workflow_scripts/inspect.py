@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_ext.data.templates import TEMPLATES, ConversationError
+from workflow_scripts.command_line import command_line
 from workflow_scripts.io import UserError, progress, read_json, user_errors, write_text
 
 if TYPE_CHECKING:
@@ -299,11 +300,7 @@ def _picture(data: bytes, side: int) -> str:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m workflow_scripts.inspect",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("inspect", __doc__)
     parser.add_argument("data", type=Path, help="a mixture's folder, or a LLaVA JSON")
     parser.add_argument("--image-folder", type=Path, help="with a LLaVA JSON: where its images are")
     parser.add_argument("--tokenizer", type=Path, help="a model folder: measure tokens instead of words")
@@ -318,26 +315,26 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@user_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     """Shows a mixture."""
     from llava_ext.data.samples import SamplesError, open_samples
 
     options = parse(argv)
-    with user_errors():
-        try:
-            store = open_samples(options.data, options.image_folder)
-            tokenizer = None
-            if options.tokenizer is not None:
-                from llava_ext.model.parts import load_tokenizer
+    try:
+        store = open_samples(options.data, options.image_folder)
+        tokenizer = None
+        if options.tokenizer is not None:
+            from llava_ext.model.parts import load_tokenizer
 
-                tokenizer = load_tokenizer(options.tokenizer)
-            view = overview(store, tokenizer, options.prompt_version, options.limit, options.image_tokens)
-            print(as_text(view))
-            if options.html is not None:
-                write_text(options.html, as_html(view, sample_cards(store, options.samples, options.seed)))
-                print(f"\npage: {options.html}", file=sys.stderr)
-        except SamplesError as error:
-            raise UserError(str(error)) from None
+            tokenizer = load_tokenizer(options.tokenizer)
+        view = overview(store, tokenizer, options.prompt_version, options.limit, options.image_tokens)
+        print(as_text(view))
+        if options.html is not None:
+            write_text(options.html, as_html(view, sample_cards(store, options.samples, options.seed)))
+            print(f"\npage: {options.html}", file=sys.stderr)
+    except SamplesError as error:
+        raise UserError(str(error)) from None
 
 
 if __name__ == "__main__":

@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from workflow_scripts.command_line import command_line
 from workflow_scripts.io import read_json, user_errors, write_json
 from workflow_scripts.stages import STAGES
 
@@ -59,19 +59,15 @@ def link_experiment(
     return content
 
 
+@user_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     """Links one experiment."""
-    parser = argparse.ArgumentParser(prog="python -m workflow_scripts.link", description=__doc__)
-    parser.add_argument("--spec", required=True, help="what `Plan.checkpoint_spec` gives, as JSON")
-    for name in (*STAGES, "export"):
-        parser.add_argument(f"--{name}", required=True, type=Path, help=f"the manifest of the {name} run")
-    parser.add_argument(
-        "--manifest", required=True, type=Path, help="the experiment's checkpoint.json, to be written"
-    )
-    options = parser.parse_args(argv)
-    with user_errors():
-        trained = {name: getattr(options, name) for name in STAGES}
-        link_experiment(json.loads(options.spec), trained, options.export, options.manifest)
+    runs = {name: f"the manifest of the {name} run" for name in (*STAGES, "export")}
+    paths = runs | {"manifest": "the experiment's checkpoint.json, to be written"}
+    texts = {"spec": "what `Plan.checkpoint_spec` gives, as JSON"}
+    options = command_line("link", __doc__, texts, paths).parse_args(argv)
+    trained = {name: getattr(options, name) for name in STAGES}
+    link_experiment(json.loads(options.spec), trained, options.export, options.manifest)
 
 
 if __name__ == "__main__":

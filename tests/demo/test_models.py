@@ -174,4 +174,4 @@ def test_impossible_models_say_what_is_wrong(kind, values, words):
 def test_the_command_line_names_the_kinds(tmp_path, capsys):
     with pytest.raises(SystemExit, match="1"):
         shapes_models.main(["--spec", '{"kind": "vicuna"}', "--folder", str(tmp_path / "m")])
-    assert "shapes_llm, shapes_tower" in capsys.readouterr().err
+    assert "'shapes_llm', 'shapes_tower'" in capsys.readouterr().err

@@ -5,16 +5,14 @@ python -m workflow_scripts.acquire --name N --spec '<JSON of the source>' --mani
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-
+from workflow_scripts.command_line import command_line, read_spec
 from workflow_scripts.config.sources import Source
-from workflow_scripts.io import UserError, digest, user_errors, write_json
+from workflow_scripts.io import digest, user_errors, write_json
 from workflow_scripts.sources import KINDS, SourceSpec
 
 
@@ -39,27 +37,14 @@ def content_digest(found: dict[str, Any]) -> str:
     return digest({"images": (found["images"] or {}).get("type"), "files": sorted(files)})
 
 
+@user_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     """Makes one source."""
-    parser = argparse.ArgumentParser(
-        prog="python -m workflow_scripts.acquire",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--name", required=True, help="the source's name")
-    parser.add_argument("--spec", required=True, help="the source's section of the config, as JSON")
-    parser.add_argument("--manifest", required=True, type=Path, help="the source's manifest, to be written")
-    options = parser.parse_args(argv)
-    with user_errors():
-        try:
-            spec = TypeAdapter(SourceSpec).validate_json(options.spec)
-        except ValidationError as error:
-            wrong = error.errors(include_input=False, include_url=False)  # an input may be a signed URL
-            raise UserError(f"--spec: {'; '.join(item['msg'] for item in wrong)}") from None
-        result = acquire(options.name, spec, options.manifest)
-        print(
-            f"{options.name}: {len(result['files'])} files described in {options.manifest}", file=sys.stderr
-        )
+    texts = {"name": "the source's name", "spec": "the source's section of the config, as JSON"}
+    paths = {"manifest": "the source's manifest, to be written"}
+    options = command_line("acquire", __doc__, texts, paths).parse_args(argv)
+    result = acquire(options.name, read_spec(SourceSpec, options.spec), options.manifest)
+    print(f"{options.name}: {len(result['files'])} files described in {options.manifest}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,12 @@ that read a `# yaml-language-server: $schema=` line complete and check configura
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from workflow_scripts.command_line import command_line
 from workflow_scripts.config.schema import Config
 from workflow_scripts.io import UserError, user_errors, write_text
 
@@ -108,20 +108,20 @@ def generated() -> dict[str, str]:
     return {SCHEMA: json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n", PAGE: reference_page()}
 
 
+@user_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     """Writes or checks the generated files."""
-    parser = argparse.ArgumentParser(prog="python -m workflow_scripts.config.reference", description=__doc__)
+    parser = command_line("config.reference", __doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; fail when a file is out of date")
     arguments = parser.parse_args(argv)
-    with user_errors():
-        for name, text in generated().items():
-            path = ROOT / name
-            if path.is_file() and path.read_text(encoding="utf-8") == text:
-                continue
-            if arguments.check:
-                raise UserError(f"{name} is out of date; run `make docs`")
-            write_text(path, text)
-            print(f"wrote {name}")
+    for name, text in generated().items():
+        path = ROOT / name
+        if path.is_file() and path.read_text(encoding="utf-8") == text:
+            continue
+        if arguments.check:
+            raise UserError(f"{name} is out of date; run `make docs`")
+        write_text(path, text)
+        print(f"wrote {name}")
 
 
 if __name__ == "__main__":

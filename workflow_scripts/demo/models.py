@@ -8,7 +8,6 @@ pictures against descriptions, here (shape, colour, place) instead of sentences.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import random
@@ -16,13 +15,14 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel
+from pydantic import Field
 
+from workflow_scripts.command_line import command_line, read_spec
 from workflow_scripts.config.shapes import ShapesLlm, ShapesTower
 from workflow_scripts.demo import shapes
-from workflow_scripts.io import UserError, progress, user_errors, write_json
+from workflow_scripts.io import progress, user_errors, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -276,27 +276,17 @@ def build(spec: ShapesLlm | ShapesTower, folder: Path) -> None:
     temporary.rename(folder)
 
 
+@user_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     """Builds one model from the command line."""
-    kinds: dict[str, type[BaseModel]] = {"shapes_llm": ShapesLlm, "shapes_tower": ShapesTower}
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    texts = {"spec": 'the model\'s spec as JSON, e.g. \'{"kind": "shapes_llm"}\''}
+    options = command_line("demo.models", __doc__, texts, {"folder": "the model folder to write"}).parse_args(
+        argv
     )
-    parser.add_argument(
-        "--spec", required=True, help='the model\'s spec as JSON, e.g. \'{"kind": "shapes_llm"}\''
+    build(
+        read_spec(Annotated[ShapesLlm | ShapesTower, Field(discriminator="kind")], options.spec),
+        options.folder,
     )
-    parser.add_argument("--folder", required=True, type=Path, help="the model folder to write")
-    options = parser.parse_args(argv)
-    with user_errors():
-        try:
-            raw = json.loads(options.spec)
-            kind = raw.get("kind") if isinstance(raw, dict) else None
-            if kind not in kinds:
-                raise UserError(f"--spec: kind is {kind!r}; allowed: {', '.join(kinds)}")
-            spec = kinds[kind].model_validate(raw)
-        except ValueError as error:
-            raise UserError(f"--spec: {error}") from None
-        build(spec, options.folder)  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

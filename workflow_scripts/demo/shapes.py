@@ -9,7 +9,6 @@ Everything follows from the spec: equal specs give equal bytes, archives include
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import math
@@ -24,8 +23,9 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
+from workflow_scripts.command_line import command_line, read_spec
 from workflow_scripts.config.shapes import ShapesSource
-from workflow_scripts.io import UserError, atomic_path, progress, user_errors, write_json, write_text
+from workflow_scripts.io import atomic_path, progress, user_errors, write_json, write_text
 
 SHAPES = ("circle", "square", "triangle", "star")
 COLOURS = {
@@ -405,22 +405,12 @@ def generate(spec: ShapesSource, folder: Path) -> dict[str, Any]:
     }
 
 
+@user_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     """Draws one source from the command line and prints what lies where."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--spec", required=True, help='the source\'s spec as JSON, e.g. \'{"split": "test", "pictures": 20}\''
-    )
-    parser.add_argument("--folder", required=True, type=Path, help="where the files go")
-    options = parser.parse_args(argv)
-    with user_errors():
-        try:
-            spec = ShapesSource.model_validate_json(options.spec)
-        except ValueError as error:
-            raise UserError(f"--spec: {error}") from None
-        print(json.dumps(generate(spec, options.folder), indent=2))
+    texts = {"spec": 'the source\'s spec as JSON, e.g. \'{"split": "test", "pictures": 20}\''}
+    options = command_line("demo.shapes", __doc__, texts, {"folder": "where the files go"}).parse_args(argv)
+    print(json.dumps(generate(read_spec(ShapesSource, options.spec), options.folder), indent=2))
 
 
 if __name__ == "__main__":

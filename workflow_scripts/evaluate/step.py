@@ -12,10 +12,8 @@ code saved beside the weights where there are interventions.
 
 from __future__ import annotations
 
-import argparse
 import base64
 import io
-import json
 import os
 import tarfile
 import tempfile
@@ -27,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from workflow_scripts.command_line import command_line, read_spec
 from workflow_scripts.config.evaluation import EvaluationSpec
 from workflow_scripts.evaluate.tasks import TASKS
 from workflow_scripts.evaluate.tasks.task import Question, Task
@@ -340,32 +339,22 @@ def evaluate(spec: EvaluationSpec, checkpoint: Path, source: Path, manifest: Pat
     return result
 
 
+@user_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     """Evaluates one checkpoint."""
-    parser = argparse.ArgumentParser(
-        prog="python -m workflow_scripts.evaluate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--spec", required=True, help="the config's section `evaluation`, as JSON")
-    parser.add_argument("--checkpoint", required=True, type=Path, help="the manifest of an export")
-    parser.add_argument(
-        "--source", required=True, type=Path, help="the manifest of the source with the questions"
-    )
-    parser.add_argument(
-        "--manifest", required=True, type=Path, help="the evaluation's manifest, to be written"
-    )
-    options = parser.parse_args(argv)
-    with user_errors():
-        try:
-            spec = EvaluationSpec.model_validate(json.loads(options.spec))
-        except ValueError as error:
-            raise UserError(f"--spec: {error}") from None
-        with private_module_cache():
-            result = evaluate(spec, options.checkpoint, options.source, options.manifest)
-        for condition, found in result["accuracy"].items():
-            cells = "  ".join(f"{kind} {100 * share:5.1f}" for kind, share in found.items())
-            print(f"{condition:<9} {cells}", flush=True)
+    paths = {
+        "checkpoint": "the manifest of an export",
+        "source": "the manifest of the source with the questions",
+        "manifest": "the evaluation's manifest, to be written",
+    }
+    texts = {"spec": "the config's section `evaluation`, as JSON"}
+    options = command_line("evaluate", __doc__, texts, paths).parse_args(argv)
+    spec = read_spec(EvaluationSpec, options.spec)
+    with private_module_cache():
+        result = evaluate(spec, options.checkpoint, options.source, options.manifest)
+    for condition, found in result["accuracy"].items():
+        cells = "  ".join(f"{kind} {100 * share:5.1f}" for kind, share in found.items())
+        print(f"{condition:<9} {cells}", flush=True)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,13 @@ The HF folder holds hard links to the training's final files, so it costs no spa
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from workflow_scripts.command_line import command_line
 from workflow_scripts.io import UserError, digest, file_sha256, progress, read_json, user_errors, write_json
 from workflow_scripts.prepare_model.step import link
 
@@ -96,20 +96,17 @@ def _hf_loads_with(folder: Path) -> list[str]:
     ]
 
 
+@user_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     """Exports one training."""
-    parser = argparse.ArgumentParser(
-        prog="python -m workflow_scripts.export",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--spec", required=True, help="what `Plan.export_spec` gives, as JSON")
-    parser.add_argument("--trained", required=True, type=Path, help="the manifest of the last stage's run")
-    parser.add_argument("--manifest", required=True, type=Path, help="the export's manifest, to be written")
-    options = parser.parse_args(argv)
-    with user_errors():
-        result = export(json.loads(options.spec), options.trained, options.manifest)
-        print(f"exported to {options.manifest.parent / result['folder']}", flush=True)
+    texts = {"spec": "what `Plan.export_spec` gives, as JSON"}
+    paths = {
+        "trained": "the manifest of the last stage's run",
+        "manifest": "the export's manifest, to be written",
+    }
+    options = command_line("export", __doc__, texts, paths).parse_args(argv)
+    result = export(json.loads(options.spec), options.trained, options.manifest)
+    print(f"exported to {options.manifest.parent / result['folder']}", flush=True)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ training's state; the launcher reads the answers and names the machine that fail
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import os
@@ -21,6 +20,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from workflow_scripts.command_line import command_line
 from workflow_scripts.config.compute import ComputeSpec
 from workflow_scripts.io import UserError, write_json
 from workflow_scripts.launch import slurm
@@ -239,7 +239,7 @@ def _judge(nodes: Nodes, folder: Path, done: subprocess.CompletedProcess[str]) -
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Checks this machine and writes the answer beside the token."""
-    parser = argparse.ArgumentParser(prog=f"python -m {__name__}", description=__doc__)
+    parser = command_line("launch.preflight", __doc__)
     parser.add_argument("--expect", required=True, help="what the machine must have, as JSON")
     parser.add_argument("--node", default=socket.gethostname(), help="the machine's name in Slurm")
     arguments = parser.parse_args(argv)

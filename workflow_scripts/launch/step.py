@@ -11,7 +11,6 @@ continues.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from workflow_scripts.command_line import command_line
 from workflow_scripts.config.base import StrictModel
 from workflow_scripts.config.compute import ComputeSpec
 from workflow_scripts.config.models import ModelSection
@@ -228,27 +228,21 @@ def drop_states(state: Path) -> None:
         shutil.rmtree(folder)
 
 
+@user_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; see the module's docs."""
-    parser = argparse.ArgumentParser(prog="python -m workflow_scripts.launch", description=__doc__)
-    parser.add_argument(
-        "--spec", required=True, help="the training, as JSON (what `Plan.training_spec` gives)"
-    )
-    parser.add_argument("--mixture", required=True, type=Path, help="the mixture's manifest")
+    texts = {"spec": "the training, as JSON (what `Plan.training_spec` gives)"}
+    paths = {"mixture": "the mixture's manifest", "manifest": "written when the training is finished"}
+    parser = command_line("launch", __doc__, texts, paths)
     parser.add_argument(
         "--models", required=True, nargs=2, type=Path, help="the manifests of the LLM and of the vision tower"
     )
     parser.add_argument(
         "--parent", nargs="?", type=Path, help="the manifest of the run that the stage begins with"
     )
-    parser.add_argument("--manifest", required=True, type=Path, help="written when the training is finished")
     options = parser.parse_args(argv)
-    with user_errors():
-        launch(
-            prepare(
-                json.loads(options.spec), options.mixture, options.models, options.parent, options.manifest
-            )
-        )
+    spec = json.loads(options.spec)
+    launch(prepare(spec, options.mixture, options.models, options.parent, options.manifest))
 
 
 if __name__ == "__main__":

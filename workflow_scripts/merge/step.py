@@ -9,13 +9,13 @@ Beside the manifest it writes `samples.json`, `records.npy` and `images.npy`; do
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from workflow_scripts.command_line import command_line, read_spec
 from workflow_scripts.config.mixtures import MixtureSpec
 from workflow_scripts.disk import explain_full_disk
 from workflow_scripts.io import UserError, atomic_path, user_errors, write_json
@@ -119,27 +119,20 @@ def describe(manifest: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+@user_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     """Makes one mixture."""
-    parser = argparse.ArgumentParser(
-        prog="python -m workflow_scripts.merge",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    texts = {"name": "the mixture's name", "spec": "the mixture's section of the config, as JSON"}
+    parser = command_line(
+        "merge", __doc__, texts, paths={"manifest": "the mixture's manifest, to be written"}
     )
-    parser.add_argument("--name", required=True, help="the mixture's name")
-    parser.add_argument("--spec", required=True, help="the mixture's section of the config, as JSON")
     parser.add_argument("--sources", required=True, nargs="+", type=Path, help="manifests of the sources")
     parser.add_argument("--scans", nargs="*", default=[], type=Path, help="manifests of the scans")
-    parser.add_argument("--manifest", required=True, type=Path, help="the mixture's manifest, to be written")
     options = parser.parse_args(argv)
-    with user_errors():
-        try:
-            spec = MixtureSpec.model_validate_json(options.spec)
-        except ValueError as error:
-            raise UserError(f"--spec: {error}") from None
-        with explain_full_disk(options.manifest.parent, "sources and scans are untouched"):
-            result = merge(options.name, spec, options.sources, options.scans, options.manifest)
-        print(describe(result), file=sys.stderr)
+    spec = read_spec(MixtureSpec, options.spec)
+    with explain_full_disk(options.manifest.parent, "sources and scans are untouched"):
+        result = merge(options.name, spec, options.sources, options.scans, options.manifest)
+    print(describe(result), file=sys.stderr)
 
 
 if __name__ == "__main__":

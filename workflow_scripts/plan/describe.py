@@ -7,13 +7,13 @@ Asks no server and reads no data: sizes come from the configuration, the rest fr
 
 from __future__ import annotations
 
-import argparse
 import re
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from workflow_scripts.command_line import command_line
 from workflow_scripts.io import user_errors
 from workflow_scripts.plan.needs import GB, Item, disk_needs, items_of, missing_trackers
 from workflow_scripts.plan.plan import Plan, read_plan
@@ -109,17 +109,12 @@ def is_dry_run(argv: Sequence[str]) -> bool:
     )
 
 
+@user_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints the plan of a configuration."""
-    parser = argparse.ArgumentParser(
-        prog="python -m workflow_scripts.plan",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("plan", __doc__)
     parser.add_argument("--configfile", nargs="+", type=Path, default=[Path("config/config.yaml")])
-    options = parser.parse_args(argv)
-    with user_errors():
-        print(describe_plan(read_plan(options.configfile)))
+    print(describe_plan(read_plan(parser.parse_args(argv).configfile)))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ them (`weights_only`) and written again as safetensors. A preflight proves that 
 
 from __future__ import annotations
 
-import argparse
 import fnmatch
 import json
 import os
@@ -19,9 +18,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-
 from llava_ext.checkpoints.generation import REPAIRED, SAMPLING
+from workflow_scripts.command_line import command_line, read_spec
 from workflow_scripts.config.models import HubModel, ModelSpec, PathModel
 from workflow_scripts.io import UserError, digest, file_sha256, progress, read_json, user_errors, write_json
 
@@ -292,27 +290,15 @@ def _hashes(folder: Path, memory: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
+@user_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     """Prepares one model."""
-    parser = argparse.ArgumentParser(
-        prog="python -m workflow_scripts.prepare_model",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--name", required=True, help="the model's name")
-    parser.add_argument("--spec", required=True, help="the model's section of the config, as JSON")
-    parser.add_argument("--manifest", required=True, type=Path, help="the model's manifest, to be written")
-    options = parser.parse_args(argv)
-    with user_errors():
-        try:
-            spec: Any = TypeAdapter(ModelSpec).validate_json(options.spec)
-        except ValidationError as error:
-            raise UserError(f"--spec: {error}") from None
-        content = prepare(options.name, spec, options.manifest)
-        print(
-            f"{options.name}: {content['role']} ready; patched: {content['patched'] or 'nothing'}",
-            file=sys.stderr,
-        )
+    texts = {"name": "the model's name", "spec": "the model's section of the config, as JSON"}
+    paths = {"manifest": "the model's manifest, to be written"}
+    options = command_line("prepare_model", __doc__, texts, paths).parse_args(argv)
+    content = prepare(options.name, read_spec(ModelSpec, options.spec), options.manifest)
+    patched = content["patched"] or "nothing"
+    print(f"{options.name}: {content['role']} ready; patched: {patched}", file=sys.stderr)
 
 
 if __name__ == "__main__":

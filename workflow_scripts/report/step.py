@@ -15,13 +15,13 @@ configuration without an evaluation gets a page without accuracies:
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from workflow_scripts.command_line import command_line
 from workflow_scripts.evaluate.tasks import TASKS
 from workflow_scripts.io import atomic_path, user_errors, write_text
 from workflow_scripts.report import collect
@@ -264,21 +264,16 @@ def write_report(inputs: Sequence[Path], output: Path) -> str:
     return text_table(evaluations)
 
 
+@user_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     """Writes the report and prints the accuracies."""
-    parser = argparse.ArgumentParser(
-        prog="python -m workflow_scripts.report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("report", __doc__, paths={"output": "the page, to be written"})
     parser.add_argument("--inputs", required=True, nargs="+", type=Path, help="manifests, see above")
-    parser.add_argument("--output", required=True, type=Path, help="the page, to be written")
     options = parser.parse_args(argv)
-    with user_errors():
-        table = write_report(options.inputs, options.output)
-        if table:
-            print(f"accuracy in % (as is, vision tokens permuted, blank picture):\n{table}", flush=True)
-        print(f"report: {options.output.absolute()}", flush=True)
+    table = write_report(options.inputs, options.output)
+    if table:
+        print(f"accuracy in % (as is, vision tokens permuted, blank picture):\n{table}", flush=True)
+    print(f"report: {options.output.absolute()}", flush=True)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from workflow_scripts.command_line import command_line
 from workflow_scripts.disk import explain_full_disk
 from workflow_scripts.io import UserError, read_json, user_errors, write_json
 
@@ -82,11 +83,7 @@ def describe(summary: dict[str, Any]) -> str:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m workflow_scripts.scan",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("scan", __doc__)
     parser.add_argument("path", nargs="?", type=Path, help="a folder, a zip or a tar")
     parser.add_argument("--table", type=Path, help="with PATH: keep the table (parquet) under this name")
     parser.add_argument("--source", type=Path, help="the manifest of a source")
@@ -104,18 +101,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+@user_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     """Scans one source for the workflow, or any folder or archive for people."""
     options = parse(argv)
-    with user_errors():
-        if options.threads < 1:
-            raise UserError(f"--threads: {options.threads} is too few; use 1 or more")
-        if options.path is not None:
-            print(describe(scan_path(options.path, options)))
-        else:
-            with explain_full_disk(options.manifest.parent, "what was scanned is kept"):
-                summary = scan_source(options.source, options.manifest, options)
-            print(describe(summary), file=sys.stderr)
+    if options.threads < 1:
+        raise UserError(f"--threads: {options.threads} is too few; use 1 or more")
+    if options.path is not None:
+        print(describe(scan_path(options.path, options)))
+        return
+    with explain_full_disk(options.manifest.parent, "what was scanned is kept"):
+        summary = scan_source(options.source, options.manifest, options)
+    print(describe(summary), file=sys.stderr)
 
 
 if __name__ == "__main__":

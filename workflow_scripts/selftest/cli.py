@@ -10,6 +10,7 @@ import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from workflow_scripts.command_line import command_line
 from workflow_scripts.io import UserError, user_errors
 from workflow_scripts.plan.plan import Plan, read_plan
 from workflow_scripts.selftest.findings import Finding
@@ -54,7 +55,7 @@ def _read(files: Sequence[Path]) -> Plan | Finding:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints all findings; exit status 1 when something needed is missing."""
-    parser = argparse.ArgumentParser(prog="python -m workflow_scripts.selftest", description=__doc__)
+    parser = command_line("selftest", __doc__)
     parser.add_argument("--configfile", type=Path, nargs="+", help="also check what this configuration needs")
     parser.add_argument("--directory", type=Path, default=Path(), help="the working folder")
     parser.add_argument("--gpus", type=int, default=0, help="how many GPUs this machine must have")

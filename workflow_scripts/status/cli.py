@@ -7,7 +7,6 @@ why, and where its log is.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import sys
@@ -17,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+from workflow_scripts.command_line import command_line
 from workflow_scripts.io import UserError, user_errors
 from workflow_scripts.status.read import all_statuses
 from workflow_scripts.status.table import table
@@ -59,7 +59,7 @@ def render(root: Path, as_json: bool) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints the table once, again and again, or as JSON."""
-    parser = argparse.ArgumentParser(prog="python -m workflow_scripts.status", description=__doc__)
+    parser = command_line("status", __doc__)
     parser.add_argument("--directory", type=Path, default=Path(), help="the working folder")
     parser.add_argument(
         "--watch", type=float, nargs="?", const=5.0, metavar="SECONDS", help="again every so many seconds"
