@@ -58,7 +58,7 @@ def test_all_files_of_a_source_end_at_once(tmp_path, server, fault, number):
 
 def test_what_came_is_kept_and_the_next_run_goes_on(tmp_path, server):
     work = Acquiring(tmp_path)
-    spec = url_spec(server, Fault("slow", 0.2))
+    spec = url_spec(server, Fault("slow", 0.2), connections_per_host=3)
     part = work.data / "a.bin.part"
     told(work, server, spec, signal.SIGTERM, lambda: part.exists() and part.stat().st_size > 200_000)
     kept = part.stat().st_size
