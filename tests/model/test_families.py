@@ -362,3 +362,38 @@ def test_a_vision_model_is_no_language_model(tmp_path):
     ViTConfig().save_pretrained(tmp_path)
     with pytest.raises(BuildError, match="found a vit model, which lacks a transformers class for causal"):
         load_llm(tmp_path, torch.float32, None)
+
+
+def test_the_workflow_exports_only_the_hf_layout_where_llava_knows_no_such_family(folders, tmp_path, capsys):
+    from workflow_scripts.export.step import export
+    from workflow_scripts.io import file_sha256, write_json
+
+    model, tokenizer, processor = build(folders, "siglip_vision_model", llm=folders["qwen2"])
+    save_checkpoint(model, tokenizer, processor, tmp_path / "run" / "state", "plain", "pad")
+    files = {path.name: file_sha256(path) for path in (tmp_path / "run" / "state").iterdir()}
+    write_json(tmp_path / "run" / "state" / "provenance.json", {})
+    trained = {"stage": "finetune", "run": "r", "folder": "state", "digest": "0123456789ab", "files": files}
+    write_json(tmp_path / "run" / "manifest.json", trained)
+    spec = {"vision_tower": "siglip", "interventions": {}}
+    result = export(spec, tmp_path / "run" / "manifest.json", tmp_path / "export" / "manifest.json")
+    assert list(result["folders"]) == list(result["loads_with"]) == ["hf"]
+    assert "LlavaForConditionalGeneration" in result["loads_with"]["hf"][0]
+    assert "LLaVA's code has no qwen2 language model" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("tokenizer_of", [qwen_tokenizer, llama3_tokenizer])
+def test_interleaved_coordinates_are_the_same_ids_in_training_and_in_the_saved_processor(
+    folders, tmp_path, tokenizer_of
+):
+    """Byte-level tokenizers have no word mark that would have to be taken off."""
+    from llava_ext.checkpoints.stored import make_processor
+    from llava_ext.data.assembly import Collator
+
+    llm = make_llm(tmp_path / "llm", "qwen2", tokenizer_of())
+    chosen = Interventions(interleave=True, interleave_sparsity=3)
+    model, tokenizer, processor = build(folders, "siglip_vision_model", chosen, llm=llm)
+    saved = make_processor(model.config, tokenizer, processor)
+    theirs = saved(text="<image>", images=picture(3), add_special_tokens=False)["input_ids"][0]
+    sample = {"id": "a", "input_ids": [-200], "labels": [-100], "images": [torch.zeros(3, 56, 56)]}
+    mine = Collator.for_model(model.config, tokenizer)([sample])["input_ids"][0].tolist()
+    assert list(theirs) == mine and len(mine) > 16
