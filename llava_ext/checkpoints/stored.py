@@ -131,6 +131,7 @@ def save_checkpoint(
     prompt_version: str | None = None,
     image_aspect_ratio: str | None = None,
     state_dict: Mapping[str, Tensor] | None = None,
+    max_shard_size: str = "5GB",
 ) -> None:
     """Writes a finished checkpoint that transformers loads.
 
@@ -154,7 +155,7 @@ def save_checkpoint(
     clone.generation_config = exported_generation(model.generation_config, ends)
     processor = make_processor(config, tokenizer, image_processor)
     with _staged(Path(folder)) as staging, _auto_classes(config), without_zero3():
-        clone.save_pretrained(str(staging), save_original_format=True)
+        clone.save_pretrained(str(staging), save_original_format=True, max_shard_size=max_shard_size)
         processor.save_pretrained(str(staging))
 
 

@@ -24,6 +24,7 @@ from transformers.utils import is_flash_attn_2_available
 from ..data.templates import TEMPLATES, described
 from ..distributed import rendezvous
 from ..errors import TrainingError, say
+from ..model.configuration_spatial_llava import projector_depth
 from ..model.interventions import Interventions
 from .llava_flags import FALSE, TRUE, translate
 from .machine import fit_machine, tf32_works
@@ -47,6 +48,22 @@ FIXED: dict[str, tuple[Any, str]] = {
         "the loss is computed from logits where a label counts, which Liger replaces",
     ),
 }
+
+# The smallest values that mean anything.
+LEAST: dict[str, float] = {
+    "learning_rate": 0,
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "model_max_length": 1,
+    "lora_r": 1,
+    "watchdog_minutes": 0,
+    "watchdog_zero_steps": 0,
+}
+
+# Flags that do nothing without another one.
+NEEDED: dict[str, str] = dict.fromkeys(
+    ("lora_r", "lora_alpha", "lora_dropout", "lora_weight_path", "lora_bias", "lora_merge"), "lora_enable"
+)
 
 
 @dataclass
@@ -331,6 +348,7 @@ def _check_before(model: ModelArguments, data: DataArguments, namespace: argpars
             "--attn_implementation: flash_attention_2 needs a CUDA GPU and the package flash-attn, one of which is missing here; "
             "install it, or use sdpa"
         )
+    _check_values(model, namespace)
     for name, (value, reason) in FIXED.items():
         found = getattr(namespace, name)
         if str(found) != str(value) and str(found).lower() not in FALSE:
@@ -339,6 +357,7 @@ def _check_before(model: ModelArguments, data: DataArguments, namespace: argpars
         ("data_path", data.data_path),
         ("image_folder", data.image_folder),
         ("pretrain_mm_mlp_adapter", model.pretrain_mm_mlp_adapter),
+        ("lora_weight_path", namespace.lora_weight_path),
     ):
         if path and not Path(path).exists():
             raise TrainingError(f"--{name} {path}: does not exist")
@@ -357,6 +376,24 @@ def _check_before(model: ModelArguments, data: DataArguments, namespace: argpars
         raise TrainingError(
             "--lora_enable: contradicts --tune_mm_mlp_adapter, which trains only the projector; give one of them"
         )
+
+
+def _check_values(model: ModelArguments, namespace: argparse.Namespace) -> None:
+    """Values out of range, an unknown projector, and flags that would do nothing."""
+    for name, least in LEAST.items():
+        if not getattr(namespace, name) >= least:
+            raise TrainingError(f"--{name} {getattr(namespace, name)}: allowed is a number from {least:g}")
+    try:
+        projector_depth(model.mm_projector_type)
+    except ValueError as error:
+        raise TrainingError(f"--mm_projector_type: {str(error).removeprefix('projector_type: ')}") from None
+    defaults = {item.name: item.default for item in dataclasses.fields(LlavaTrainingArguments)}
+    for name, other in NEEDED.items():
+        found = getattr(namespace, name)
+        if found != defaults[name] and not getattr(namespace, other):
+            raise TrainingError(
+                f"--{name} {found}: does nothing without --{other} True; add that or leave it out"
+            )
 
 
 def _adjust(training: LlavaTrainingArguments) -> None:
