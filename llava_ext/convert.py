@@ -22,6 +22,7 @@ from typing import Any
 
 from .checkpoints import original
 from .errors import TrainingError, say
+from .files import follow_umask
 from .model.interventions import FIELD_NAMES, Interventions
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -82,6 +83,7 @@ def _appearing(target: Path) -> Iterator[Path]:
     shutil.rmtree(staging, ignore_errors=True)
     try:
         yield staging
+        follow_umask(staging)
         target.mkdir(parents=True, exist_ok=True)
         target.rmdir()
         staging.rename(target)

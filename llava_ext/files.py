@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,18 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def follow_umask(folder: Path, names: str = "*") -> None:
+    """Gives the files below a folder, or those of such names, the mode of any new file there: safetensors writes for the owner alone."""
+    probe = folder / f".mode.{os.getpid()}"
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for path in folder.rglob(names):
+        if path.is_file() and not path.is_symlink():
+            with suppress(OSError):  # a file system without modes
+                path.chmod(path.stat().st_mode & 0o111 | mode)
 
 
 def write_json(path: Path, value: Any) -> None:

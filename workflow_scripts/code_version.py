@@ -17,7 +17,7 @@ from pathlib import Path
 from workflow_scripts.command_line import command_line
 
 CODE_VERSION = 3
-CODE_DIGEST = "d72aecd72d117783"
+CODE_DIGEST = "4bd87d81a0be1de3"
 
 # The modules whose code decides what a training computes.
 NUMERIC = (

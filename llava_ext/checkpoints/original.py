@@ -242,6 +242,34 @@ def check_interventions(mine: Interventions, theirs: Interventions, what: str) -
         )
 
 
+def vision_features(config: Any) -> dict[str, Any]:
+    """What a model takes of its vision tower, in LLaVA's words."""
+    return {
+        "mm_vision_select_layer": config.vision_feature_layer,
+        "mm_vision_select_feature": "cls_patch" if config.keeps_cls else "patch",
+    }
+
+
+def check_features(mine: Mapping[str, Any], theirs: Mapping[str, Any], config: Any, what: str) -> None:
+    """Refuses weights that were trained on another layer of the tower, or with another choice of its tokens.
+
+    Args:
+        mine, theirs: LLaVA's fields, as :func:`vision_features` gives them; what is absent is not compared.
+        config: of the model. The layer does not count where the interventions name several.
+    """
+    states = int(config.vision_config.num_hidden_layers) + 1
+    for name in vision_features(config):
+        layer = name == "mm_vision_select_layer"
+        if name not in theirs or (layer and config.interventions.feature_layers):
+            continue
+        pair = [int(side[name]) % states if layer else side[name] for side in (mine, theirs)]
+        if pair[0] != pair[1]:
+            raise TrainingError(
+                f"--{name} {mine[name]}: {what} was trained with {theirs[name]}; give that, or train stage 1 with "
+                f"{mine[name]}"
+            )
+
+
 def tower_trained(described: Mapping[str, Any]) -> bool:
     """Whether a ``config.json`` of any layout says that the vision tower was trained (also in LLaVA-NeXT's way)."""
     nested = described.get("vision_config")
@@ -528,8 +556,7 @@ def _known_settings(model: Any, tokenizer: Any, projector_only: bool) -> dict[st
     config = model.config
     return {
         "mm_projector_type": config.projector_type,
-        "mm_vision_select_layer": config.vision_feature_layer,
-        "mm_vision_select_feature": "cls_patch" if config.keeps_cls else "patch",
+        **vision_features(config),
         "image_aspect_ratio": config.image_aspect_ratio,
         "mm_projector_lr": None,
         "tune_mm_mlp_adapter": projector_only,

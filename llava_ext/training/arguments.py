@@ -301,6 +301,9 @@ def _prepare_deepspeed(namespace: argparse.Namespace, explicit_clip: bool) -> No
     if explicit_clip:
         config.setdefault("gradient_clipping", "auto")
     namespace.deepspeed = config
+    if namespace.use_cpu:
+        # DeepSpeed takes a GPU that is there, unless it reads otherwise while it is imported.
+        os.environ["DS_ACCELERATOR"] = "cpu"
     if "RANK" not in os.environ:
         # port 0: one that is free at the moment of use
         alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
@@ -366,15 +369,36 @@ def _check_before(model: ModelArguments, data: DataArguments, namespace: argpars
         raise TrainingError(
             f"--{grouped[0]}: contradicts --{grouped[-1] if len(grouped) == 2 else 'sampling sequential'}; give one of them"
         )
+    _check_what_trains(model, namespace)
+
+
+def _check_what_trains(model: ModelArguments, namespace: argparse.Namespace) -> None:
+    """Flags that contradict each other about what trains, or that say something of what does not."""
     rate = namespace.vision_tower_lr
     if rate is not None and not (namespace.train_vision_tower and rate > 0):
         raise TrainingError(
             f"--vision_tower_lr {rate}: allowed is a number above 0, together with --train_vision_tower True; "
             "leave it out for a tower that does not train, or that trains with --learning_rate"
         )
-    if namespace.lora_enable and model.tune_mm_mlp_adapter:
+    rate = namespace.mm_projector_lr
+    if rate is not None and (namespace.freeze_mm_mlp_adapter or not rate > 0):
+        raise TrainingError(
+            f"--mm_projector_lr {rate}: allowed is a number above 0, for a projector that trains; leave it out with "
+            "--freeze_mm_mlp_adapter True"
+        )
+    tuned, frozen = model.tune_mm_mlp_adapter, namespace.freeze_mm_mlp_adapter
+    if tuned and frozen and not namespace.train_vision_tower:
+        raise TrainingError(
+            "--freeze_mm_mlp_adapter: contradicts --tune_mm_mlp_adapter, nothing would train; give one of them"
+        )
+    if namespace.lora_enable and tuned:
         raise TrainingError(
             "--lora_enable: contradicts --tune_mm_mlp_adapter, which trains only the projector; give one of them"
+        )
+    if namespace.lora_enable and model.freeze_backbone:
+        raise TrainingError(
+            "--freeze_backbone: does nothing with --lora_enable, whose adapters are all of the LLM that trains; "
+            "leave it out"
         )
 
 

@@ -254,6 +254,8 @@ def _from_checkpoint(arguments: Arguments, folders: dict[str, Path]) -> tuple[An
     if mine.normalize_projector and mine.fixed_statistics() is None and known is not None:
         mine = mine.with_statistics(*known)
     original.check_interventions(mine, theirs, str(folder))
+    flags = {name: getattr(model_args, name) for name in original.vision_features(model.config)}
+    original.check_features(flags, original.vision_features(model.config), model.config, str(folder))
     if model.config.projector_type != model_args.mm_projector_type:
         raise TrainingError(
             f"--mm_projector_type {model_args.mm_projector_type}: {folder} has {model.config.projector_type}; give that"
@@ -287,6 +289,7 @@ def _check_interventions(config: Any, stored: Path, what: Path) -> None:
     if not isinstance(described, dict):
         return
     original.check_tower(described, config.vision_config, what)
+    original.check_features(original.vision_features(config), described, config, str(what))
     if not ("mm_vision_tower" in described or original.OWN_KEY in described):
         return
     theirs = original.interventions_from_original(described, config.grid_side)

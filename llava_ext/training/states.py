@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import say
-from ..files import crc32, flush, read_json, sha256, write_json
+from ..files import crc32, flush, follow_umask, read_json, sha256, write_json
 
 MARKER = "complete.json"
 RESULT = "train_result.json"
@@ -134,6 +134,7 @@ def seal(
 ) -> None:
     """Lists what ``folder`` holds (``files``, where it has been listed already), then gives it its final name."""
     files = listing(folder, file_names(folder)) if files is None else files
+    follow_umask(folder)
     write_json(folder / MARKER, {"step": step, "files": files, **facts})
     flush(folder)
     if target.exists():
@@ -175,6 +176,7 @@ def finished(output_dir: Path) -> dict[str, Any] | None:
 def publish(folder: Path, output_dir: Path) -> tuple[dict[str, str], dict[str, int]]:
     """Moves the verified final files from ``folder`` into ``output_dir``; returns their sha256 and sizes."""
     digests, sizes = {}, {}
+    follow_umask(folder)
     for path in sorted(item for item in folder.rglob("*") if item.is_file()):
         name = str(path.relative_to(folder))
         flush(path)

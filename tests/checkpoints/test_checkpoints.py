@@ -20,6 +20,7 @@ from transformers import (
 
 from llava_ext.analysis.generation import answer
 from llava_ext.checkpoints.stored import load_model, save_checkpoint
+from llava_ext.checkpoints.tensors import read_folder
 from llava_ext.data.conversation import inference_prompt, prompt_ids
 from llava_ext.model.build import reset_projector
 from llava_ext.model.interventions import FLAGS, Interventions
@@ -98,6 +99,21 @@ def test_vanilla_is_a_stock_checkpoint(vanilla):
     assert torch.allclose(ours, theirs[..., : ours.shape[-1]], atol=1e-6)
     # The rows added for the image token are never the most likely ones.
     assert torch.equal(ours.argmax(-1), theirs.argmax(-1))
+
+
+def test_large_checkpoints_come_in_shards(vanilla, tmp_path):
+    """Of 5 GB each, here of 50 kB; stock transformers and this package read them as one."""
+    folder, (model, tokenizer, images) = vanilla
+    save_checkpoint(model, tokenizer, images, tmp_path, prompt_version="v1", max_shard_size="50KB")
+    shards = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert len(shards) > 2 and not (tmp_path / "model.safetensors").exists()
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    assert sorted(set(index.values())) == shards
+    assert read_folder(tmp_path).keys() == read_folder(folder).keys()
+    for load in (LlavaForConditionalGeneration.from_pretrained, lambda path: load_model(path)[0]):
+        whole, sharded = load(folder).state_dict(), load(tmp_path).state_dict()
+        assert whole.keys() == sharded.keys()
+        assert all(torch.equal(tensor, sharded[name]) for name, tensor in whole.items())
 
 
 def test_stock_processor_gives_the_ids_and_pixels_of_training(vanilla):

@@ -1,6 +1,8 @@
 """The command line: LLaVA's own scripts run as they stand; mistakes are named."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from llava_ext.errors import TrainingError
 from llava_ext.model.interventions import InterventionError
 from llava_ext.training.arguments import LlavaTrainingArguments, make_parser, parse
 from llava_ext.training.llava_flags import split_flags, translate
+from tests.support.trainings import REPOSITORY, environment
 
 # The flags of LLaVA-1.5's pretrain and finetune scripts, and of the published interventions' scripts.
 PRETRAIN = [
@@ -188,6 +191,13 @@ def test_a_training_that_wants_a_gpu_does_not_fall_back_to_the_cpu(monkeypatch, 
         ("--lora_enable True --lora_weight_path nowhere", ["lora_weight_path", "does not exist"]),
         ("--lora_weight_path nowhere", ["lora_weight_path", "does nothing without --lora_enable True"]),
         ("--lora_merge False", ["lora_merge", "does nothing without --lora_enable True"]),
+        ("--lora_enable True --freeze_backbone True", ["freeze_backbone", "does nothing with --lora_enable"]),
+        ("--mm_projector_lr 1e-5 --freeze_mm_mlp_adapter True", ["mm_projector_lr", "projector that trains"]),
+        ("--mm_projector_lr 0", ["mm_projector_lr 0", "above 0", "--freeze_mm_mlp_adapter True"]),
+        (
+            "--tune_mm_mlp_adapter True --freeze_mm_mlp_adapter True",
+            ["freeze_mm_mlp_adapter", "nothing would train"],
+        ),
         ("--normalize_projector maybe", ["normalize_projector", "maybe"]),
         ("--attn_implementation flash", ["attn_implementation", "'flash'", "eager, sdpa, flash_attention_2"]),
         ("stray --bf16 True", ["stray"]),
@@ -200,6 +210,28 @@ def test_mistakes_are_named(base, flags, words):
         parse(argv)
     for word in words:
         assert word in str(error.value)
+
+
+def test_deepspeed_stays_on_the_cpu_of_a_machine_with_a_gpu(base):
+    """What torch says of a GPU stands for the GPU; DeepSpeed would take it."""
+    script = (
+        "import sys, torch\n"
+        "torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1\n"
+        "torch.cuda.get_device_capability = lambda *_: (8, 0)\n"
+        "from llava_ext.training.arguments import parse\n"
+        "device = parse(sys.argv[1:]).training.device.type\n"
+        "from deepspeed.accelerator import get_accelerator\n"
+        "print(device, get_accelerator().device_name())"
+    )
+    flags = ["--use_cpu", "True", "--deepspeed", "zero2.json"]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *base, *flags],
+        cwd=REPOSITORY,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.splitlines()[-1:] == ["cpu cpu"], done.stderr
 
 
 @pytest.mark.parametrize(

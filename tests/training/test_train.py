@@ -120,6 +120,43 @@ def test_lora_trains_adapters_and_merges_them(tmp_path, train_here):
     assert changed(final, start) == set(start)
 
 
+def test_files_follow_the_umask_and_not_safetensors(tmp_path, train_here):
+    before = os.umask(0o027)
+    try:
+        ok(train_here(short(1, tmp_path, max_steps=1, save_strategy="steps", save_steps=1)))
+    finally:
+        os.umask(before)
+    modes = {path: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()}
+    assert any("checkpoint-1" in str(path) for path in modes)
+    assert {str(path): oct(mode) for path, mode in modes.items() if mode != 0o640} == {}
+
+
+def test_a_projector_of_another_layer_of_the_tower_is_refused(tmp_path, train_here):
+    """What stage 1 took of the tower is in the config.json beside its projector; -2 of 3 layers is also 2."""
+    folder = tmp_path / "one"
+    ok(train_here(short(1, folder, max_steps=1)))
+    depth = json.loads((GOLDEN / "clip_g4/config.json").read_text())["num_hidden_layers"]
+    flags = {"pretrain_mm_mlp_adapter": folder, "max_steps": 1}
+    stopped(
+        train_here(short(2, tmp_path / "two", mm_vision_select_layer=-1, **flags)),
+        "--mm_vision_select_layer -1",
+        f"{folder} was trained with -2",
+    )
+    stopped(
+        train_here(short(2, tmp_path / "two", mm_vision_select_feature="cls_patch", **flags)),
+        "--mm_vision_select_feature cls_patch",
+        "was trained with patch",
+    )
+    ok(train_here(short(2, tmp_path / "three", mm_vision_select_layer=depth - 1, **flags)))
+    stopped(
+        train_here(
+            short(2, tmp_path / "four", model_name_or_path=tmp_path / "three", mm_vision_select_layer=-1)
+        ),
+        "--mm_vision_select_layer -1",
+        f"was trained with {depth - 1}",
+    )
+
+
 # -- loss --------------------------------------------------------------------------------------------------------
 
 

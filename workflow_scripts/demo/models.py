@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
+from llava_ext.files import follow_umask
 from workflow_scripts.command_line import command_line, read_spec
 from workflow_scripts.config.shapes import ShapesLlm, ShapesTower
 from workflow_scripts.demo import shapes
@@ -272,6 +273,7 @@ def build(spec: ShapesLlm | ShapesTower, folder: Path) -> None:
         build_llm(spec, temporary)
     else:
         build_tower(spec, temporary)
+    follow_umask(temporary)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
 

@@ -130,6 +130,8 @@ def convert_shards(shards: dict[str, Path], target: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
+    from llava_ext.files import follow_umask
+
     weights: dict[str, str] = {}
     total = 0
     for number, name in enumerate(
@@ -151,6 +153,7 @@ def convert_shards(shards: dict[str, Path], target: Path) -> None:
         save_file(_apart(state), target / shard, metadata={"format": "pt"})
         weights |= dict.fromkeys(state, shard)
         total += sum(item.numel() * item.element_size() for item in state.values())
+    follow_umask(target, "*.safetensors")
     if len(shards) > 1:
         write_json(
             target / "model.safetensors.index.json",
