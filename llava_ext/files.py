@@ -1,17 +1,22 @@
-"""Files that are whole or absent: atomic JSON, checksums, forced to the disk."""
+"""Files that are whole or absent: atomic writes, checksums, forced to the disk."""
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
 import stat
+import time
 import zlib
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 CHUNK = 1 << 22
+LEFTOVER_S = 3600.0
+"""A temporary file that nobody on this machine writes and that has not changed for so long is left over."""
 
 
 def crc32(path: Path) -> str:
@@ -34,7 +39,7 @@ def sha256(path: Path) -> str:
 
 
 def flush(path: Path) -> None:
-    """Forces a file or folder to the disk."""
+    """Forces a file to the disk, or a folder's names: a rename in it then survives a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -54,16 +59,52 @@ def follow_umask(folder: Path, names: str = "*") -> None:
                 path.chmod(path.stat().st_mode & 0o111 | mode)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON under a temporary name, flushes, renames."""
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yields a temporary name beside ``path``; what is written there gets the real name only on success.
+
+    A failure leaves the old file untouched and removes the temporary one.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        yield temporary
         flush(temporary)
         temporary.replace(path)
+        flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Deletes temporary files of ``path`` whose writers were killed."""
+    for old in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        pid = old.name.split(".")[-2]
+        with suppress(OSError):  # another process may clean too; another machine may be writing
+            if pid.isdecimal() and not _lives(int(pid)) and time.time() - old.stat().st_mtime > LEFTOVER_S:
+                old.unlink()
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes ``text`` to ``path``, whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any, ensure_ascii: bool = True) -> None:
+    """Writes JSON: indented, sorted, newline at the end, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=ensure_ascii) + "\n")
 
 
 def read_json(path: Path) -> Any | None:

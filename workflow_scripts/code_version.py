@@ -17,7 +17,7 @@ from pathlib import Path
 from workflow_scripts.command_line import command_line
 
 CODE_VERSION = 3
-CODE_DIGEST = "4bd87d81a0be1de3"
+CODE_DIGEST = "f2d72f6f76c43a73"
 
 # The modules whose code decides what a training computes.
 NUMERIC = (

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_ext.data.templates import TEMPLATES, ConversationError
+from llava_ext.files import write_text
 from workflow_scripts.command_line import command_line
-from workflow_scripts.io import UserError, progress, read_json, user_errors, write_text
+from workflow_scripts.io import UserError, progress, read_json, user_errors
 
 if TYPE_CHECKING:
     import numpy as np

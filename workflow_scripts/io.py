@@ -1,27 +1,23 @@
-"""Files that are either whole or absent: atomic writes, digests, manifests, progress.
+"""What all steps share: mistakes told to the user, digests of values, manifests, progress.
 
 A *manifest* is a small JSON file written last, after everything that it describes is complete and verified.
 """
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from llava_ext import files
 from workflow_scripts.secrets import redact
 
 T = TypeVar("T")
-CHUNK = 1 << 20
-LEFTOVER_S = 3600.0
-"""A temporary file that nobody on this machine writes and that has not changed for so long is left over."""
 
 
 class UserError(Exception):
@@ -38,71 +34,9 @@ def digest(value: Any, length: int = 64) -> str:
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:length]
 
 
-def file_sha256(path: Path) -> str:
-    """The sha256 of a file, read in 1 MiB pieces."""
-    sha = hashlib.sha256()
-    with path.open("rb") as stream:
-        while piece := stream.read(CHUNK):
-            sha.update(piece)
-    return sha.hexdigest()
-
-
-def fsync_directory(path: Path) -> None:
-    """Makes a rename in ``path`` survive a power cut."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-@contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """Yields a temporary name beside ``path``; what is written there gets the real name only on success.
-
-    A failure leaves the old file untouched and removes the temporary one.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with temporary.open("rb") as stream:
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-        fsync_directory(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _remove_leftovers(path: Path) -> None:
-    """Deletes temporary files of ``path`` whose writers were killed."""
-    for old in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        pid = old.name.split(".")[-2]
-        with suppress(OSError):  # another process may clean too; another machine may be writing
-            if pid.isdecimal() and not _lives(int(pid)) and time.time() - old.stat().st_mtime > LEFTOVER_S:
-                old.unlink()
-
-
-def _lives(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass
-    return True
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes ``text`` to ``path``, whole or not at all."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
 def write_json(path: Path, value: Any) -> None:
-    """Writes a manifest: indented, sorted, newline at the end, whole or not at all."""
-    write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+    """Writes a manifest, whole or not at all; a manifest's text is UTF-8 as it is."""
+    files.write_json(path, value, ensure_ascii=False)
 
 
 def read_json(path: Path) -> Any:

@@ -26,7 +26,7 @@ from ..data.conversation import end_ids
 from ..data.image_token import with_image_token, with_marked_images, without_added_ids
 from ..data.images import ImagePreprocessor
 from ..data.templates import dialogue_jinja, template
-from ..files import follow_umask
+from ..files import flush, follow_umask
 from ..model.build import picture_fields
 from ..model.configuration_spatial_llava import SpatialLlavaConfig
 from ..model.modeling_spatial_llava import SpatialLlavaForConditionalGeneration
@@ -273,8 +273,7 @@ def _staged(folder: Path) -> Any:
         follow_umask(staging)
         files = sorted(staging.iterdir(), key=lambda path: path.name == "config.json")
         for path in files:
-            with path.open("rb") as stream:
-                os.fsync(stream.fileno())
+            flush(path)
         for path in files:
             path.replace(folder / path.name)
     finally:

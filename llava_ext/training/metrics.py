@@ -10,6 +10,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import say
+from ..files import write_text
 from .claim import check_claim
 
 
@@ -36,9 +37,7 @@ class Metrics(TrainerCallback):
         if not state.is_world_process_zero:
             return
         kept = [line for line in _lines(self.path) if line["step"] <= state.global_step]
-        temporary = self.path.with_name(".metrics.jsonl.tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        temporary.replace(self.path)
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self.stream = self.path.open("a", encoding="utf-8", buffering=1)
         if self.tensorboard:
             self.board = _board(self.board_dir, state.global_step)

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from llava_ext.files import write_text
 from tests.support.workspace import SMALL
 from workflow_scripts.config.load import load_config
-from workflow_scripts.io import UserError, write_text
+from workflow_scripts.io import UserError
 from workflow_scripts.secrets import hide, public, redact
 
 GEHEIM = "AKgeheim0123456789abcdef"

@@ -13,11 +13,11 @@ from transformers import (
     GenerationConfig,
 )
 
+from llava_ext.files import sha256
 from tests.support.demo import load_json
 from workflow_scripts.config.shapes import ShapesLlm, ShapesSource, ShapesTower
 from workflow_scripts.demo import models as shapes_models
 from workflow_scripts.demo import shapes
-from workflow_scripts.io import file_sha256
 
 
 def pieces(tokenizer, text):
@@ -112,11 +112,11 @@ def test_equal_specs_give_equal_weights(tmp_path, spec):
     state = torch.get_rng_state()
     for name in ("a", "b"):
         shapes_models.build(spec, tmp_path / name)
-    digests = {file_sha256(tmp_path / name / "model.safetensors") for name in ("a", "b")}
+    digests = {sha256(tmp_path / name / "model.safetensors") for name in ("a", "b")}
     assert len(digests) == 1
     assert torch.equal(torch.get_rng_state(), state), "building a model changed the caller's random state"
     shapes_models.build(spec.model_copy(update={"seed": 4}), tmp_path / "c")
-    assert file_sha256(tmp_path / "c" / "model.safetensors") not in digests
+    assert sha256(tmp_path / "c" / "model.safetensors") not in digests
 
 
 def features(tower, pixels):
@@ -148,13 +148,13 @@ def test_the_tower_has_learned_shapes_and_colours(tower):
 def test_an_unfinished_model_does_not_replace_a_finished_one(tmp_path, monkeypatch):
     spec = ShapesLlm(seed=1)
     shapes_models.build(spec, tmp_path / "llm")
-    before = file_sha256(tmp_path / "llm" / "model.safetensors")
+    before = sha256(tmp_path / "llm" / "model.safetensors")
     monkeypatch.setattr(
         shapes_models, "write_json", lambda path, value: (_ for _ in ()).throw(OSError("full disk"))
     )
     with pytest.raises(OSError, match="full disk"):
         shapes_models.build(spec.model_copy(update={"seed": 2}), tmp_path / "llm")
-    assert file_sha256(tmp_path / "llm" / "model.safetensors") == before
+    assert sha256(tmp_path / "llm" / "model.safetensors") == before
 
 
 @pytest.mark.parametrize(

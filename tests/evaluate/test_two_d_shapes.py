@@ -14,7 +14,8 @@ from PIL import Image
 
 from workflow_scripts.acquire.step import main as acquire
 from workflow_scripts.config.two_d_shapes import TwoDShapesSource
-from workflow_scripts.evaluate.step import read_questions
+from workflow_scripts.evaluate.step import first_pictures
+from workflow_scripts.evaluate.tasks import TASKS
 from workflow_scripts.evaluate.two_d_shapes import (
     CHANCE,
     COLOURS,
@@ -125,7 +126,7 @@ def test_equal_specs_give_equal_bytes_and_another_seed_others(tmp_path):
 
 
 def test_the_evaluation_reads_its_questions(drawn):
-    questions = read_questions(drawn[0] / "manifest.json", 10)
+    questions = first_pictures(TASKS["shapes"].read(drawn[0] / "manifest.json"), 10)
     assert len(questions) == 60 and {question.type for question in questions} == set(STRATA)
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from llava_ext.files import sha256
 from workflow_scripts.config.shapes import ShapesLlm, ShapesSource, ShapesTower
-from workflow_scripts.io import file_sha256, write_json
+from workflow_scripts.io import write_json
 
 
 def members(folder: Path, images: dict) -> dict[str, bytes]:
@@ -97,7 +98,7 @@ def write_export(folder: Path, llm: Path, tower: Path, interventions: dict) -> P
     model.generation_config.do_sample = True
     save_checkpoint(model, tokenizer, processor, folder / "x" / "hf", "v1", "pad")
     hf = {
-        f.relative_to(folder / "x" / "hf").as_posix(): file_sha256(f)
+        f.relative_to(folder / "x" / "hf").as_posix(): sha256(f)
         for f in (folder / "x" / "hf").rglob("*")
         if f.is_file()
     }

@@ -7,7 +7,6 @@ the right size and hash gets its name, and beside it `.NAME.provenance.json` rem
 
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from urllib.parse import urlsplit
 
 import requests
 
+from llava_ext.files import flush
 from workflow_scripts.acquire import content
 from workflow_scripts.acquire.answers import (
     MirrorFailed,
@@ -44,7 +44,7 @@ from workflow_scripts.acquire.stopping import pause
 from workflow_scripts.acquire.verified import CHUNK, Hasher, Wanted, already_there, now, objection, remember
 from workflow_scripts.acquire.voice import Voice
 from workflow_scripts.disk import FULL_DISK, check_disk, size_text
-from workflow_scripts.io import UserError, fsync_directory, read_json, write_json
+from workflow_scripts.io import UserError, read_json, write_json
 from workflow_scripts.secrets import MissingSecret, expand, public
 
 OVERLAP = 1 << 16
@@ -359,10 +359,9 @@ class _Fetch:
         raise MirrorFailed(f"the file {why}; kept for a look as {evidence}")
 
     def _finish(self, size: int, sha: str) -> dict[str, Any]:
-        with self.part.open("rb") as stream:
-            os.fsync(stream.fileno())
+        flush(self.part)
         self.part.replace(self.target)
-        fsync_directory(self.target.parent)
+        flush(self.target.parent)
         provenance = {
             "bytes": size,
             "sha256": sha,

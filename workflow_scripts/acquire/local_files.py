@@ -11,9 +11,10 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from llava_ext import files
 from workflow_scripts.archives import Listing, detect_type, list_members
 from workflow_scripts.config.sources import PathSource
-from workflow_scripts.io import UserError, canonical_json, file_sha256
+from workflow_scripts.io import UserError, canonical_json
 
 HASHED_UP_TO = 2 << 30
 
@@ -26,7 +27,7 @@ def described_path(path: Path, folder: Path) -> str:
 
 def describe_file(path: Path, shown: str, sha256: str | None = None) -> dict[str, Any]:
     """A file's entry in a source manifest."""
-    return {"path": shown, "bytes": path.stat().st_size, "sha256": sha256 or file_sha256(path)}
+    return {"path": shown, "bytes": path.stat().st_size, "sha256": sha256 or files.sha256(path)}
 
 
 def listing_identity(listing: Listing, times: bool) -> str:
@@ -48,7 +49,7 @@ def describe_folder(path: Path, shown: str, content: bool = False) -> dict[str, 
         "files": len(listing),
     }
     if content:
-        rows = [[name, file_sha256(path / name)] for name in listing.names]
+        rows = [[name, files.sha256(path / name)] for name in listing.names]
         entry["identity"] = hashlib.sha256(canonical_json(rows).encode()).hexdigest()
     else:
         entry["identity"] = listing_identity(listing, times=True)

@@ -11,9 +11,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from llava_ext.files import write_text
 from workflow_scripts.command_line import command_line
 from workflow_scripts.config.schema import Config
-from workflow_scripts.io import UserError, user_errors, write_text
+from workflow_scripts.io import UserError, user_errors
 
 ROOT = Path(__file__).parents[2]
 SCHEMA, PAGE = "config/schema.json", "docs/config.md"

@@ -23,9 +23,10 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
+from llava_ext.files import atomic_path, write_text
 from workflow_scripts.command_line import command_line, read_spec
 from workflow_scripts.config.shapes import ShapesSource
-from workflow_scripts.io import atomic_path, progress, user_errors, write_json, write_text
+from workflow_scripts.io import progress, user_errors, write_json
 
 SHAPES = ("circle", "square", "triangle", "star")
 COLOURS = {

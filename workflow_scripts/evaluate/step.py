@@ -15,26 +15,28 @@ from __future__ import annotations
 import base64
 import io
 import os
-import tarfile
 import tempfile
 import time
-import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llava_ext.files import sha256
+from workflow_scripts.archives import DamagedMember, Listing, StoreReader, list_members
 from workflow_scripts.command_line import command_line, read_spec
 from workflow_scripts.config.evaluation import EvaluationSpec
 from workflow_scripts.evaluate.tasks import TASKS
 from workflow_scripts.evaluate.tasks.task import Question, Task
-from workflow_scripts.io import UserError, digest, file_sha256, progress, read_json, user_errors, write_json
+from workflow_scripts.io import UserError, digest, progress, read_json, user_errors, write_json
 
 if TYPE_CHECKING:
     import torch
     from PIL import Image
 
+# A picture of more bytes is no picture of an evaluation.
+MOST_BYTES = 1 << 28
 CONDITIONS = ("normal", "permuted", "blank")
 
 
@@ -55,38 +57,28 @@ def read_pictures(source: Path, names: Sequence[str]) -> dict[str, bytes]:
     images = read_json(source)["images"]
     if images is None:
         raise UserError(f"{source}: the source has no pictures; evaluation.source needs one with pictures")
-    path = source.parent / images["path"]
-    with _members(path, images["type"]) as (members, read):
-        return {name: read(_member(name, members, path)) for name in dict.fromkeys(names)}
+    path, kind = source.parent / images["path"], images["type"]
+    listing = list_members(path, kind)
+    rows = {name: row for row, name in enumerate(listing.names)}
+    with StoreReader(path, kind) as reader:
+        return {
+            name: _picture(reader, listing, _row(name, rows, path), path) for name in dict.fromkeys(names)
+        }
 
 
-def _member(name: str, members: set[str], path: Path) -> str:
+def _row(name: str, rows: Mapping[str, int], path: Path) -> int:
     parts = name.split("/")
     for start in range(len(parts)):
-        if (member := "/".join(parts[start:])) in members:
-            return member
+        if (row := rows.get("/".join(parts[start:]))) is not None:
+            return row
     raise UserError(f"{path}: has no picture {name}; make the source again")
 
 
-@contextmanager
-def _members(path: Path, kind: str) -> Iterator[tuple[set[str], Callable[[str], bytes]]]:
-    """(names, reader) of a zip, a tar or a folder. Only names that were listed are read: nothing outside."""
-    if kind == "zip":
-        with zipfile.ZipFile(path) as archive:
-            yield set(archive.namelist()), archive.read
-    elif kind == "tar":
-        with tarfile.open(path) as tar:
-            files = {member.name: member for member in tar if member.isfile()}
-            yield set(files), lambda name: _stream(tar, files[name])
-    else:
-        names = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
-        yield names, lambda name: (path / name).read_bytes()
-
-
-def _stream(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    stream = tar.extractfile(member)
-    assert stream is not None  # it is a file
-    return stream.read()
+def _picture(reader: StoreReader, listing: Listing, row: int, path: Path) -> bytes:
+    try:
+        return reader.read(listing, row, MOST_BYTES).data
+    except DamagedMember as error:
+        raise UserError(f"{path}: {listing.names[row]}: {error}; make the source again") from None
 
 
 # ---- the checkpoint -----------------------------------------------------------------------------------------------
@@ -105,7 +97,7 @@ def check_code(folder: Path, files: dict[str, str]) -> None:
     """Raises UserError unless every Python file in ``folder`` is one that the export wrote, unchanged."""
     for path in sorted(folder.rglob("*.py")):
         name = path.relative_to(folder).as_posix()
-        if files.get(name) != file_sha256(path):
+        if files.get(name) != sha256(path):
             raise UserError(
                 f"{path}: not the file that the export wrote, so it is not run; delete the export's manifest and "
                 "export again"

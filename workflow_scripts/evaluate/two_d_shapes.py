@@ -19,10 +19,11 @@ from typing import Any
 import pandas as pd
 from PIL import Image, ImageDraw
 
+from llava_ext.files import atomic_path, write_text
 from workflow_scripts.acquire.local_files import describe_file, describe_folder
 from workflow_scripts.config.two_d_shapes import TwoDShapesSource
 from workflow_scripts.demo.shapes import WRITERS, encode, polygon
-from workflow_scripts.io import UserError, atomic_path, progress, write_text
+from workflow_scripts.io import UserError, progress
 
 SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross")
 COLOURS = {

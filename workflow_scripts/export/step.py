@@ -13,8 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llava_ext.files import sha256
 from workflow_scripts.command_line import command_line
-from workflow_scripts.io import UserError, digest, file_sha256, progress, read_json, user_errors, write_json
+from workflow_scripts.io import UserError, digest, progress, read_json, user_errors, write_json
 from workflow_scripts.prepare_model.step import link
 
 # Written by the trainer beside the checkpoint, of no use to whoever loads it.
@@ -33,7 +34,7 @@ def export_hf(trained: Path, target: Path) -> dict[str, str]:
     for name in progress(names, len(names), "verifying the checkpoint"):
         (staging / name).parent.mkdir(parents=True, exist_ok=True)
         link(state / name, staging / name)
-        if file_sha256(staging / name) != content["files"][name]:
+        if sha256(staging / name) != content["files"][name]:
             raise UserError(
                 f"{state / name}: has changed since the training finished; put the file back, or delete {trained} and "
                 f"{state} to train again"
@@ -50,7 +51,7 @@ def export_llava(hf: Path, target: Path, vision_tower: str) -> dict[str, str]:
 
     shutil.rmtree(target, ignore_errors=True)
     convert(hf, target, "llava", vision_tower=vision_tower)
-    return {path.name: file_sha256(path) for path in sorted(target.iterdir()) if path.is_file()}
+    return {path.name: sha256(path) for path in sorted(target.iterdir()) if path.is_file()}
 
 
 def export(spec: Mapping[str, Any], trained: Path, manifest: Path) -> dict[str, Any]:

@@ -15,10 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llava_ext.files import atomic_path
 from workflow_scripts.command_line import command_line, read_spec
 from workflow_scripts.config.mixtures import MixtureSpec
 from workflow_scripts.disk import explain_full_disk
-from workflow_scripts.io import UserError, atomic_path, user_errors, write_json
+from workflow_scripts.io import UserError, user_errors, write_json
 from workflow_scripts.merge.parts import (
     MergedPart,
     annotation_files,

@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 
 from llava_ext.data.samples import IMAGE_DTYPE, RECORD_DTYPE
-from workflow_scripts.io import atomic_path
+from llava_ext.files import atomic_path, sha256
 from workflow_scripts.merge.annotations import Records
 
 BLOCK = 16 << 20
@@ -96,12 +96,10 @@ def progress_of_blocks(blocks: Iterator[list[bytes]], total: int) -> Iterator[li
 
 def write_array(path: Path, array: np.ndarray) -> str:
     """Saves a .npy file, whole or not at all; returns its sha256."""
-    from workflow_scripts.io import file_sha256
-
     with atomic_path(path) as temporary:
         with temporary.open("wb") as stream:
             np.save(stream, array, allow_pickle=False)
-        return file_sha256(temporary)
+        return sha256(temporary)
 
 
 def empty_records(count: int) -> np.ndarray:

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from llava_ext.checkpoints.generation import REPAIRED, SAMPLING
+from llava_ext.files import sha256
 from workflow_scripts.command_line import command_line, read_spec
 from workflow_scripts.config.models import HubModel, ModelSpec, PathModel
-from workflow_scripts.io import UserError, digest, file_sha256, progress, read_json, user_errors, write_json
+from workflow_scripts.io import UserError, digest, progress, read_json, user_errors, write_json
 
 COPIED = (".json", ".txt", ".model", ".jinja", ".md", ".py")
 LINKED = (".safetensors",)
@@ -287,7 +288,7 @@ def _hashes(folder: Path, memory: Path) -> dict[str, dict[str, Any]]:
         facts = path.stat()
         key = [facts.st_size, facts.st_mtime_ns, facts.st_ino]
         row = known.get(path.name, {})
-        sha = row["sha256"] if row.get("key") == key else file_sha256(path)
+        sha = row["sha256"] if row.get("key") == key else sha256(path)
         found[path.name] = {"bytes": facts.st_size, "sha256": sha, "key": key}
     write_json(memory, found)
     return found

@@ -6,11 +6,11 @@ import base64
 import io
 import json
 import random
-import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from workflow_scripts.archives import DamagedMember, Listing, StoreReader, StoreType
 from workflow_scripts.report.collect import Collected, Manifest
 
 MOST_FILES = 60
@@ -21,6 +21,8 @@ MOST_SEARCHED = 100_000_000
 LONGEST_TEXT = 240
 # A picture of more pixels is not decoded for a thumbnail.
 MOST_PIXELS = 50_000_000
+# A file of more bytes is not read for a thumbnail.
+MOST_BYTES = 1 << 26
 
 
 def thumbnail(data: bytes, side: int = 96) -> str | None:
@@ -52,17 +54,23 @@ def opening(data: bytes, length: int = 44) -> str:
     return data[:length].decode("latin-1").translate(dict.fromkeys((*range(32), *range(127, 160)), "·"))
 
 
-def stored_bytes(store: Path, kind: str, row: Mapping[str, Any], most: int = 1 << 24) -> bytes:
-    """A member's bytes by the scan's offset (or its name, in a folder); empty when they can't be read."""
+def stored_bytes(store: Path, kind: StoreType, rows: Sequence[Mapping[str, Any]]) -> Iterator[bytes]:
+    """The bytes of each of a scan's rows; empty where they can't be read."""
+    keys = ("header", "stored_size", "size", "method")
+    header, stored, size, method = ([row[key] for row in rows] for key in keys)
+    listing = Listing(kind, [row["name"] for row in rows], header, stored, size, method)
     try:
-        if kind == "folder":
-            path = (store / row["name"]).resolve()
-            return path.read_bytes()[:most] if path.is_relative_to(store.resolve()) else b""
-        with store.open("rb") as stream:
-            stream.seek(row["offset"])
-            data = stream.read(min(row["stored_size"], most))
-        return zlib.decompress(data, -15) if row["method"] == 8 else data
-    except (OSError, zlib.error):
+        with StoreReader(store, kind) as reader:
+            for place in range(len(rows)):
+                yield _bytes_of(reader, listing, place)
+    except OSError:
+        yield from [b""] * len(rows)
+
+
+def _bytes_of(reader: StoreReader, listing: Listing, row: int) -> bytes:
+    try:
+        return reader.read(listing, row, MOST_BYTES).data
+    except (DamagedMember, OSError):
         return b""
 
 
@@ -74,8 +82,8 @@ def _unusual(scan: Manifest) -> list[dict[str, Any]]:
     table_path = scan[0].with_name("images.parquet")
     if not table_path.is_file():
         return []
-    columns = ["name", "offset", "stored_size", "method", "status", "wrong_suffix", "format", "detail"]
-    table = pq.read_table(table_path, columns=columns)
+    place = ["name", "header", "stored_size", "size", "method"]
+    table = pq.read_table(table_path, columns=[*place, "status", "wrong_suffix", "format", "detail"])
     table = table.filter(pc.or_(pc.not_equal(table["status"], "ok"), table["wrong_suffix"]))
     kinds: dict[str, list[dict[str, Any]]] = {}
     for row in table.slice(0, 100_000).to_pylist():
@@ -157,10 +165,12 @@ def _damaged_rows(found: Collected, name: str) -> list[dict[str, Any]]:
     images = source[1]["images"] if source else None
     unusual = _unusual(scan)
     uses = _uses(found, name, {row["name"] for row in unusual if row["status"] == "ok"})
-    for row in unusual:
-        data = (
-            stored_bytes(source[0].parent / images["path"], images["type"], row) if source and images else b""
-        )
+    stored = (
+        stored_bytes(source[0].parent / images["path"], images["type"], unusual)
+        if source and images
+        else [b""] * len(unusual)
+    )
+    for row, data in zip(unusual, stored, strict=True):
         picture = thumbnail(data)
         rows.append(
             {

@@ -21,9 +21,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llava_ext.files import atomic_path, write_text
 from workflow_scripts.command_line import command_line
 from workflow_scripts.evaluate.tasks import TASKS
-from workflow_scripts.io import atomic_path, user_errors, write_text
+from workflow_scripts.io import user_errors
 from workflow_scripts.report import collect
 from workflow_scripts.report.collect import Collected
 from workflow_scripts.report.table import (

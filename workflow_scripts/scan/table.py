@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from llava_ext.files import atomic_path
 from workflow_scripts.archives import (
     DamagedMember,
     Listing,
@@ -30,7 +31,7 @@ from workflow_scripts.archives import (
     list_members,
     store_size,
 )
-from workflow_scripts.io import UserError, atomic_path, progress
+from workflow_scripts.io import UserError, progress
 from workflow_scripts.scan.image_check import (
     MAX_BYTES,
     MAX_PIXELS,
