@@ -1,15 +1,22 @@
 """What a user sees of running, finished, interrupted, failed and killed trainings."""
 
+import fcntl
+import io
 import json
 import os
 import pty
+import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
+from contextlib import suppress
 
 import pytest
+from rich.console import Console
 
 from tests.support.workspace import ROOT
 from workflow_scripts.io import UserError, write_json
@@ -17,9 +24,9 @@ from workflow_scripts.launch import attempts
 from workflow_scripts.launch.ownership import Ownership
 from workflow_scripts.launch.step import complete
 from workflow_scripts.plan.plan import read_plan
-from workflow_scripts.status.cli import draw, render
+from workflow_scripts.status.cli import Tail, as_json, main
 from workflow_scripts.status.read import all_statuses, read_status
-from workflow_scripts.status.table import duration, shorten, table
+from workflow_scripts.status.table import Trainings, duration, shorten, table
 
 LOG = "llava_ext: step 3/8\nTraceback (most recent call last):\nerror: an older one\nerror: {}\nand its second line\n"
 
@@ -213,7 +220,7 @@ def test_an_owner_that_cannot_be_asked_is_judged_by_its_last_sign_of_life(folder
 
 def test_json_keeps_its_names(folder):
     folder.finished("vanilla")
-    found = json.loads(render(folder.root, as_json=True))
+    found = json.loads(as_json(folder.root))
     assert {
         "stage",
         "run",
@@ -234,23 +241,60 @@ def test_json_keeps_its_names(folder):
 
 def test_no_training_yet(tmp_path, capfd):
     (tmp_path / "runs").mkdir()
-    draw(render(tmp_path, as_json=False))
+    main(["--directory", str(tmp_path)])
     assert capfd.readouterr().out == "no training yet\n"
 
 
-def test_watching_redraws_in_place_and_ends_with_ctrl_c(folder):
+CONTROL = re.compile(rb"\033\[[?0-9;]*[A-Za-z]|\r")
+
+
+def test_watching_shows_what_changes_and_ends_with_ctrl_c(folder):
     folder.finished("vanilla")
     terminal, other = pty.openpty()
+    fcntl.ioctl(other, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
     command = [sys.executable, "-m", "workflow_scripts.status", "--watch", "0.1", "--directory", folder.root]
-    process = subprocess.Popen(command, cwd=ROOT, stdin=other, stdout=other, stderr=other)
+    environment = os.environ | {"TERM": "xterm"}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=other, stdout=other, stderr=other)
     os.close(other)
     shown = b""
-    while shown.count(b"\033[H") < 3:
-        shown += os.read(terminal, 1 << 16)
+
+    def wait_for(words):
+        nonlocal shown
+        while words not in CONTROL.sub(b"", shown):
+            shown += os.read(terminal, 1 << 16)
+
+    wait_for(b"1 finished")
+    folder.ended("compress_4", "failed (1)", LOG.format("record 7: no such image"))
+    wait_for(b"1 failed, 1 finished")
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=30) == 0
-    shown += os.read(terminal, 1 << 16)
+    with suppress(OSError):  # what Linux says of a terminal that nobody has open any more
+        while piece := os.read(terminal, 1 << 16):
+            shown += piece
     os.close(terminal)
-    assert shown.count(b"\033[2J") == 1, "it is cleared once only, so that it does not flicker"
-    assert b"1 finished" in shown and b"Traceback" not in shown
-    assert shown.endswith(b"\033[?25h"), "the cursor is back"
+    words = CONTROL.sub(b"", shown).decode()
+    left = words[words.rindex("stage ") :].splitlines()
+    assert "    record 7: no such image" in left and "1 failed, 1 finished" in left, "the last table stays"
+    assert max(map(len, left)) <= 100
+    assert "Traceback" not in words
+    hidden_or_back = re.findall(rb"\033\[\?25([hl])", shown)
+    assert hidden_or_back[-1] == b"h", "the cursor is back"
+
+
+def test_a_low_terminal_keeps_the_titles_the_last_trainings_and_the_sum(folder):
+    for name in ("vanilla", "normalize", "compress_4", "compress_1"):
+        folder.ended(name, "failed (1)", LOG.format(f"why {name} failed"))
+    console = Console(width=100, height=8, file=io.StringIO())
+    console.print(Tail(Trainings(all_statuses(folder.root))))
+    lines = console.file.getvalue().splitlines()
+    assert len(lines) == 7 and lines[0].startswith("stage") and lines[-1] == "4 failed"
+    assert lines[1] == f"... {len(table(all_statuses(folder.root), 100).splitlines()) - 6} lines more"
+
+
+def test_a_pipe_gets_plain_lines_of_any_width(folder):
+    folder.ended("vanilla", "failed (1)", LOG.format("[red]" + "x" * 300))
+    command = [sys.executable, "-m", "workflow_scripts.status", "--directory", folder.root]
+    environment = os.environ | {"FORCE_COLOR": "1", "COLUMNS": "40"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == table(all_statuses(folder.root)) + "\n"
+    assert "[red]" + "x" * 300 in done.stdout and "\033" not in done.stdout

@@ -8,53 +8,73 @@ why, and where its log is.
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.live import Live
+from rich.segment import Segment
 
 from workflow_scripts.command_line import command_line
 from workflow_scripts.io import UserError, user_errors
 from workflow_scripts.status.read import all_statuses
-from workflow_scripts.status.table import table
+from workflow_scripts.status.table import Trainings, table
 
 
-@contextmanager
-def redrawing() -> Iterator[None]:
-    """Hides the cursor of a terminal, and ends with Ctrl-C without a traceback, the cursor back."""
-    shown = sys.stdout.isatty()
-    print("\033[?25l\033[2J" if shown else "", end="")
-    try:
-        yield
-    except KeyboardInterrupt:
-        pass
-    finally:
-        print("\033[?25h" if shown else "", end="", flush=True)
+@dataclass(frozen=True)
+class Tail:
+    """As much as the terminal has lines for: the titles, and the last trainings with the sum."""
+
+    content: Trainings
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        lines = console.render_lines(self.content, options, pad=False)
+        most = console.height - 1
+        if len(lines) > most:
+            left_out = [Segment(f"... {len(lines) - most + 1} lines more")]
+            lines = [lines[0], left_out, *lines[len(lines) - most + 2 :]]
+        for line in lines:
+            yield from (*line, Segment.line())
 
 
-def draw(text: str) -> None:
-    """Writes over what stands on a terminal, line by line, so that it does not flicker; elsewhere writes below it."""
-    if not sys.stdout.isatty():
-        print(text, flush=True)
-        return
-    width, height = shutil.get_terminal_size()
-    lines = [line[:width] for line in text.splitlines()]
-    height -= 1
-    if len(lines) > height:  # the newest are last, and the sum
-        lines = [lines[0], f"... {len(lines) - height + 1} lines more", *lines[len(lines) - height + 2 :]]
-    sys.stdout.write("\033[H" + "".join(f"{line}\033[K\n" for line in lines) + "\033[J")
-    sys.stdout.flush()
+def as_json(root: Path) -> str:
+    """One JSON object a training and line."""
+    return "\n".join(json.dumps(asdict(item)) for item in all_statuses(root))
 
 
-def render(root: Path, as_json: bool) -> str:
-    """All trainings as text, as wide as the terminal allows, or one JSON object a line."""
-    found = all_statuses(root)
-    if as_json:
-        return "\n".join(json.dumps(asdict(item)) for item in found)
-    return table(found, shutil.get_terminal_size().columns if sys.stdout.isatty() else None)
+def show(root: Path, console: Console) -> None:
+    """Prints the table: as wide as the terminal allows, or plain and as wide as it is elsewhere."""
+    if console.is_terminal:
+        console.print(Trainings(all_statuses(root)), highlight=False)
+    else:
+        print(table(all_statuses(root)), flush=True)
+
+
+def watch(root: Path, console: Console, seconds: float) -> None:
+    """Redraws the table in place until Ctrl-C."""
+    with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
+        while True:
+            live.update(Tail(Trainings(all_statuses(root))), refresh=True)
+            time.sleep(seconds)
+
+
+def run(root: Path, seconds: float | None, json_lines: bool) -> None:
+    """Shows the trainings once, or every so many seconds: in place where that can be, else below."""
+    console = Console(force_terminal=sys.stdout.isatty())
+    if seconds and not json_lines and console.is_terminal and not console.is_dumb_terminal:
+        watch(root, console, seconds)
+    while True:
+        if json_lines:
+            print(as_json(root), flush=True)
+        else:
+            show(root, console)
+        if not seconds:
+            return
+        time.sleep(seconds)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -71,13 +91,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(
                 f"{options.directory.absolute()}: no folder runs/ here; give the working folder with --directory"
             )
-        if not options.watch:
-            print(render(options.directory, options.json), flush=True)
-            return
-        with redrawing():
-            while True:
-                draw(render(options.directory, options.json))
-                time.sleep(options.watch)
+        with suppress(KeyboardInterrupt):
+            run(options.directory, options.watch, options.json)
 
 
 if __name__ == "__main__":

@@ -1,49 +1,47 @@
-"""The state of all trainings as a text table that fits its content, and the terminal where there is one."""
+"""The state of all trainings as a table that fits its content, and the terminal where there is one."""
 
 from __future__ import annotations
 
+import io
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.measure import Measurement
+from rich.segment import Segment
+from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from workflow_scripts.status.read import Status
 
-STATES = (
-    "running",
-    "unknown",
-    "not started",
-    "interrupted",
-    "killed",
-    "failed",
-    "refused",
-    "unreadable",
-    "finished",
-)
-# What a narrow terminal goes without, first of all the first.
-EXPENDABLE = ("experiments", "where", "saved", "try", "tok/s", "gpus", "stage")
+# In the order of the sum, with their colours.
+STATES = {
+    "running": "green",
+    "unknown": "yellow",
+    "not started": "dim",
+    "interrupted": "yellow",
+    "killed": "red",
+    "failed": "red",
+    "refused": "red",
+    "unreadable": "red",
+    "finished": "blue",
+}
 SHORTEST_NAME = 12
-GAP = "  "
+UNLIMITED = 100_000
+"""The width of what is no terminal."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """A title, one cell a training, and whether they stand on the right."""
+    """What a training shows under a title. Narrow terminals go without the column of the lowest ``worth`` first; 0 stays."""
 
     title: str
-    cells: Sequence[str]
+    cell: Callable[[Status], str]
+    worth: int = 0
     right: bool = True
-
-    @property
-    def width(self) -> int:
-        """As wide as the widest cell."""
-        return max(len(cell) for cell in (self.title, *self.cells))
-
-    def line(self, row: int) -> str:
-        """The cell of a row, or the title (-1), at the column's width."""
-        cell = self.title if row < 0 else self.cells[row]
-        return f"{cell:>{self.width}}" if self.right else f"{cell:<{self.width}}"
 
 
 def duration(seconds: float | None) -> str:
@@ -57,48 +55,21 @@ def duration(seconds: float | None) -> str:
     return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
 
 
-def columns(statuses: Sequence[Status]) -> list[Column]:
-    """Everything that is shown; what is empty for all is left out."""
-    every = [
-        Column("stage", [item.stage for item in statuses], right=False),
-        Column("run", [item.run for item in statuses], right=False),
-        Column("state", [item.state for item in statuses], right=False),
-        Column("step", [f"{item.step}/{item.steps}" if item.steps else str(item.step) for item in statuses]),
-        Column("loss", ["" if item.loss is None else f"{item.loss:.4f}" for item in statuses]),
-        Column(
-            "tok/s", ["" if item.tokens_per_s is None else f"{item.tokens_per_s:.0f}" for item in statuses]
-        ),
-        Column("left", [duration(item.eta_s) for item in statuses]),
-        Column("idle", [duration(item.idle_s) for item in statuses]),
-        Column("try", [str(item.attempts) for item in statuses]),
-        Column("gpus", [item.gpus for item in statuses]),
-        Column("saved", [str(item.saved_step) for item in statuses]),
-        Column("where", [item.where for item in statuses], right=False),
-        Column("experiments", [", ".join(item.experiments) for item in statuses], right=False),
-    ]
-    return [column for column in every if any(column.cells)]
-
-
-def fit(found: list[Column], width: int) -> list[Column]:
-    """Leaves out what can be spared, then shortens the runs' names in their middle, until a line is that wide."""
-    for title in EXPENDABLE:
-        if _total(found) <= width:
-            return found
-        found = [column for column in found if column.title != title]
-    spare = _total(found) - width
-    if spare <= 0:
-        return found
-    longest = max(SHORTEST_NAME, next(column.width for column in found if column.title == "run") - spare)
-    return [
-        Column("run", [shorten(cell, longest) for cell in column.cells], False)
-        if column.title == "run"
-        else column
-        for column in found
-    ]
-
-
-def _total(found: Sequence[Column]) -> int:
-    return sum(column.width + len(GAP) for column in found) - len(GAP)
+COLUMNS = (
+    Column("stage", lambda item: item.stage, 7, right=False),
+    Column("run", lambda item: item.run, right=False),
+    Column("state", lambda item: item.state, right=False),
+    Column("step", lambda item: f"{item.step}/{item.steps}" if item.steps else str(item.step)),
+    Column("loss", lambda item: "" if item.loss is None else f"{item.loss:.4f}"),
+    Column("tok/s", lambda item: "" if item.tokens_per_s is None else f"{item.tokens_per_s:.0f}", 5),
+    Column("left", lambda item: duration(item.eta_s)),
+    Column("idle", lambda item: duration(item.idle_s)),
+    Column("try", lambda item: str(item.attempts), 4),
+    Column("gpus", lambda item: item.gpus, 6),
+    Column("saved", lambda item: str(item.saved_step), 3),
+    Column("where", lambda item: item.where, 2, right=False),
+    Column("experiments", lambda item: ", ".join(item.experiments), 1, right=False),
+)
 
 
 def shorten(name: str, width: int) -> str:
@@ -109,6 +80,60 @@ def shorten(name: str, width: int) -> str:
     return f"{name[: width - end - 1]}…{name[len(name) - end :]}"
 
 
+@dataclass(frozen=True)
+class Trainings:
+    """One line a training, below it why it failed, the sum last; columns that are empty for all are left out."""
+
+    statuses: Sequence[Status]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if self.statuses:
+            rows = console.render_lines(self._fit(console, options), options, pad=False)
+            yield from (*rows[0], Segment.line())
+            for item, row in zip(self.statuses, rows[1:], strict=True):
+                yield from (*row, Segment.line())
+                if item.reason:
+                    yield Text(f"    {item.reason}", no_wrap=True, overflow="ellipsis")
+                if item.log:
+                    # Not Text: a path that is broken into lines can't be copied.
+                    yield from (Segment(f"    log: {item.log}"), Segment.line())
+        yield Text(summary(self.statuses))
+
+    def _fit(self, console: Console, options: ConsoleOptions) -> Table:
+        """Leaves out what can be spared, then shortens the runs' names in their middle, until a line fits."""
+        found = [column for column in COLUMNS if any(column.cell(item) for item in self.statuses)]
+        grid = self._grid(found)
+        longest = max(len(item.run) for item in self.statuses)
+        while (spare := Measurement.get(console, _unlimited(options), grid).maximum - options.max_width) > 0:
+            spared = min(
+                (column for column in found if column.worth), key=lambda column: column.worth, default=None
+            )
+            if spared is None:
+                return self._grid(found, max(SHORTEST_NAME, longest - spare))
+            found.remove(spared)
+            grid = self._grid(found)
+        return grid
+
+    def _grid(self, columns: Sequence[Column], longest: int = UNLIMITED) -> Table:
+        grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        for column in columns:
+            grid.add_column(column.title, justify="right" if column.right else "left", no_wrap=True)
+        for item in self.statuses:
+            grid.add_row(*(_cell(column, item, longest) for column in columns))
+        return grid
+
+
+def _unlimited(options: ConsoleOptions) -> ConsoleOptions:
+    return options.update(width=UNLIMITED)
+
+
+def _cell(column: Column, item: Status, longest: int) -> Text:
+    text = column.cell(item)
+    if column.title == "run":
+        text = shorten(text, longest)
+    return Text(text, style=STATES.get(item.state, "") if column.title == "state" else "")
+
+
 def summary(statuses: Sequence[Status]) -> str:
     """`1 running, 2 finished`."""
     counted = Counter(item.state for item in statuses)
@@ -116,19 +141,8 @@ def summary(statuses: Sequence[Status]) -> str:
 
 
 def table(statuses: Sequence[Status], width: int | None = None) -> str:
-    """The statuses as text: one line each, why it failed below, the sum last. ``width``: of the terminal."""
-    if not statuses:
-        return summary(statuses)
-    found = columns(statuses) if width is None else fit(columns(statuses), width)
-    lines = [GAP.join(column.line(-1) for column in found).rstrip()]
-    for row, item in enumerate(statuses):
-        lines.append(GAP.join(column.line(row) for column in found).rstrip())
-        if item.reason:
-            lines += _cut([f"    {item.reason}"], width)
-        if item.log:
-            lines.append(f"    log: {item.log}")
-    return "\n".join([*lines, summary(statuses)])
-
-
-def _cut(lines: list[str], width: int | None) -> list[str]:
-    return [line if width is None or len(line) <= width else f"{line[: width - 1]}…" for line in lines]
+    """The statuses as plain text, as wide as they are or at most ``width``."""
+    console = Console(file=io.StringIO(), width=width or UNLIMITED, color_system=None, force_terminal=False)
+    with console.capture() as captured:
+        console.print(Trainings(statuses), highlight=False)
+    return "\n".join(line.rstrip() for line in captured.get().splitlines())
