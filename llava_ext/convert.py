@@ -4,8 +4,9 @@
     python -m llava_ext.convert stage1/ hf/ --to hf --llm vicuna-7b-v1.5/ --tower clip-vit-large-patch14-336/
     python -m llava_ext.convert hf/ original/ --to llava --vision_tower openai/clip-vit-large-patch14-336
 
-The source may be a stock or intervention HF checkpoint, a whole original checkpoint, or a stage-1 folder
-(`config.json` and `mm_projector.bin`) with its base LLM. Pickles are read as tensors only; no code from a checkpoint is run.
+The source may be a stock or intervention HF checkpoint, a whole original checkpoint, or, with its base LLM, a stage-1
+folder (`config.json` and `mm_projector.bin`) or a LoRA folder of LLaVA's (adapters and `non_lora_trainables.bin`),
+whose adapters are merged. Pickles are read as tensors only; no code from a checkpoint is run.
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("source", type=Path, help="checkpoint folder")
     parser.add_argument("target", type=Path, help="folder to be made")
     parser.add_argument("--to", choices=("hf", "llava"), required=True, help="layout of the target")
-    parser.add_argument("--llm", help="base LLM of a stage-1 folder")
+    parser.add_argument("--llm", help="base LLM of a stage-1 or LoRA folder")
     parser.add_argument(
         "--tower", help="vision tower of an original checkpoint, if the path in its config is not here"
     )

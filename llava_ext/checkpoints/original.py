@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 
 from ..data.image_token import image_token_id
 from ..errors import TrainingError
-from ..files import write_json
+from ..files import read_json, write_json
 from ..model import parts
 from ..model.build import without_zero3
 from ..model.interventions import (
@@ -42,6 +42,7 @@ from ..model.interventions import (
 )
 from ..model.language_models import LANGUAGE_MODELS, language_model, original_text_type
 from ..model.towers import TOWERS, registered_tower
+from . import adapters
 from .keys import ORIGINAL_PROJECTOR, TOWER, TRAINED_TOWER, state_from_original, state_to_original
 from .tensors import WEIGHT_FILES, check_projector, read_folder, read_projector, save_sharded
 
@@ -231,6 +232,12 @@ def is_original(folder: Path) -> bool:
     return "mm_vision_tower" in config
 
 
+def is_llava(folder: Path) -> bool:
+    """Whether a model folder is a whole LLaVA checkpoint, of any layout, rather than a language model."""
+    described = read_json(folder / "config.json") or {}
+    return described.get("model_type") in ("llava", "spatial_llava") or "mm_vision_tower" in described
+
+
 def check_interventions(mine: Interventions, theirs: Interventions, what: str) -> None:
     """Refuses weights that were trained with other interventions, naming each key that differs."""
     differing = mine.differences(theirs)
@@ -306,10 +313,11 @@ def load_original(
     llm: str | Path | None = None,
     tower: str | Path | None = None,
 ) -> tuple[Any, Any, Any]:
-    """Model, tokenizer and image processor of an original LLaVA folder: a whole checkpoint, or a projector for a base LLM.
+    """Model, tokenizer and image processor of an original LLaVA folder: a whole checkpoint, or a projector for a base LLM, with
+    or without adapters.
 
     Args:
-        folder: with ``config.json`` and either all weights or ``mm_projector.bin``.
+        folder: with ``config.json`` and either all weights or a projector, beside which LLaVA's LoRA leaves adapters.
         llm: the base LLM of a projector; default: what the config names, if it is a folder.
         tower: the vision tower; default: what the config names.
 
@@ -339,6 +347,8 @@ def load_original(
     else:
         text_folder = find_model(described.get("_name_or_path"), llm, path, "base LLM", "--llm")
         language = parts.load_llm(text_folder, dtype, attn_implementation)
+        if adapters.is_adapter_folder(path):
+            language = adapters.merge_adapters(language, path)
     tokenizer = parts.load_tokenizer(text_folder, model_max_length)
     interventions = interventions_from_original(described, grid)
     fields |= _own_fields(described)

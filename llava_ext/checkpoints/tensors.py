@@ -15,7 +15,9 @@ from ..errors import TrainingError
 from ..files import write_json
 from .keys import ORIGINAL_PROJECTOR, State, projector_from_original
 
-PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
+# What trained beside LLaVA's low-rank adapters.
+NON_LORA = "non_lora_trainables.bin"
+PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin", NON_LORA)
 
 
 WEIGHT_FILES = (

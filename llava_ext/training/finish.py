@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import files
-from ..checkpoints import keys, original, tensors
+from ..checkpoints import adapters, keys, original, tensors
 from ..checkpoints.stored import save_checkpoint, save_tower
 from ..distributed.collectives import barrier
 from ..errors import TrainingError, say
@@ -22,6 +22,8 @@ from .trainer import LlavaTrainer
 
 if TYPE_CHECKING:
     from .arguments import Arguments
+
+ADAPTERS = "adapters"
 
 
 def conclude(
@@ -77,13 +79,16 @@ def write_final(
     """The stage's result, written to ``folder`` and read back.
 
     Stage 1: ``mm_projector.bin``, ``mm_projector.safetensors`` and ``config.json`` as LLaVA's, and the folder
-    ``vision_tower`` if that was trained; stage 2: a HF checkpoint.
+    ``vision_tower`` if that was trained; stage 2: a HF checkpoint, and the folder ``adapters``, as LLaVA's LoRA leaves it,
+    where they are to be kept.
     """
     folder.mkdir(parents=True)
     model = trainer.plain_model
+    keeps_adapters = is_adapted(model) and not arguments.training.lora_merge
     if is_adapted(model):
-        if not arguments.training.lora_merge:
-            save_adapters(model, state, folder / "adapters")
+        if keeps_adapters:
+            base, alone = arguments.model.model_name_or_path, not original.is_llava(folders["llm"])
+            save_adapters(model, state, folder / ADAPTERS, base, alone)
         state = merged_state(model, state)
         model = model.get_base_model()
     half = half_precision(arguments.training)
@@ -95,6 +100,13 @@ def write_final(
     # Off while training; a finished model generates with it.
     model.config.text_config.use_cache = True
     vars(model.config).pop("use_cache", None)
+    if keeps_adapters:
+        _write_projector(model, state, arguments, folders, folder / ADAPTERS)
+        projector = tensors.read_tensors(folder / ADAPTERS / "mm_projector.bin")
+        torch.save(
+            {adapters.WRAPPED + name: tensor for name, tensor in projector.items()},
+            folder / ADAPTERS / tensors.NON_LORA,
+        )
     if arguments.model.tune_mm_mlp_adapter:
         _write_projector(model, state, arguments, folders, folder)
     else:
@@ -127,7 +139,8 @@ def _write_projector(
         tower = {name.removeprefix(keys.TOWER): t for name, t in state.items() if name.startswith(keys.TOWER)}
         processor = load_image_processor(folders["vision_tower"])
         save_tower(model.model.vision_tower, tower, processor, folder / original.TOWER_FOLDER)
-        settings["mm_vision_tower"] = str(Path(arguments.training.output_dir) / original.TOWER_FOLDER)
+        place = Path(arguments.training.output_dir) / (ADAPTERS if folder.name == ADAPTERS else "")
+        settings["mm_vision_tower"] = str(place / original.TOWER_FOLDER)
     described = original.config_to_original(
         json.loads(model.config.text_config.to_json_string(use_diff=False)),
         json.loads(model.config.vision_config.to_json_string(use_diff=False)),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..checkpoints import adapters
 from .optimizer import LANGUAGE_MODEL, PROJECTOR, TOWER, component
 
 
@@ -34,16 +36,16 @@ def add_adapters(
     """The model with adapters. Everything is frozen but these and, unless told otherwise, the projector.
 
     Args:
-        weights: an adapter folder to start from; empty starts new ones.
+        weights: an adapter folder to start from, ours or LLaVA's; empty starts new ones.
         in_float32: keep adapters in float32 beside a half-precision model. Not for DeepSpeed, which keeps float32 copies itself
             and whose ZeRO-3 takes one precision only.
     """
-    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft import LoraConfig, get_peft_model
 
     if weights:
-        wrapped = PeftModel.from_pretrained(
-            model, weights, is_trainable=True, autocast_adapter_dtype=in_float32
-        )
+        saved = adapters.read_adapters(Path(weights))
+        state = {adapters.name_inside(name): tensor for name, tensor in saved.items()}
+        wrapped = adapters.attach(model, Path(weights), state, in_float32)
     else:
         config = LoraConfig(
             r=rank,
@@ -92,6 +94,28 @@ def merged_state(model: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.
     return found
 
 
-def save_adapters(model: Any, state: dict[str, torch.Tensor], folder: Path) -> None:
-    """The adapters alone, in peft's layout. ``state``: gathered tensors under the adapted model's names."""
-    model.save_pretrained(str(folder), state_dict=state)
+def save_adapters(
+    model: Any, state: dict[str, torch.Tensor], folder: Path, base: str, alone: bool = True
+) -> None:
+    """The adapters in peft's layout, which peft loads on the model that ``base`` names.
+
+    Args:
+        state: gathered tensors under the adapted model's names.
+        base: folder or hub id, as the training was given it.
+        alone: ``base`` is a language model; else it is a whole LLaVA checkpoint, whose names are ours.
+    """
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True)
+    found = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
+    found = {name: tensor.contiguous() for name, tensor in found.items() if component(name) == LANGUAGE_MODEL}
+    config = copy.copy(model.peft_config["default"])
+    config.inference_mode = True
+    config.base_model_name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
+    modules = adapters.adapted_modules(found)
+    config.target_modules = {name.rpartition(".")[2] for name in modules} if alone else set(modules)
+    if alone:
+        found = {adapters.name_alone(name): tensor for name, tensor in found.items()}
+    save_file(found, folder / adapters.WEIGHTS[0], metadata={"format": "pt"})
+    config.save_pretrained(str(folder))

@@ -180,7 +180,7 @@ def _check_text(samples: EncodedSamples, arguments: Arguments) -> None:
 def _make_model(arguments: Arguments, folders: dict[str, Path]) -> tuple[Any, Any]:
     """The model, with the projector to start from, frozen as the stage wants it."""
     model_args, training = arguments.model, arguments.training
-    make = _from_checkpoint if _is_llava(folders["llm"]) else _from_parts
+    make = _from_checkpoint if original.is_llava(folders["llm"]) else _from_parts
     model, image_processor = make(arguments, folders)
     if model_args.pretrain_mm_mlp_adapter:
         load_projector(model, Path(model_args.pretrain_mm_mlp_adapter))
@@ -207,12 +207,6 @@ def _make_model(arguments: Arguments, folders: dict[str, Path]) -> tuple[Any, An
         train_tower(model)
     cast_frozen(model, training)
     return model, image_processor
-
-
-def _is_llava(folder: Path) -> bool:
-    """Whether a model folder is a whole LLaVA checkpoint rather than a language model."""
-    described = files.read_json(folder / "config.json") or {}
-    return described.get("model_type") in ("llava", "spatial_llava") or "mm_vision_tower" in described
 
 
 def _from_parts(arguments: Arguments, folders: dict[str, Path]) -> tuple[Any, Any]:

@@ -198,6 +198,78 @@ def test_a_stage_1_folder_on_its_base_llm(name, tmp_path):
     assert not (tmp_path / "again" / "model.safetensors").exists()
 
 
+def lora(folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A folder as LLaVA's LoRA training of peft 0.4 leaves it: pickles, suffixes of names, settings that have gone."""
+    stage_1(folder)
+    projector = tensors.read_tensors(folder / "mm_projector.bin")
+    (folder / "mm_projector.bin").unlink()
+    torch.save({f"base_model.model.{name}": t for name, t in projector.items()}, folder / tensors.NON_LORA)
+    generator = torch.Generator().manual_seed(3)
+    weights = {}
+    for name, tensor in all_tensors(LLM).items():
+        if name.endswith("_proj.weight"):
+            rows, columns = tensor.shape
+            layer = "base_model.model." + name.removesuffix(".weight")
+            weights[f"{layer}.lora_A.weight"] = torch.randn(2, columns, generator=generator)
+            weights[f"{layer}.lora_B.weight"] = torch.randn(rows, 2, generator=generator)
+    torch.save(weights, folder / "adapter_model.bin")
+    settings = {
+        "auto_mapping": None,
+        "base_model_name_or_path": "lmsys/vicuna-7b-v1.5",
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "lora_alpha": 4,
+        "lora_dropout": 0.05,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": 2,
+        "revision": None,
+        "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        "task_type": "CAUSAL_LM",
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    return folder, weights
+
+
+def test_a_lora_folder_of_llavas_becomes_a_checkpoint(tmp_path):
+    folder, added = lora(tmp_path / "lora")
+    run(folder, tmp_path / "hf", "--to", "hf", "--llm", LLM, "--tower", TOWER)
+    run(tmp_path / "hf", tmp_path / "original", "--to", "llava", "--vision_tower", TOWER)
+    found, base = all_tensors(tmp_path / "original"), all_tensors(LLM)
+    name = "model.layers.0.self_attn.q_proj"
+    up, down = (added[f"base_model.model.{name}.lora_{side}.weight"] for side in "BA")
+    torch.testing.assert_close(found[f"{name}.weight"], base[f"{name}.weight"] + 2 * up @ down)
+    assert torch.equal(found["model.norm.weight"], base["model.norm.weight"])
+    stored = tensors.read_tensors(folder / tensors.NON_LORA)
+    assert all(torch.equal(found[key.removeprefix("base_model.model.")], t) for key, t in stored.items())
+
+
+def test_a_lora_folder_that_does_not_fit_is_refused(tmp_path, capsys):
+    folder, added = lora(tmp_path / "lora")
+    words = (folder, tmp_path / "hf", "--to", "hf", "--llm", LLM, "--tower", TOWER)
+    projector = tensors.read_tensors(folder / tensors.NON_LORA)
+    torch.save(
+        projector | {"base_model.model.model.embed_tokens.weight": torch.ones(1)}, folder / tensors.NON_LORA
+    )
+    run(*words, expect=1)
+    assert "allowed is a projector; found base_model.model.model.embed_tokens" in capsys.readouterr().err
+    torch.save(projector, folder / tensors.NON_LORA)
+    for wrong in (
+        {name: t[:, :1] for name, t in added.items()},
+        {"base_model.model.model.x.lora_A.weight": 0 * next(iter(added.values()))},
+    ):
+        torch.save(wrong, folder / "adapter_model.bin")
+        run(*words, expect=1)
+        assert "its adapters do not fit" in capsys.readouterr().err
+    (folder / "adapter_model.bin").unlink()
+    run(*words, expect=1)
+    assert "no adapters; expected adapter_config.json" in capsys.readouterr().err
+
+
 def test_sharded_and_pickled_originals(tmp_path):
     """`pytorch_model-*.bin` with an index, as older LLaVA checkpoints are."""
     run(checkpoint(tmp_path / "hf"), tmp_path / "original", "--to", "llava", "--vision_tower", TOWER)

@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
-from llava_ext.checkpoints import keys, original, tensors
+from llava_ext import convert
+from llava_ext.checkpoints import adapters, keys, original, tensors
 from llava_ext.checkpoints.stored import load_model
 from tests.support.trainings import GOLDEN, command_line, losses, result, rows, run
 
@@ -154,6 +157,67 @@ def test_a_projector_of_another_layer_of_the_tower_is_refused(tmp_path, train_he
         ),
         "--mm_vision_select_layer -1",
         f"was trained with {depth - 1}",
+    )
+
+
+def test_adapters_that_are_kept_load_with_peft_and_convert(tmp_path, train_here, monkeypatch):
+    """By the names of the language model alone, on the base that they name; with LLaVA's files beside them."""
+    ok(train_here(short(2, tmp_path, lora_enable=True, lora_merge=False, lora_r=4, learning_rate=1e-2)))
+    folder = tmp_path / "adapters"
+    base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert Path(base) == GOLDEN / "llm"
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    final, tokenizer, _ = load_model(tmp_path)
+    words = tokenizer("USER: What is it? ASSISTANT: A circle.", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        before = plain.eval()(words).logits
+        adapted = PeftModel.from_pretrained(plain, folder).eval()(words).logits
+        merged = final.eval()(input_ids=words).logits
+    torch.testing.assert_close(adapted, merged, atol=1e-5, rtol=0)
+    assert (adapted - before).abs().max() > 1e-3
+    assert tensors.read_tensors(folder / "non_lora_trainables.bin").keys() == {
+        f"base_model.model.{name}" for name in tensors.read_tensors(folder / "mm_projector.bin")
+    }
+    monkeypatch.chdir(GOLDEN)
+    convert.main([str(folder), str(tmp_path / "hf"), "--to", "hf"])
+    ours, theirs = weights(tmp_path / "hf"), weights(tmp_path)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], atol=1e-6, rtol=0)
+
+
+@pytest.mark.slow
+def test_adapters_train_on(tmp_path, train_here):
+    """With a rate of nothing: what was loaded is what is saved, by either kind of names."""
+    lora = {"lora_enable": True, "lora_merge": False, "lora_r": 4, "max_steps": 1}
+    ok(train_here(short(2, tmp_path / "one", learning_rate=1e-2, **lora)))
+    folder = tmp_path / "one/adapters"
+    inside = tmp_path / "inside"
+    shutil.copytree(folder, inside)
+    first = load_file(folder / "adapter_model.safetensors")
+    save_file({adapters.name_inside(n): t for n, t in first.items()}, inside / "adapter_model.safetensors")
+    for number, start in enumerate((folder, inside)):
+        ok(train_here(short(2, tmp_path / str(number), learning_rate=0, lora_weight_path=start, **lora)))
+        again = load_file(tmp_path / str(number) / "adapters/adapter_model.safetensors")
+        assert again.keys() == first.keys() and not changed(again, first)
+    ok(
+        train_here(
+            short(
+                2,
+                tmp_path / "llava",
+                **lora | {"model_name_or_path": tmp_path / "one", "pretrain_mm_mlp_adapter": None},
+            )
+        )
+    )
+    on_llava = load_file(tmp_path / "llava/adapters/adapter_model.safetensors")
+    assert on_llava.keys() == {adapters.name_inside(name) for name in first}, "a whole LLaVA is their base"
+    save_file(
+        {"base_model.model.model.layers.99.q_proj.lora_A.weight": torch.ones(4, 4)},
+        inside / "adapter_model.safetensors",
+    )
+    stopped(
+        train_here(short(2, tmp_path / "x", lora_weight_path=inside, **lora)),
+        f"{inside}: its adapters do not fit this model",
     )
 
 
