@@ -80,6 +80,8 @@ BAD = [
     ("sources/shapes_test/splitt", "x", "sources.shapes_test.splitt", "did you mean 'split'?"),
     ("sources/shapes_captions/damage/truncated", -2, "sources.shapes_captions.damage.truncated", ">= 0"),
     ("mixtures/shapes_pretrain/parts/0/policy/corrupt", "keeep", "parts[0].policy.corrupt", "did you mean 'keep'?"),
+    ("mixtures/shapes_pretrain/parts/0/policy/records", {"system_trun": "drop"}, "parts[0].policy.records", "did you mean 'system_turn'?"),
+    ("mixtures/shapes_pretrain/parts/0/policy/records", {"video": "fix"}, "video: found 'fix'", "allowed are keep, drop, fail"),
     ("mixtures/shapes_pretrain/parts/0/annotations", "shapes", "mixtures.shapes_pretrain.parts[0].annotations", "shapes_captions"),
     ("mixtures/shapes_pretrain/parts/0/images/0/source", "nowhere", "parts[0].images[0].source", "section sources"),
     ("compute/laptop/nodes", 2, "compute.laptop", "set parallel to ddp"),

@@ -272,9 +272,9 @@ MALFORMED = [
     ({"conversations": [{"from": "human"}]}, "value"),
     ({"conversations": [{"from": "human", "value": 3}]}, "$.conversations[0].value"),
     (conversation(3), "$.image"),
-    (conversation(""), "no path inside"),
+    (conversation([""]), "no path inside"),
     (conversation("../../etc/passwd"), "no path inside"),
-    (conversation("/etc/passwd"), "no path inside"),
+    (conversation("\\etc\\passwd"), "no path inside"),
     ([], "Expected `object`"),
     (None, "Expected `object`"),
 ]
@@ -388,8 +388,8 @@ def test_duplicate_ids_can_be_errors_and_absent_ids_are_no_duplicates(kitchen):
 
 def test_placeholders_that_do_not_fit_are_counted(kitchen):
     simple(kitchen)
-    without = {"image": "1.jpg", "conversations": [{"from": "human", "value": "no placeholder"}]}
-    alone = {"conversations": [{"from": "human", "value": "what does <image> mean"}]}
+    without = conversation(None, "no placeholder") | {"image": "1.jpg"}
+    alone = conversation(None, "what does <image> mean")
     kitchen.annotations("notes", [without, alone, conversation("2.jpg")])
     assert kitchen.mix(part())["parts"][0]["placeholder_mismatches"]["count"] == 2
 

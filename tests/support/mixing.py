@@ -19,7 +19,8 @@ def conversation(image: object = None, question: str = "what is it", answer: str
     }
     if image is not None:
         record["image"] = image
-        record["conversations"][0]["value"] = "<image>\n" + question
+        pictures = len(image) if isinstance(image, list) else 1
+        record["conversations"][0]["value"] = "<image>\n" * pictures + question
     return record | more
 
 

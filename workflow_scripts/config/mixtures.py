@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
+from llava_ext.data.record_kinds import KINDS, Action, checked_actions
 from workflow_scripts.config.base import StrictModel
 from workflow_scripts.config.sources import RelativeName
 from workflow_scripts.config.types import Count, Name, NonNegative, Seed, Share
@@ -20,6 +21,13 @@ BAD_STATUSES: tuple[BadStatus, ...] = (
     "too_large",
     "missing",
 )
+
+
+RecordActions = Annotated[
+    dict[str, Action],
+    AfterValidator(checked_actions),
+    Field(json_schema_extra={"propertyNames": {"enum": list(KINDS)}}),
+]
 
 
 class Policy(StrictModel):
@@ -44,6 +52,9 @@ class Policy(StrictModel):
     """The record itself is wrong: no conversations, wrong types, a path that leaves the folder."""
     duplicate_ids: Literal["keep", "drop", "fail"] = "keep"
     """The same `id` again (LLaVA's own files have many); `drop` keeps the first."""
+    records: RecordActions = Field(default_factory=dict)
+    """What happens to records whose turns or placeholders are odd, by kind of finding: `fix`, `keep`, `drop` or
+    `fail`; the kinds with their default actions are in docs/data.md."""
     max_dropped_share: Share = 0.01
     """More dropped records than this share of the part is an error."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
@@ -17,10 +17,13 @@ import numpy as np
 import pyarrow as pa
 
 from llava_ext.data.json_records import JsonRecordsError, RawRecords, iterate_blocks
-from llava_ext.data.samples import RecordView, count_words, image_names, record_decoder, unsafe_path
+from llava_ext.data.record_kinds import KINDS, Action, default_actions
+from llava_ext.data.records import Finding, Settled, View, ordinary, settle, view_decoder
+from llava_ext.data.samples import RecordView, count_words, image_names, unsafe_path
 from workflow_scripts.io import UserError
 
 BATCH = 65536
+EXAMPLES = 5
 _ALL_BITS = (1 << 64) - 1
 
 
@@ -31,6 +34,24 @@ class Malformed:
     file: str
     number: int
     why: str
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A record that the policy drops, or stops for, because of a finding."""
+
+    kind: str
+    action: Action
+    example: dict[str, Any]
+
+
+@dataclass
+class Found:
+    """The records with one kind of finding."""
+
+    count: int = 0
+    action: Action = "keep"
+    examples: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass
@@ -47,12 +68,21 @@ class Records:
     n_images: np.ndarray
     first_image: np.ndarray
     images: pa.ChunkedArray
+    mended: np.ndarray
+    """Records that are written in another form than the file has them."""
+    actions: Mapping[str, Action]
     malformed: list[Malformed] = field(default_factory=list)
-    placeholder_mismatch: list[str] = field(default_factory=list)
-    placeholder_mismatches: int = 0
+    refused: list[Refused] = field(default_factory=list)
+    found: dict[str, Found] = field(default_factory=dict)
+    """By kind of finding, in the register's order."""
 
     def __len__(self) -> int:
         return len(self.offset)
+
+    @property
+    def total(self) -> int:
+        """All records of the files."""
+        return len(self) + len(self.malformed) + len(self.refused)
 
     @property
     def record_of_image(self) -> np.ndarray:
@@ -65,18 +95,37 @@ class Records:
 
 
 class _Collector:
-    def __init__(self) -> None:
+    def __init__(self, actions: Mapping[str, Action]) -> None:
+        self.actions = actions
         self.file, self.number = array("H"), array("I")
         self.offset, self.length, self.words = array("Q"), array("I"), array("i")
         self.id_hash, self.n_images = array("Q"), array("H")
+        self.mended = array("B")
         self.names: list[str] = []
         self.chunks: list[pa.Array] = []
         self.malformed: list[Malformed] = []
-        self.mismatches: list[str] = []
-        self.n_mismatches = 0
+        self.refused: list[Refused] = []
+        self.found: dict[str, Found] = {}
 
-    def add(self, file: int, block: RawRecords, rows: Sequence[int], records: Sequence[RecordView]) -> None:
-        """Takes in the good records of a block; ``rows`` are their places in it."""
+    def note(self, where: str, settled: Settled) -> None:
+        """Counts the findings of one record."""
+        for finding in settled.findings:
+            kind = self.found.setdefault(finding.kind, Found(action=self.actions[finding.kind]))
+            kind.count += 1
+            if len(kind.examples) < EXAMPLES:
+                kind.examples.append(_example(where, settled, finding))
+
+    def add(
+        self,
+        file: int,
+        block: RawRecords,
+        rows: Sequence[int],
+        records: Sequence[RecordView],
+        mended: Sequence[int],
+    ) -> None:
+        """Takes in the good records of a block; ``rows`` are their places in it, ``mended`` those that are changed."""
+        changed = set(mended)
+        self.mended.extend([row in changed for row in rows] if changed else bytes(len(rows)))
         self.file.extend([file] * len(rows))
         self.number.extend([block.number + row for row in rows])
         self.offset.extend([block.offsets[row] for row in rows])
@@ -109,10 +158,16 @@ class _Collector:
             n_images,
             first,
             pa.chunked_array(self.chunks, pa.string()),
+            np.array(self.mended, bool),
+            self.actions,
             self.malformed,
-            self.mismatches,
-            self.n_mismatches,
+            self.refused,
+            {kind: self.found[kind] for kind in KINDS if kind in self.found},
         )
+
+
+def _example(where: str, settled: Settled, finding: Finding) -> dict[str, Any]:
+    return {"record": where, "id": settled.record.get("id"), "detail": finding.detail}
 
 
 @contextmanager
@@ -127,12 +182,12 @@ def collector_off() -> Iterator[None]:
             gc.enable()
 
 
-def read_records(files: list[Path]) -> Records:
-    """Reads the annotation files of a part.
+def read_records(files: list[Path], actions: Mapping[str, Action] | None = None) -> Records:
+    """Reads the annotation files of a part; ``actions`` says what is done about each kind of finding.
 
     Broken records are collected, not raised; broken JSON raises :class:`UserError` with file and record.
     """
-    found = _Collector()
+    found = _Collector(default_actions() | dict(actions or {}))
     with collector_off():
         for number, path in enumerate(files):
             try:
@@ -149,35 +204,53 @@ def read_records(files: list[Path]) -> Records:
 
 def _read_block(found: _Collector, file: int, path: Path, block: RawRecords) -> None:
     """Checks the records of a block; nearly always all of them are good."""
-    rows, records = [], []
+    rows: list[int] = []
+    records: list[RecordView] = []
+    mended: list[int] = []
     for row, data in enumerate(block.data):
+        record: View | None
         try:
-            record = record_decoder.decode(data)
-            why = _complaint(record)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-            why = str(error)
-        if why:
-            found.malformed.append(Malformed(path.name, block.number + row, why))
-            continue
-        rows.append(row)
-        records.append(record)
-        if ("<image>" in record.conversations[0].value) != bool(record.image):
-            _compare_placeholders(found, f"{path.name}, record {block.number + row}", record)
-    found.add(file, block, rows, records)
+            record = view_decoder.decode(data)
+            usual = ordinary(record)
+        except (msgspec.MsgspecError, UnicodeDecodeError):
+            usual = False
+        if not usual:
+            record = _look_closely(found, f"{path.name}, record {block.number + row}", row, data, mended)
+        if record is not None:
+            rows.append(row)
+            records.append(record)
+    found.add(file, block, rows, records, mended)
 
 
-def _compare_placeholders(found: _Collector, where: str, record: RecordView) -> None:
-    """Counts records with an image but no placeholder in any turn, or the other way round."""
-    if record.image and any("<image>" in turn.value for turn in record.conversations):
-        return
-    found.n_mismatches += 1
-    if len(found.mismatches) < 5:
-        found.mismatches.append(where)
+def _look_closely(
+    found: _Collector, where: str, row: int, data: bytes | memoryview, mended: list[int]
+) -> View | None:
+    """The record as it will be trained on, with its findings noted; None when it is left out."""
+    try:
+        settled = settle(msgspec.json.decode(data), found.actions)
+        record = msgspec.convert(settled.record, View)
+        if not settled.because and (why := _complaint(record)):
+            raise msgspec.ValidationError(why)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        name, _, number = where.rpartition(", record ")
+        found.malformed.append(Malformed(name, int(number), str(error)))
+        return None
+    found.note(where, settled)
+    if settled.because:
+        example = _example(where, settled, next(f for f in settled.findings if f.kind == settled.because))
+        found.refused.append(Refused(settled.because, settled.action, example))
+        return None
+    if settled.action == "fix":
+        mended.append(row)
+    return record
+
+
+def mend(data: bytes, actions: Mapping[str, Action]) -> bytes:
+    """The JSON of a record with what the policy fixes."""
+    return msgspec.json.encode(settle(msgspec.json.decode(data), actions).record)
 
 
 def _complaint(record: RecordView) -> str:
-    if not record.conversations:
-        return "conversations is empty"
     image = record.image
     if image is None:
         return ""
@@ -192,4 +265,4 @@ def record_id(records: Records, record: int) -> Any:
     """The ``id`` of one record, read from its file."""
     with records.files[records.file[record]].open("rb") as stream:
         stream.seek(int(records.offset[record]))
-        return record_decoder.decode(stream.read(int(records.length[record]))).id
+        return msgspec.json.decode(stream.read(int(records.length[record]))).get("id")

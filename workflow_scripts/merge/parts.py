@@ -97,7 +97,7 @@ def merge_part(part: Part, files: list[Path], stores: dict[str, Store], seed: in
     from workflow_scripts.merge.joins import join_images
     from workflow_scripts.merge.policies import apply_policy
 
-    records = read_records(files)
+    records = read_records(files, part.policy.records)
     join = join_images(records.images, part.images, stores)
     outcome = apply_policy(part, records, join, stores)
     names = [*(mapping.source for mapping in part.images), part.annotations]
@@ -140,19 +140,22 @@ def choose_records(merged: MergedPart, seed: int) -> np.ndarray:
 def part_report(merged: MergedPart) -> dict[str, Any]:
     """What happened to a part, for the manifest."""
     records, outcome = merged.records, merged.outcome
-    total = len(records) + len(records.malformed)
+    lost = [records.found[kind] for kind in ("no_placeholder", "text_placeholder") if kind in records.found]
+    findings = {kind: {"action": f.action, "count": f.count} for kind, f in records.found.items()}
     return {
         "annotations": merged.spec.annotations,
-        "records": total,
+        "records": records.total,
         "kept": int(outcome.keep.sum()),
         "used": len(merged.chosen),
         "dropped": dict(sorted(outcome.dropped.items())),
         "kept_damaged": dict(sorted(outcome.kept_damaged.items())),
         "duplicate_ids": _count_duplicates(records),
         "placeholder_mismatches": {
-            "count": records.placeholder_mismatches,
-            "examples": records.placeholder_mismatch,
+            "count": sum(found.count for found in lost),
+            "examples": [example["record"] for found in lost for example in found.examples][:5],
         },
+        # only when there is something to say: a manifest that is another text makes what follows run again
+        **({"findings": findings} if findings else {}),
         "examples": outcome.examples,
         "roots": [{"prefix": r.prefix, "source": r.source, "root": r.root} for r in merged.join.resolved],
     }

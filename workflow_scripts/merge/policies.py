@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from llava_ext.data.record_kinds import KINDS
 from workflow_scripts.config.mixtures import Part, Policy
 from workflow_scripts.io import UserError
-from workflow_scripts.merge.annotations import Records, record_id
+from workflow_scripts.merge.annotations import EXAMPLES, Records, record_id
 from workflow_scripts.merge.joins import Join, Store
 
-EXAMPLES = 5
 KEEP, DROP, FAIL = 0, 1, 2
 _ACTIONS = {"keep": KEEP, "drop": DROP, "fail": FAIL}
 
@@ -46,10 +46,11 @@ def apply_policy(part: Part, records: Records, join: Join, stores: dict[str, Sto
     _check_expected(part, records)
     outcome = Outcome(np.ones(len(records), bool))
     _malformed(part, records, outcome)
+    _findings(part, records, outcome)
     _unmapped(part, records, join)
     _images(part, records, join, stores, outcome)
     _duplicates(part, records, outcome)
-    total = len(records) + len(records.malformed)
+    total = records.total
     dropped = sum(outcome.dropped.values())
     if dropped > part.policy.max_dropped_share * total:
         raise UserError(_too_many(part, outcome, dropped, total))
@@ -57,7 +58,7 @@ def apply_policy(part: Part, records: Records, join: Join, stores: dict[str, Sto
 
 
 def _check_expected(part: Part, records: Records) -> None:
-    total = len(records) + len(records.malformed)
+    total = records.total
     if part.expected_records is not None and total != part.expected_records:
         raise UserError(
             f"{part.annotations}: expected_records is {part.expected_records}, but the annotations have {total}; "
@@ -74,6 +75,30 @@ def _malformed(part: Part, records: Records, outcome: Outcome) -> None:
         )
     for bad in records.malformed:
         outcome.drop("malformed", {"record": f"{bad.file}, record {bad.number}", "detail": bad.why})
+
+
+_PAST = {"fix": "fixed: ", "keep": "kept: ", "drop": "", "fail": ""}
+
+
+def _findings(part: Part, records: Records, outcome: Outcome) -> None:
+    """What is odd about the records themselves; their policy was applied when they were read."""
+    failed = [refused for refused in records.refused if refused.action == "fail"]
+    if failed:
+        kinds = sorted({refused.kind for refused in failed})
+        shown = "\n".join(
+            f"  {r.example['record']} (id {r.example['id']!r}): {KINDS[r.kind].what}: {r.example['detail']}"
+            for r in failed[:20]
+        )
+        choices = "; ".join(f"{kind}: {', '.join(KINDS[kind].actions)}" for kind in kinds)
+        raise UserError(
+            f"{part.annotations}: {len(failed)} records are {' or '.join(kinds)}, and the policy says fail:\n{shown}\n"
+            f"  fix the annotations, or set `records: {{{kinds[0]}: ...}}` in the part's policy ({choices})"
+        )
+    for refused in records.refused:
+        outcome.drop(refused.kind, refused.example)
+    for name, found in records.found.items():
+        if found.action != "drop":
+            outcome.examples[_PAST[found.action] + name] = found.examples
 
 
 def _unmapped(part: Part, records: Records, join: Join) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from llava_ext.data.samples import IMAGE_DTYPE, RECORD_DTYPE
 from llava_ext.files import atomic_path, sha256
-from workflow_scripts.merge.annotations import Records
+from workflow_scripts.merge.annotations import Records, mend
 
 BLOCK = 16 << 20
 
@@ -30,6 +30,7 @@ def _record_blocks(records: Records, chosen: np.ndarray) -> Iterator[list[bytes]
     """The chosen records' bytes, read a stretch of the file at a time: they mostly follow each other."""
     for number, path in enumerate(records.files):
         mine = chosen[records.file[chosen] == number]
+        mended = records.mended[mine]
         begin = records.offset[mine].astype(np.int64)
         end = begin + records.length[mine]
         with path.open("rb") as stream:
@@ -42,8 +43,11 @@ def _record_blocks(records: Records, chosen: np.ndarray) -> Iterator[list[bytes]
                 block = stream.read(int(end[upto - 1]) - first)
                 places = zip((begin[at:upto] - first).tolist(), (end[at:upto] - first).tolist(), strict=True)
                 found = [block[start:stop] for start, stop in places]
-                broken = b"\n" in block or b"\r" in block
-                yield [one_line(data) for data in found] if broken else found
+                if b"\n" in block or b"\r" in block:
+                    found = [one_line(data) for data in found]
+                for row in np.flatnonzero(mended[at:upto]).tolist():
+                    found[row] = mend(found[row], records.actions)
+                yield found
                 at = upto
 
 
