@@ -17,7 +17,7 @@ from pathlib import Path
 from workflow_scripts.command_line import command_line
 
 CODE_VERSION = 3
-CODE_DIGEST = "e69c679a5e457c62"
+CODE_DIGEST = "c19e0c563b3cf97e"
 
 # The modules whose code decides what a training computes.
 NUMERIC = (

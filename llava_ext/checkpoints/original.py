@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from ..data.image_token import image_token_id
+from ..data.image_token import image_token_id, marks_once, name_tokenizer
 from ..errors import TrainingError
 from ..files import read_json, write_json
 from ..model import parts
@@ -532,6 +532,8 @@ def export_original(
         save_sharded(tensors, target)
         tokenizer.save_pretrained(str(target))
         keep_sentencepiece(sentencepiece, target)
+        if sentencepiece is not None or marks_once(tokenizer):
+            name_tokenizer(target, tokenizer, "LlamaTokenizer")
         model.generation_config.save_pretrained(str(target))
     described = config_to_original(
         json.loads(config.text_config.to_json_string(use_diff=False)),

@@ -23,7 +23,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from ..data.chat import chat_of
 from ..data.conversation import end_ids
-from ..data.image_token import with_image_token, with_marked_images, without_added_ids
+from ..data.image_token import name_tokenizer, with_image_token, with_marked_images, without_added_ids
 from ..data.images import ImagePreprocessor
 from ..data.templates import dialogue_jinja, template
 from ..files import flush, follow_umask
@@ -158,6 +158,7 @@ def save_checkpoint(
     with _staged(Path(folder)) as staging, _auto_classes(config), without_zero3():
         clone.save_pretrained(str(staging), save_original_format=True, max_shard_size=max_shard_size)
         processor.save_pretrained(str(staging))
+        name_tokenizer(staging, processor.tokenizer, "PreTrainedTokenizerFast")
 
 
 def save_tower(tower: Any, weights: Mapping[str, Tensor], image_processor: Any, folder: Path) -> None:

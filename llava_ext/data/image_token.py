@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers
 from transformers import PreTrainedTokenizerFast
 
+from ..files import write_json
 from .templates import IMAGE_TOKEN
 
 MARK = "▁"  # sentencepiece's word mark
@@ -83,6 +85,14 @@ def _as_stored(tokenizer: Any, backend: Tokenizer) -> Any:
         chat_template=tokenizer.chat_template,
         **tokenizer.special_tokens_map,
     )
+
+
+def name_tokenizer(folder: Path, tokenizer: Any, name: str) -> None:
+    """Writes which class reads a tokenizer that was saved as a general one: transformers 4, and with it LLaVA's own loader, does not
+    know the name that transformers 5 gives it."""
+    if type(tokenizer) is PreTrainedTokenizerFast:
+        path = folder / "tokenizer_config.json"
+        write_json(path, json.loads(path.read_text(encoding="utf-8")) | {"tokenizer_class": name})
 
 
 def remove_image_token(tokenizer: Any) -> None:

@@ -16,6 +16,7 @@ from transformers import (
 
 from llava_ext.checkpoints.generation import REPAIRED, exported_generation
 from llava_ext.checkpoints.stored import load_model, make_processor, save_checkpoint
+from llava_ext.convert import convert
 from llava_ext.data.assembly import Collator
 from llava_ext.data.conversation import encode, end_ids, inference_ids, inference_prompt
 from llava_ext.data.dataset import EncodedSamples
@@ -24,7 +25,7 @@ from llava_ext.data.samples import open_samples
 from llava_ext.errors import TrainingError
 from llava_ext.model.parts import load_tokenizer
 from tests.support import chat_templates
-from tests.support.models import LLM, flags, make_model, picture
+from tests.support.models import LLM, TOWER, flags, make_model, picture
 
 QUESTION = "What color is the circle?"
 VARIANTS = {
@@ -337,3 +338,17 @@ def test_stock_tokenizers_read_the_rule(checkpoint):
             "<0x0A>",
         ]
         assert stock.decode(stock("a red star")["input_ids"], skip_special_tokens=True) == "a red star"
+
+
+def test_tokenizers_are_saved_under_names_that_transformers_4_and_llavas_loader_know(checkpoint, tmp_path):
+    """LLaVA's loader asks for Llama's slow tokenizer, also when the layout is made from a finished checkpoint."""
+    folder, tokenizer, _, _ = checkpoint
+    name = json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"]
+    assert name == "PreTrainedTokenizerFast"
+    convert(folder, tmp_path / "llava", "llava", vision_tower=str(TOWER))
+    name = json.loads((tmp_path / "llava" / "tokenizer_config.json").read_text())["tokenizer_class"]
+    assert name == "LlamaTokenizer"
+    again = AutoTokenizer.from_pretrained(tmp_path / "llava")
+    for text in ("the star", "a</s>b", "USER: x ASSISTANT: y</s>USER: z"):
+        wanted = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert again(text, add_special_tokens=False)["input_ids"] == wanted
