@@ -16,6 +16,7 @@ if __name__ == "__main__":
     # Ahead of all that loads for seconds, hears no signal meanwhile, and reads the environment once.
     signals.install_handlers()
     console.quiet(sys.argv[1:])
+    console.require_transformers()
 
 from .distributed import processes
 from .distributed.collectives import from_all, on_first_rank

@@ -17,7 +17,7 @@ from pathlib import Path
 from workflow_scripts.command_line import command_line
 
 CODE_VERSION = 3
-CODE_DIGEST = "c19e0c563b3cf97e"
+CODE_DIGEST = "87aa61044c467b1f"
 
 # The modules whose code decides what a training computes.
 NUMERIC = (

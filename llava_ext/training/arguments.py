@@ -49,6 +49,9 @@ FIXED: dict[str, tuple[Any, str]] = {
     ),
 }
 
+# For the metadata of a field: a run that goes on may have another value.
+NO_INFLUENCE = {"influence": False}
+
 # The smallest values that mean anything.
 LEAST: dict[str, float] = {
     "learning_rate": 0,
@@ -71,10 +74,12 @@ class ModelArguments:
     """Which models, and how they are joined. Defaults are LLaVA's."""
 
     model_name_or_path: str = field(
-        default="", metadata={"help": "LLM: a folder or a hub id (Vicuna, Llama, Mistral, Qwen, ...)."}
+        default="",
+        metadata={"help": "LLM: a folder or a hub id (Vicuna, Llama, Mistral, Qwen, ...).", **NO_INFLUENCE},
     )
     vision_tower: str | None = field(
-        default=None, metadata={"help": "Vision tower (CLIP, SigLIP, DINOv2): a folder or a hub id."}
+        default=None,
+        metadata={"help": "Vision tower (CLIP, SigLIP, DINOv2): a folder or a hub id.", **NO_INFLUENCE},
     )
     version: str = field(default="v1", metadata={"help": f"Prompt template: {described()}."})
     freeze_backbone: bool = field(
@@ -86,7 +91,10 @@ class ModelArguments:
     )
     pretrain_mm_mlp_adapter: str | None = field(
         default=None,
-        metadata={"help": "Projector to start from: mm_projector.bin, a .safetensors file, or a folder."},
+        metadata={
+            "help": "Projector to start from: mm_projector.bin, a .safetensors file, or a folder.",
+            **NO_INFLUENCE,
+        },
     )
     mm_projector_type: str = field(
         default="linear", metadata={"help": "linear or mlpNx_gelu (LLaVA-1.5: mlp2x_gelu)."}
@@ -107,9 +115,12 @@ class ModelArguments:
 class DataArguments:
     """Which samples, and how they become batches."""
 
-    data_path: str = field(default="", metadata={"help": "LLaVA-format JSON, or a mixture's samples.json."})
+    data_path: str = field(
+        default="", metadata={"help": "LLaVA-format JSON, or a mixture's samples.json.", **NO_INFLUENCE}
+    )
     image_folder: str | None = field(
-        default=None, metadata={"help": "Folder of the JSON's `image` paths (not for mixtures)."}
+        default=None,
+        metadata={"help": "Folder of the JSON's `image` paths (not for mixtures).", **NO_INFLUENCE},
     )
     image_aspect_ratio: str = field(
         default="square", metadata={"help": "square (centre crop) or pad (to a square first)."}
@@ -119,21 +130,31 @@ class DataArguments:
     )
     cache_pixels: int = field(
         default=0,
-        metadata={"help": "Keep up to this many MiB of pixels (and ids) in memory, per process (0: none)."},
+        metadata={
+            "help": "Keep up to this many MiB of pixels (and ids) in memory, per process (0: none).",
+            **NO_INFLUENCE,
+        },
     )
     supervised_share_bound: float = field(
         default=0.01,
-        metadata={"help": "Stop when fewer than this share of the tokens carry a label (0: never)."},
+        metadata={
+            "help": "Stop when fewer than this share of the tokens carry a label (0: never).",
+            **NO_INFLUENCE,
+        },
     )
     mismatch_bound: float = field(
         default=0.1,
         metadata={
-            "help": "Stop when more than this share of the samples is masked by a tokenization mismatch (1: never)."
+            "help": "Stop when more than this share of the samples is masked by a tokenization mismatch (1: never).",
+            **NO_INFLUENCE,
         },
     )
     preflight_samples: int = field(
         default=256,
-        metadata={"help": "Samples that are encoded before training to check both bounds (0: none)."},
+        metadata={
+            "help": "Samples that are encoded before training to check both bounds (0: none).",
+            **NO_INFLUENCE,
+        },
     )
 
 
@@ -141,7 +162,9 @@ class DataArguments:
 class LlavaTrainingArguments(TrainingArguments):
     """transformers' arguments with LLaVA's additions and defaults."""
 
-    cache_dir: str | None = field(default=None, metadata={"help": "Hub cache for models given by id."})
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "Hub cache for models given by id.", **NO_INFLUENCE}
+    )
     optim: str = field(default="adamw_torch", metadata={"help": "Optimizer."})
     remove_unused_columns: bool = field(default=False)
     report_to: None | str | list[str] = field(  # noqa: RUF036 (the parser of transformers needs this order)
@@ -159,7 +182,9 @@ class LlavaTrainingArguments(TrainingArguments):
     lora_dropout: float = field(default=0.05)
     lora_weight_path: str = field(default="", metadata={"help": "Adapter folder to start from."})
     lora_bias: str = field(default="none")
-    lora_merge: bool = field(default=True, metadata={"help": "Merge the adapters into the final checkpoint."})
+    lora_merge: bool = field(
+        default=True, metadata={"help": "Merge the adapters into the final checkpoint.", **NO_INFLUENCE}
+    )
     mm_projector_lr: float | None = field(
         default=None, metadata={"help": "The projector's own learning rate."}
     )
@@ -182,19 +207,23 @@ class LlavaTrainingArguments(TrainingArguments):
         },
     )
     watchdog_minutes: float = field(
-        default=60.0, metadata={"help": "Stop when nothing has gone on for so many minutes (0: never)."}
+        default=60.0,
+        metadata={"help": "Stop when nothing has gone on for so many minutes (0: never).", **NO_INFLUENCE},
     )
     watchdog_zero_steps: int = field(
-        default=20, metadata={"help": "Stop when the loss has been zero for so many steps (0: never)."}
+        default=20,
+        metadata={"help": "Stop when the loss has been zero for so many steps (0: never).", **NO_INFLUENCE},
     )
     meeting_timeout_s: float = field(
         default=600.0,
         metadata={
-            "help": "Several processes: stop when one has not come to the start after so many seconds."
+            "help": "Several processes: stop when one has not come to the start after so many seconds.",
+            **NO_INFLUENCE,
         },
     )
     resume: Literal["auto", "never"] = field(
-        default="auto", metadata={"help": "auto: continue from the last good checkpoint in --output_dir."}
+        default="auto",
+        metadata={"help": "auto: continue from the last good checkpoint in --output_dir.", **NO_INFLUENCE},
     )
 
 
@@ -239,6 +268,10 @@ def _reader(annotation: str) -> Callable[[str], Any]:
 
 
 class _Parser(HfArgumentParser):
+    def add_argument(self, *names: Any, influence: bool = True, **options: Any) -> Any:
+        """argparse's, without what a field's metadata says for others."""
+        return super().add_argument(*names, **options)
+
     def error(self, message: str) -> Any:
         raise TrainingError(f"command line: {message}")
 

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from ..errors import TrainingError
+from ..errors import TrainingError, say
+
+PINS = Path(__file__).parents[2] / "envs/requirements.txt"
 
 
 def quiet(argv: Sequence[str]) -> None:
@@ -27,6 +31,24 @@ def quiet(argv: Sequence[str]) -> None:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def require_transformers(pins: Path = PINS) -> None:
+    """Ends the process with one line where transformers is of another release than the one whose classes are extended here."""
+    pinned = re.search(
+        r"^transformers==([\w.]+)", pins.read_text(encoding="utf-8") if pins.is_file() else "", re.MULTILINE
+    )
+    try:
+        found = version("transformers")
+    except PackageNotFoundError:
+        found = "none"
+    if pinned is None or found == pinned[1]:
+        return
+    text = f"transformers {found} is installed, {pins} pins {pinned[1]}"
+    if found.split(".")[:2] != pinned[1].split(".")[:2]:
+        print(f"error: {text}, whose classes this code extends; run `make env`", file=sys.stderr, flush=True)
+        raise SystemExit(1)
+    say(f"{text}; results may differ in the last digits")
 
 
 def message(error: Exception) -> str | None:

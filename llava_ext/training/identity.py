@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -71,11 +72,11 @@ def _said(value: Any) -> Any:
     return None if value is False else value
 
 
-# Not part of what determines the result: where things lie, what is logged, how work is spread over processes.
+# transformers' arguments that do not determine the result: where things lie, what is logged, how work is spread over
+# processes. Our own say so themselves, in their fields.
 WITHOUT_INFLUENCE = frozenset(
     [
         "output_dir",
-        "cache_dir",
         "logging_strategy",
         "logging_first_step",
         "logging_steps",
@@ -112,10 +113,6 @@ WITHOUT_INFLUENCE = frozenset(
         "hub_private_repo",
         "hub_always_push",
         "hub_revision",
-        "watchdog_minutes",
-        "watchdog_zero_steps",
-        "meeting_timeout_s",
-        "resume",
         "debug",
         "resume_from_checkpoint",
         "ignore_data_skip",
@@ -126,16 +123,6 @@ WITHOUT_INFLUENCE = frozenset(
         "fsdp",
         "fsdp_config",
         "use_cpu",
-        "model_name_or_path",
-        "vision_tower",
-        "pretrain_mm_mlp_adapter",
-        "data_path",
-        "image_folder",
-        "cache_pixels",
-        "supervised_share_bound",
-        "mismatch_bound",
-        "preflight_samples",
-        "lora_merge",
         "trackio_space_id",
         "trackio_bucket_id",
         "trackio_static_space_id",
@@ -159,10 +146,11 @@ def identity(arguments: Arguments, store: SampleStore, folders: dict[str, Path])
     training = arguments.training
     values: dict[str, Any] = {}
     for group in (arguments.model, arguments.data, training):
-        for name in type(group).__dataclass_fields__:
-            value = getattr(group, name, None)
-            if name not in WITHOUT_INFLUENCE:
-                values[name] = value if isinstance(value, (bool, int, float, type(None))) else str(value)
+        for item in dataclasses.fields(group):
+            if item.name in WITHOUT_INFLUENCE or not item.metadata.get("influence", True):
+                continue
+            value = getattr(group, item.name, None)
+            values[item.name] = value if isinstance(value, (bool, int, float, type(None))) else str(value)
     values |= {f"interventions.{name}": value for name, value in arguments.interventions.to_dict().items()}
     values["micro_batch_size"] = training.per_device_train_batch_size
     values["global_batch_size"] = (

@@ -36,8 +36,8 @@ from ..model.towers import check_select_feature
 from . import claim, states
 from .identity import ROUNDING, check_identity, identity
 from .lora import add_adapters
-from .optimizer import freeze
-from .precision import cast_frozen, load_dtype
+from .optimizer import PROJECTOR, TOWER, component, freeze
+from .precision import cast_frozen, half_precision, load_dtype
 from .trainer import LlavaTrainer
 from .vision_tower import train_tower
 
@@ -305,17 +305,43 @@ def _preflight(model: Any, tokenizer: Any, image_processor: Any, arguments: Argu
         raise TrainingError(
             f"{arguments.model.model_name_or_path}: a checkpoint of this model could not be saved: {error}"
         ) from error
-    _check_disk(model, output_dir)
+    _check_disk(model, arguments)
     memory.check(model, arguments.training)
 
 
-def _check_disk(model: Any, output_dir: Path) -> None:
+def _check_disk(model: Any, arguments: Arguments) -> None:
     """Refuses to start when not even one checkpoint and the final weights fit on the disk."""
-    trained = count(parameter for parameter in model.parameters() if parameter.requires_grad)
-    needed = 12 * trained + 4 * count(model.parameters())
-    free = shutil.disk_usage(output_dir).free
+    output_dir = Path(arguments.training.output_dir)
+    needed, free = bytes_to_write(model, arguments), shutil.disk_usage(output_dir).free
     if free < needed:
-        raise TrainingError(
-            f"--output_dir {output_dir}: {free / 2**30:.1f} GiB are free, one checkpoint and the final weights need about "
-            f"{needed / 2**30:.1f} GiB; make room or choose another folder"
+        saved = (
+            "the final weights need"
+            if _saves_nothing(arguments)
+            else "one checkpoint and the final weights need"
         )
+        raise TrainingError(
+            f"--output_dir {output_dir}: {free / 2**30:.1f} GiB are free, {saved} about {needed / 2**30:.1f} GiB; make room or "
+            "choose another folder"
+        )
+
+
+def bytes_to_write(model: Any, arguments: Arguments) -> int:
+    """The least that a training writes: one checkpoint, unless none is asked for, and the final weights in their precision."""
+    training = arguments.training
+    named = list(model.named_parameters())
+    layout = memory.layout(training)
+    trained = count(parameter for _, parameter in named if parameter.requires_grad)
+    checkpoint = (layout.weight + layout.master + layout.moments) * trained
+    if arguments.model.tune_mm_mlp_adapter:
+        parts = {PROJECTOR: 2} | (
+            {TOWER: 1} if training.train_vision_tower else {}
+        )  # the projector in two formats
+        final = sum(parts.get(component(name), 0) * count([parameter]) for name, parameter in named)
+    else:
+        final = count(parameter for _, parameter in named)
+    half = half_precision(training)
+    return (0 if _saves_nothing(arguments) else checkpoint) + final * (4 if half is None else half.itemsize)
+
+
+def _saves_nothing(arguments: Arguments) -> bool:
+    return str(getattr(arguments.training.save_strategy, "value", arguments.training.save_strategy)) == "no"

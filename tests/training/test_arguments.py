@@ -1,18 +1,31 @@
 """The command line: LLaVA's own scripts run as they stand; mistakes are named."""
 
+import dataclasses
 import json
+import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from transformers import TrainingArguments
 from transformers.utils import is_flash_attn_2_available
 
 from llava_ext.errors import TrainingError
 from llava_ext.model.interventions import InterventionError
-from llava_ext.training.arguments import LlavaTrainingArguments, make_parser, parse
+from llava_ext.training import console, identity
+from llava_ext.training.arguments import (
+    DataArguments,
+    LlavaTrainingArguments,
+    ModelArguments,
+    make_parser,
+    parse,
+)
 from llava_ext.training.llava_flags import split_flags, translate
 from tests.support.trainings import REPOSITORY, environment
+
+KINDS = (ModelArguments, DataArguments, LlavaTrainingArguments)
 
 # The flags of LLaVA-1.5's pretrain and finetune scripts, and of the published interventions' scripts.
 PRETRAIN = [
@@ -322,6 +335,44 @@ def test_every_flag_of_transformers_4_37_is_known(base):
 def test_flash_attention_is_refused_where_it_cannot_work(base):
     with pytest.raises(TrainingError, match="flash_attention_2 needs a CUDA GPU and the package flash-attn"):
         parse([*base, "--attn_implementation", "flash_attention_2"])
+
+
+def test_transformers_of_another_release_is_one_line(tmp_path):
+    """Before anything of it is loaded, which would end in a traceback."""
+    described = tmp_path / "transformers-4.57.1.dist-info"
+    described.mkdir()
+    (described / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 4.57.1\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "llava_ext.train", "--help"],
+        cwd=REPOSITORY,
+        env=environment(PYTHONPATH=f"{tmp_path}:{REPOSITORY}"),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and not done.stdout
+    assert re.fullmatch(
+        r"error: transformers 4.57.1 is installed, .*requirements.txt pins .*; run `make env`\n", done.stderr
+    )
+
+
+def test_transformers_of_the_same_release_goes_on(tmp_path, capfd):
+    console.require_transformers()
+    assert not capfd.readouterr().err
+    pins = tmp_path / "requirements.txt"
+    pins.write_text("torch==1.0\ntransformers==" + ".".join(version("transformers").split(".")[:2]) + ".99\n")
+    console.require_transformers(pins)
+    assert "may differ in the last digits" in capfd.readouterr().err
+
+
+def test_own_flags_say_whether_they_determine_the_result():
+    """The parser leaves that out; what a run is by content does not ask for paths, watchdogs and bounds."""
+    fields = {item.name: item for kind in KINDS for item in dataclasses.fields(kind)}
+    free = {name for name, item in fields.items() if not item.metadata.get("influence", True)}
+    assert {"data_path", "vision_tower", "watchdog_minutes", "resume"} <= free
+    assert not free & {"version", "pack", "mm_projector_lr", "train_vision_tower", "loss_normalization"}
+    assert set(fields) >= identity.WITHOUT_INFLUENCE and not free & identity.WITHOUT_INFLUENCE
+    theirs = {item.name for item in dataclasses.fields(TrainingArguments)}
+    assert theirs >= identity.WITHOUT_INFLUENCE, "only transformers' names are listed"
 
 
 def test_own_defaults_are_fields():

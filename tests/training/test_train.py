@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from llava_ext import convert
 from llava_ext.checkpoints import adapters, keys, original, tensors
 from llava_ext.checkpoints.stored import load_model
+from llava_ext.training import setup
 from tests.support.trainings import GOLDEN, command_line, losses, result, rows, run
 
 SHORT = {"max_steps": 3, "gradient_accumulation_steps": 1, "save_strategy": "no", "num_train_epochs": None}
@@ -132,6 +133,26 @@ def test_files_follow_the_umask_and_not_safetensors(tmp_path, train_here):
     modes = {path: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()}
     assert any("checkpoint-1" in str(path) for path in modes)
     assert {str(path): oct(mode) for path, mode in modes.items() if mode != 0o640} == {}
+
+
+@pytest.mark.parametrize(("stage", "changes"), [(1, {}), (2, {"save_strategy": "no"}), (2, {"bf16": True})])
+def test_the_disk_check_counts_what_is_written(stage, changes, tmp_path, train_here, monkeypatch):
+    argv = short(stage, tmp_path, **{"max_steps": 1, "save_strategy": "steps", "save_steps": 1} | changes)
+    counted = []
+    count = setup.bytes_to_write
+    monkeypatch.setattr(setup, "bytes_to_write", lambda *given: counted.append(count(*given)) or counted[-1])
+    ok(train_here(argv))
+    kinds = (".safetensors", ".bin", ".pt")
+    written = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.suffix in kinds)
+    assert written / 1.2 < counted[0] <= written
+
+
+def test_a_disk_that_is_too_small_is_said_before_the_first_step(tmp_path, train_here, monkeypatch):
+    """The model is the test's, its size is not."""
+    monkeypatch.setattr(setup, "bytes_to_write", lambda *_: 10**18)
+    words = ("GiB are free, one checkpoint and the final weights need", "931322574.6 GiB; make room")
+    stopped(train_here(short(1, tmp_path, save_strategy="steps")), *words)
+    stopped(train_here(short(1, tmp_path)), "GiB are free, the final weights need")
 
 
 def test_a_projector_of_another_layer_of_the_tower_is_refused(tmp_path, train_here):
