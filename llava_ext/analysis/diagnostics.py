@@ -32,7 +32,7 @@ def permuted_vision_tokens(
     core = next((module for module in model.modules() if hasattr(module, "vision_token_hook")), None)
     if core is None:
         raise ValueError(
-            f"permuted_vision_tokens: {type(model).__name__} has no vision tokens; load it with llava_ext.model.build.load_model"
+            f"permuted_vision_tokens: {type(model).__name__} has no vision tokens; load it with llava_ext.checkpoints.stored.load_model"
         )
     before = core.vision_token_hook
 

@@ -30,7 +30,6 @@ from ..data.image_token import image_token_id, marks_once, name_tokenizer
 from ..errors import TrainingError
 from ..files import read_json, write_json
 from ..model import parts
-from ..model.build import without_zero3
 from ..model.interventions import (
     DEFAULT_LAYERS,
     FIELD_NAMES,
@@ -42,6 +41,7 @@ from ..model.interventions import (
 )
 from ..model.language_models import LANGUAGE_MODELS, language_model, original_text_type
 from ..model.towers import TOWERS, registered_tower
+from ..patches import without_zero3
 from . import adapters
 from .keys import ORIGINAL_PROJECTOR, TOWER, TRAINED_TOWER, state_from_original, state_to_original
 from .tensors import WEIGHT_FILES, check_projector, read_folder, read_projector, save_sharded
@@ -500,7 +500,7 @@ def export_original(
     """Writes a model in the original layout.
 
     Args:
-        model: one of ours, whole, as :func:`llava_ext.model.build.load_model` gives it.
+        model: one of ours, whole, as :func:`llava_ext.checkpoints.stored.load_model` gives it.
         settings: LLaVA's config fields that a model does not know, at least ``mm_vision_tower``.
         projector_only: ``mm_projector.bin`` and ``config.json``, for LLaVA's ``model_base`` loading.
         sentencepiece: the LLM's ``tokenizer.model``, which LLaVA's loader needs and today's tokenizers no longer write.

@@ -1,8 +1,5 @@
-"""Models from folders, and folders from models.
-
-``build_model`` puts a fresh projector between a language model and a vision tower; ``load_model`` reads any finished checkpoint;
-``save_checkpoint`` writes one: stock LLaVA when no intervention is on, with this package's code beside it otherwise.
-"""
+"""``build_model`` puts a fresh projector between a language model and a vision tower; ``checkpoints/stored.py`` reads and writes
+finished checkpoints."""
 
 from __future__ import annotations
 

@@ -10,8 +10,8 @@ from torch import nn
 
 from ..checkpoints.keys import TRAINED_TOWER
 from ..errors import say
-from ..model.build import without_zero3
 from ..model.modeling_spatial_llava import SpatialLlavaModel
+from ..patches import without_zero3
 from .lora import is_adapted
 
 

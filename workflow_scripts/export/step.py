@@ -88,12 +88,10 @@ def export(spec: Mapping[str, Any], trained: Path, manifest: Path) -> dict[str, 
 
 def _hf_loads_with(folder: Path) -> list[str]:
     if read_json(folder / "config.json")["model_type"] == "llava":
-        return [
-            "transformers: LlavaForConditionalGeneration, AutoProcessor; vLLM and others that read HF LLaVA checkpoints"
-        ]
+        return ["transformers: LlavaForConditionalGeneration, AutoProcessor"]
     return [
         "transformers with trust_remote_code=True (the code lies beside the weights)",
-        "llava_ext.model.build.load_model",
+        "llava_ext.checkpoints.stored.load_model",
     ]
 
 
