@@ -7,6 +7,7 @@ from snakemake.utils import min_version
 from workflow_scripts.acquire.signals import end_downloads_with_snakemake
 from workflow_scripts.launch import requeue
 from workflow_scripts.plan.describe import describe_plan, is_dry_run
+from workflow_scripts.status.failures import say_failures
 
 min_version("9.0")
 
@@ -62,3 +63,8 @@ onstart:
 
 onsuccess:
     announce(plan)
+
+
+# Its lines are Snakemake's last ones.
+onerror:
+    say_failures(Path(), plan.by_name)

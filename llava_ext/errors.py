@@ -7,7 +7,17 @@ import sys
 
 
 class TrainingError(Exception):
-    """A mistake that its reader can mend, or a stop with a reason: shown without a traceback."""
+    """A mistake that its reader can mend, or a stop with a reason: shown without a traceback.
+
+    A verdict: the same settings, records and code will end the same way, so no further attempt is made.
+    """
+
+
+class NoVerdict(TrainingError):
+    """A stop that says nothing of the next attempt.
+
+    Its cause lies in a machine, the network or a disk, or another process says it.
+    """
 
 
 def say(message: str) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import faulthandler
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,10 +19,12 @@ if __name__ == "__main__":
     console.quiet(sys.argv[1:])
     console.require_transformers()
 
+import torch
+
 from .distributed import processes
 from .distributed.collectives import from_all, on_first_rank
 from .errors import TrainingError, say
-from .training import resume, states
+from .training import resume, states, verdict
 from .training.arguments import Arguments, parse
 from .training.callbacks import add_callbacks
 from .training.finish import conclude
@@ -30,16 +33,22 @@ from .training.watchdogs import NoStep
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Trains. Exit status 0 when finished or interrupted (the result file says which), 1 for anything else."""
+    """Trains. Exit status 0 when finished or interrupted, 1 for anything else; the result file says which."""
     signals.install_handlers()
     faulthandler.enable()  # a crash in native code says where
     console.quiet(sys.argv[1:] if argv is None else argv)
+    given = sys.argv[1:] if argv is None else list(argv)
     try:
         run(parse(argv))
-    except (TrainingError, ValueError) as error:
-        text = console.message(error)
+    except (TrainingError, ValueError, torch.OutOfMemoryError) as error:
+        why = verdict.reason(error)
+        if why is not None:
+            verdict.record(given, why)
+        text = why or console.message(error)
         if text is None:
             raise
+        if isinstance(error, torch.OutOfMemoryError):
+            traceback.print_exc()
         print(f"error: {text}", file=sys.stderr, flush=True)
         processes.exit_with(1)
 

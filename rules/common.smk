@@ -16,7 +16,8 @@ from workflow_scripts.plan.checks import (
 )
 from workflow_scripts.plan.source_keys import known_recipe
 from workflow_scripts.plan.specs import compact, plain
-from workflow_scripts.plan.resources import resources_of
+from workflow_scripts.launch.step import is_given_up
+from workflow_scripts.plan.resources import resources_of, to_refuse
 from workflow_scripts.stages import STAGES, last_stage
 from workflow_scripts.step import command
 
@@ -135,12 +136,27 @@ def training_inputs(stage):
     return inputs
 
 
-def training_resource(stage, name):
-    """A function of the wildcards and the attempt: one resource of a training, or None where it has none."""
+def training_compute(stage, run, input, attempt):
+    """The kind of job of a training; next to nothing for a retry that is going to be refused."""
+    training(stage, run)
+    compute = plan.compute(stage, run)
+    if attempt == 1:
+        return compute
+    parent = Path(str(input.parent)) if input.parent else None
+    models = [Path(model) for model in input.models]
+    manifest = Path(f"runs/{stage}/{run}/manifest.json")
+    spec = plan.training_spec(stage, run)
+    given_up = is_given_up(spec, Path(input.mixture), models, parent, manifest)
+    return to_refuse(compute) if given_up else compute
 
-    def value(wildcards, attempt):
-        training(stage, wildcards.run)
-        return resources_of(plan.compute(stage, wildcards.run), attempt)[name]
+
+def training_resource(stage, name):
+    """A function of a job: one resource of a training, or None where it has none."""
+
+    def value(wildcards, input, attempt):
+        return resources_of(training_compute(stage, wildcards.run, input, attempt))[
+            name
+        ]
 
     return value
 
@@ -153,5 +169,7 @@ def training_spec(stage):
 
 
 def training_threads(stage):
-    """A function of the wildcards: the CPUs of one process's machine."""
-    return lambda wildcards: plan.compute(stage, wildcards.run).cpus
+    """A function of a job: the CPUs of one process's machine."""
+    return lambda wildcards, input, attempt: training_compute(
+        stage, wildcards.run, input, attempt
+    ).cpus

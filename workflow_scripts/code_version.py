@@ -17,7 +17,7 @@ from pathlib import Path
 from workflow_scripts.command_line import command_line
 
 CODE_VERSION = 3
-CODE_DIGEST = "87aa61044c467b1f"
+CODE_DIGEST = "4fb3264d2bedf563"
 
 # The modules whose code decides what a training computes.
 NUMERIC = (

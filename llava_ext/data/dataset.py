@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import Dataset
 
-from ..errors import TrainingError
+from ..errors import NoVerdict, TrainingError
 from .conversation import check_template, encode, require_pictures
 from .templates import IGNORE_INDEX, ConversationError
 
@@ -93,7 +94,8 @@ class EncodedSamples(Dataset[dict[str, Any]]):
                 for data, tolerant in zip(files, self.store.tolerant(index), strict=True)
             ]
         except (OSError, ValueError) as error:
-            raise TrainingError(
+            kind = NoVerdict if _is_of_the_disk(error) else TrainingError
+            raise kind(
                 f"{self.describe(index)}: its image can't be used: {error}\n"
                 "Drop the sample or mend the file (a mixture made by the workflow has its damaged images sorted out)."
             ) from error
@@ -104,6 +106,19 @@ class EncodedSamples(Dataset[dict[str, Any]]):
         image = record.get("image") or "no image"
         source = f"id {record.get('id')!r}, source {self.store.source(index)}"
         return f"{self.store.path}, record {index + 1} ({source}, {image})"
+
+
+# What the files themselves are like: the next attempt finds the same.
+OF_THE_FILE = frozenset([None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES])
+
+
+def _is_of_the_disk(error: BaseException | None) -> bool:
+    """Whether a file could not be read for a reason that may pass (a disk, a network, a file server)."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno not in OF_THE_FILE:
+            return True
+        error = error.__context__
+    return False
 
 
 class TrainingCollator:

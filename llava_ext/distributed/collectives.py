@@ -48,9 +48,9 @@ def on_first_rank(work: Callable[[], Any]) -> Any:
         try:
             box = [("result", work())]
         except TrainingError as error:
-            box = [("error", str(error))]
+            box = [("error", error)]
     dist.broadcast_object_list(box, src=0)
     kind, value = box[0]
     if kind == "error":
-        raise TrainingError(value)
+        raise type(value)(str(value))
     return value

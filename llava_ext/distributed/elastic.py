@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from .. import patches
-from ..errors import TrainingError, say
+from ..errors import NoVerdict, TrainingError, say
 from ..training import states
 
 # The converter writes fragments, then the parameters that it joins from them.
@@ -44,11 +44,11 @@ def state_folder(checkpoint: Path) -> Path:
 
 
 def check_room(checkpoint: Path, target: Path) -> None:
-    """Raises TrainingError when the converted state would not fit on the disk."""
+    """Raises NoVerdict when the converted state would not fit on the disk."""
     size = sum(path.stat().st_size for path in state_folder(checkpoint).glob("*_optim_states.pt"))
     free = shutil.disk_usage(target).free
     if free < ROOM * size:
-        raise TrainingError(
+        raise NoVerdict(
             f"{checkpoint}: continuing on another number of processes needs {ROOM * size / 2**30:.1f} GiB for a while, "
             f"{free / 2**30:.1f} GiB are free in {target}; make room, or continue with as many processes as before"
         )
@@ -84,7 +84,7 @@ def convert_patiently(
     while (status := on_first_rank(look)) is None:
         beat()
     if status:
-        raise TrainingError(
+        raise NoVerdict(
             f"{checkpoint}: DeepSpeed could not convert it (status {status}); see {folder / LOG}, "
             "or continue with as many processes as before"
         )

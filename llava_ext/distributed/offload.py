@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ..errors import TrainingError, say
+from ..errors import NoVerdict, say
 
 
 def offloads_optimizer(deepspeed: Mapping[str, Any]) -> bool:
@@ -64,7 +64,7 @@ def build_cpu_adam() -> None:
     """Compiles DeepSpeed's CPU Adam unless that is done, one process at a time, and loads it.
 
     Raises:
-        TrainingError: it can't be compiled here.
+        NoVerdict: it can't be compiled here.
     """
     from deepspeed.ops.op_builder import CPUAdamBuilder
 
@@ -82,7 +82,7 @@ def build_cpu_adam() -> None:
         try:
             CPUAdamBuilder().load(verbose=False)
         except (RuntimeError, OSError) as error:
-            raise TrainingError(
+            raise NoVerdict(
                 f"offload: DeepSpeed's CPU Adam can't be compiled in {built}: {str(error).strip()[-600:]}\n"
                 "It needs a C++ compiler, Python's headers and ninja; install them, or train without offload"
             ) from error

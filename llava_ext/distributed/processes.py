@@ -10,7 +10,7 @@ from datetime import timedelta
 from typing import Any, NoReturn
 
 from .. import patches
-from ..errors import TrainingError
+from ..errors import NoVerdict
 from . import offload
 
 NO_TRAFFIC = (
@@ -46,7 +46,7 @@ def check_network(device: Any, timeout_s: float) -> None:
     """One small sum over all processes, before a model is loaded: a network that does not work shows here, and soon.
 
     Raises:
-        TrainingError: it fails, takes longer than ``timeout_s`` (with NCCL that ends the process), or is wrong.
+        NoVerdict: it fails, takes longer than ``timeout_s`` (with NCCL that ends the process), or is wrong.
     """
     import torch
     import torch.distributed as dist
@@ -60,9 +60,9 @@ def check_network(device: Any, timeout_s: float) -> None:
         found = int(ones.item())
         dist.destroy_process_group(group)
     except RuntimeError as error:
-        raise TrainingError(f"{NO_TRAFFIC}: {str(error).strip()}") from error
+        raise NoVerdict(f"{NO_TRAFFIC}: {str(error).strip()}") from error
     if found != dist.get_world_size():
-        raise TrainingError(f"{NO_TRAFFIC}: a sum over all gives {found} instead of {dist.get_world_size()}")
+        raise NoVerdict(f"{NO_TRAFFIC}: a sum over all gives {found} instead of {dist.get_world_size()}")
 
 
 def finish() -> None:

@@ -17,7 +17,7 @@ from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from ..errors import TrainingError, say
+from ..errors import NoVerdict, say
 
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed")
 VERDICT = "verdict"
@@ -83,7 +83,7 @@ def wait_for_all(timeout_s: float, on_gpus: bool) -> None:
     ``on_gpus`` says whether each is to have a GPU of its own (where there are any).
 
     Raises:
-        TrainingError: on every process that has come, when one is missing after ``timeout_s`` or does not fit.
+        NoVerdict: on every process that has come, when one is missing after ``timeout_s`` or does not fit.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or int(os.environ["WORLD_SIZE"]) < 2:
         return
@@ -100,12 +100,12 @@ def wait_for_all(timeout_s: float, on_gpus: bool) -> None:
     try:
         store.wait([VERDICT], patience)
     except RuntimeError as error:
-        raise TrainingError(
+        raise NoVerdict(
             f"nothing was heard of rank 0 within {patience.total_seconds():g} s; the log of the first machine says why"
         ) from error
     found = json.loads(store.get(VERDICT))
     if found:
-        raise TrainingError("the processes of this training do not fit together:\n  " + "\n  ".join(found))
+        raise NoVerdict("the processes of this training do not fit together:\n  " + "\n  ".join(found))
 
 
 def _verdict(store: Any, size: int, timeout_s: float) -> list[str]:

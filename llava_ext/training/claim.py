@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..errors import TrainingError, say
+from ..errors import NoVerdict, say
 
 LOCK = ".training.lock"
 
@@ -28,7 +28,7 @@ def claim(output_dir: Path, patience_s: float = 150.0) -> None:
     (NFS: 90 s). A file system without locks is used as it is.
 
     Raises:
-        TrainingError: another living process holds it, after waiting ``patience_s`` for it to end.
+        NoVerdict: another living process holds it, after waiting ``patience_s`` for it to end.
     """
     stream = (output_dir / LOCK).open("a+", encoding="utf-8")
     end = time.monotonic() + patience_s
@@ -39,7 +39,7 @@ def claim(output_dir: Path, patience_s: float = 150.0) -> None:
             break
         except (BlockingIOError, PermissionError):
             if time.monotonic() > end:
-                raise TrainingError(
+                raise NoVerdict(
                     f"{output_dir}: another training runs here ({holder(output_dir)}); stop that one"
                 ) from None
             if not said:
@@ -73,10 +73,24 @@ def check_claim(output_dir: Path) -> None:
     """Stops this process when the training was given to another one: a machine that was cut off for a while, say.
 
     Raises:
-        TrainingError: another process has claimed ``output_dir`` since; nothing must be written there any more.
+        NoVerdict: another process has claimed ``output_dir`` since; nothing must be written there any more.
     """
     owner = holder(output_dir)
     if owner and owner != _me():
-        raise TrainingError(
+        raise NoVerdict(
             f"{output_dir}: {owner} has taken this training over; this process ({_me()}) stops without writing"
         )
+
+
+def is_free(output_dir: Path) -> bool:
+    """Whether this process holds ``output_dir``, or nobody who lives does."""
+    if _held:
+        return holder(output_dir) in ("", _me())
+    try:
+        with (output_dir / LOCK).open("a+", encoding="utf-8") as stream:
+            fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:
+        return True  # a file system without locks
+    return True

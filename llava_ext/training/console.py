@@ -57,6 +57,6 @@ def message(error: Exception) -> str | None:
     if not own or not isinstance(error, (TrainingError, ValueError)):
         return None
     # A dataset worker's error arrives wrapped in the text of its traceback.
-    text = str(error).rsplit(f"{TrainingError.__module__}.TrainingError: ", 1)[-1].rstrip()
+    text = re.split(rf"{re.escape(TrainingError.__module__)}\.\w+: ", str(error))[-1].rstrip()
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     return text + (f" (rank {os.environ.get('RANK')})" if several else "")

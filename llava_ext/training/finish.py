@@ -13,7 +13,7 @@ from .. import files
 from ..checkpoints import adapters, keys, original, tensors
 from ..checkpoints.stored import save_checkpoint, save_tower
 from ..distributed.collectives import barrier
-from ..errors import TrainingError, say
+from ..errors import NoVerdict, TrainingError, say
 from ..model.parts import load_image_processor, load_tokenizer
 from . import claim, states
 from .lora import is_adapted, merged_state, save_adapters
@@ -39,6 +39,7 @@ def conclude(
             states.write_result(output_dir, "interrupted", step)
         say(f"interrupted after step {step} of {trainer.state.max_steps}, saved; the same command continues")
         return
+    _check_learned(trainer)
     state = trainer.gathered_state()
     if first:
         folder = output_dir / f"{states.STAGING}final"
@@ -50,6 +51,18 @@ def conclude(
         states.write_result(output_dir, "finished", step, **facts)
         say(f"finished after step {step}: {output_dir}")
     barrier()
+
+
+def _check_learned(trainer: LlavaTrainer) -> None:
+    """Raises TrainingError when no token of the whole training carried a label. Every rank must call."""
+    logged = sum(row.get("supervised_tokens", 0) for row in trainer.state.log_history)
+    if not logged + trainer.take_counts()["supervised_tokens"]:
+        raise TrainingError(
+            f"not one token of the {trainer.state.global_step} steps carried a label, so nothing was learned and no weights are "
+            "written; the last batch was\n"
+            + "\n".join(trainer.last_samples())
+            + "\nCheck --version, --model_max_length and the answers of the data (python -m llava_ext.statistics)"
+        )
 
 
 def _write_history(trainer: LlavaTrainer, output_dir: Path) -> None:
@@ -174,10 +187,10 @@ def _read_back(folder: Path) -> None:
         try:
             shapes = tensors.tensor_shapes(path)
         except Exception as error:
-            raise TrainingError(f"{path}: was written but can't be read: {error}") from error
+            raise NoVerdict(f"{path}: was written but can't be read: {error}") from error
         empty = [name for name, shape in shapes.items() if 0 in shape]
         if not shapes or empty:
-            raise TrainingError(
+            raise NoVerdict(
                 f"{path}: was written but {f'{empty[:3]} hold nothing' if empty else 'holds no tensors'}"
             )
     index = files.read_json(folder / "model.safetensors.index.json")
@@ -186,4 +199,4 @@ def _read_back(folder: Path) -> None:
             listed = {name for name, place in index["weight_map"].items() if place == shard}
             missing = listed - tensors.tensor_shapes(folder / shard).keys()
             if missing:
-                raise TrainingError(f"{folder / shard}: lacks {sorted(missing)[:3]}")
+                raise NoVerdict(f"{folder / shard}: lacks {sorted(missing)[:3]}")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .. import files
 from ..errors import TrainingError, say
 from ..files import read_json, write_json
-from .states import RESULT, checkpoints
+from .states import RESULT, VERDICT, checkpoints
 
 if TYPE_CHECKING:
     from ..data.samples import SampleStore
@@ -50,7 +50,7 @@ def check_identity(
     """
     path = output_dir / IDENTITY
     recorded = read_json(path)
-    if isinstance(recorded, dict) and (checkpoints(output_dir) or (output_dir / RESULT).exists()):
+    if isinstance(recorded, dict) and _has_begun(output_dir):
         changed = {
             key: f"{key}: {recorded.get(key)!r} when it was started, now {identity.get(key)!r}"
             for key in sorted(recorded.keys() | identity.keys())
@@ -65,6 +65,12 @@ def check_identity(
         for line in changed.values():
             say(f"{line}: the same steps, rounded otherwise from here on")
     write_json(path, identity)
+
+
+def _has_begun(output_dir: Path) -> bool:
+    """Whether something was computed that another configuration must not continue."""
+    result = read_json(output_dir / RESULT) or {}
+    return bool(checkpoints(output_dir)) or result.get("status") not in (None, VERDICT)
 
 
 def _said(value: Any) -> Any:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import TrainingError
+from ..errors import NoVerdict
 from .llava_flags import is_on, split_flags
 
 DEVICES = Path("/dev")
@@ -24,7 +24,7 @@ def fit_machine(argv: list[str], notices: list[str]) -> list[str]:
     import torch
 
     if not torch.cuda.is_available() and (why := _why_a_gpu_is_wanted(argv)):
-        raise TrainingError(
+        raise NoVerdict(
             f"{why}, but torch {torch.__version__} can use no GPU here; {_cuda_error()}. --use_cpu True trains on the CPU"
         )
     cpu = not torch.cuda.is_available() or _given_switch(argv, "use_cpu")

@@ -23,7 +23,7 @@ from ..data.images import ImagePreprocessor, decode
 from ..data.samples import open_samples
 from ..distributed import memory
 from ..distributed.gather import count, whole
-from ..errors import TrainingError, say
+from ..errors import NoVerdict, TrainingError, say
 from ..model.build import build_model, reset_projector
 from ..model.parts import (
     check_language_model,
@@ -319,7 +319,7 @@ def _check_disk(model: Any, arguments: Arguments) -> None:
             if _saves_nothing(arguments)
             else "one checkpoint and the final weights need"
         )
-        raise TrainingError(
+        raise NoVerdict(
             f"--output_dir {output_dir}: {free / 2**30:.1f} GiB are free, {saved} about {needed / 2**30:.1f} GiB; make room or "
             "choose another folder"
         )

@@ -21,6 +21,7 @@ from ..files import crc32, flush, follow_umask, read_json, sha256, write_json
 
 MARKER = "complete.json"
 RESULT = "train_result.json"
+VERDICT = "verdict"
 STAGING = ".saving-"
 DAMAGED = "damaged-"
 

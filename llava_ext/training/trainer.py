@@ -25,7 +25,7 @@ from ..distributed.collectives import any_rank, barrier, from_all, world_size
 from ..distributed.elastic import load_universal
 from ..distributed.gather import gather
 from ..distributed.offload import offloads_optimizer
-from ..errors import TrainingError
+from ..errors import NoVerdict, TrainingError
 from . import claim, signals, states
 from .arguments import LlavaTrainingArguments, sampling_strategy
 from .optimizer import parameter_groups, trainable_names
@@ -183,7 +183,7 @@ class LlavaTrainer(Trainer):
             return
         where = f"at step {self.state.global_step + 1}"
         if not mine:
-            raise TrainingError(
+            raise NoVerdict(
                 f"the loss is not finite on another rank {where}; stopped before the weights changed"
             )
         raise TrainingError(
@@ -267,14 +267,14 @@ class LlavaTrainer(Trainer):
         shutil.rmtree(root, ignore_errors=True)
         states.prune(output_dir, args.save_total_limit)
 
-    def _save_failure(self, root: Path, error: Exception) -> TrainingError:
+    def _save_failure(self, root: Path, error: Exception) -> NoVerdict:
         shutil.rmtree(root, ignore_errors=True)
         good = next(
             (item for item in states.checkpoints(root.parent) if not item.problem(contents=False)), None
         )
         kept = f"the last good one is {good.path}" if good else "there is no earlier one"
         free = shutil.disk_usage(root.parent).free / 2**30
-        return TrainingError(
+        return NoVerdict(
             f"{root.name.removeprefix(states.STAGING)}: could not be saved: {error}\n"
             f"{kept}; {free:.1f} GiB are free in {root.parent}. Make room and start the same command again."
         )

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,10 @@ import llava_ext
 from tests.support.workspace import ROOT
 from workflow_scripts.clean import find_unused
 from workflow_scripts.config.compute import ComputeSpec
-from workflow_scripts.io import UserError, write_json
-from workflow_scripts.launch import attempts, command, ownership, preflight
+from workflow_scripts.config.models import ModelSection
+from workflow_scripts.config.stages import StageSpec
+from workflow_scripts.io import UserError, digest, write_json
+from workflow_scripts.launch import attempts, command, ownership, preflight, step, verdicts
 from workflow_scripts.launch.command import (
     Inputs,
     Nodes,
@@ -29,7 +32,7 @@ from workflow_scripts.launch.ownership import Ownership
 from workflow_scripts.launch.process import Training
 from workflow_scripts.launch.step import complete
 from workflow_scripts.plan.plan import read_plan
-from workflow_scripts.plan.resources import resources_of
+from workflow_scripts.plan.resources import resources_of, to_refuse
 from workflow_scripts.status.read import last_metrics
 
 
@@ -459,3 +462,112 @@ def test_a_run_that_may_still_be_computed_is_not_removed(tmp_path, monkeypatch):
     assert [unused.path.name for unused in find_unused(tmp_path, [])] == ["forgotten"]
     owner.unlink()
     assert len(list(find_unused(tmp_path, []))) == 2
+
+
+# ---------------------------------------------------------------- verdicts
+
+
+REASON = "the loss is nan at step 5\nLook at --learning_rate, --normalize_projector and --per_device_train_batch_size"
+
+
+def test_a_verdict_names_the_keys_of_the_configuration(spec, tmp_path):
+    verdicts.pronounce(tmp_path, spec, REASON, "logs/attempt-001.log")
+    with pytest.raises(UserError) as caught:
+        verdicts.refuse_to_repeat(tmp_path, "finetune x", spec)
+    for part in (
+        "finetune x: the loss is nan",
+        "stages.finetune.learning_rate, interventions.normalize_projector and compute.",
+        ".per_device_batch_size",
+        str(tmp_path / "logs/attempt-001.log"),
+        f"raise compute.{spec['recipe']['compute']}.try_again by one",
+    ):
+        assert part in str(caught.value)
+    assert "--" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("compute", "per_device_batch_size", 1),
+        ("compute", "gradient_checkpointing", True),
+        ("compute", "try_again", 1),
+        ("recipe", "min_supervised_share", 0.0),
+    ],
+)
+def test_a_changed_setting_clears_a_verdict_and_the_count_of_vain_attempts(
+    spec, tmp_path, section, key, value
+):
+    def cause():
+        return digest(asdict(verdicts.Cause.of(spec)), 16)
+
+    verdicts.pronounce(tmp_path, spec, REASON, "log")
+    for _ in range(3):
+        row = attempts.begin(tmp_path, attempts.read_attempts(tmp_path), cause=cause())
+        attempts.end(tmp_path, row, "failed (1)")
+    with pytest.raises(UserError, match="the last 3 attempts"):
+        attempts.refuse_if_stuck(tmp_path, attempts.read_attempts(tmp_path), 3, cause())
+    spec[section][key] = value
+    verdicts.refuse_to_repeat(tmp_path, "finetune x", spec)
+    assert not (tmp_path / "verdict.json").exists()
+    attempts.refuse_if_stuck(tmp_path, attempts.read_attempts(tmp_path), 3, cause())
+
+
+def test_changed_code_clears_a_verdict(spec, tmp_path, monkeypatch):
+    verdicts.pronounce(tmp_path, spec, REASON, "log")
+    (tmp_path / "llava_ext").mkdir()
+    (tmp_path / "llava_ext/train.py").write_text("mended = True\n")
+    monkeypatch.setattr(verdicts, "ROOT", tmp_path)
+    verdicts.refuse_to_repeat(tmp_path, "finetune x", spec)
+
+
+def test_a_changed_deepspeed_file_clears_a_verdict(spec, tmp_path):
+    own = tmp_path / "own.json"
+    own.write_text("{}")
+    spec["compute"] |= {"deepspeed_config": str(own), "parallel": "zero2", "processes_per_node": 2}
+    before = verdicts.settings_digest(spec)
+    own.write_text('{"zero_optimization": {"stage": 2}}')
+    assert verdicts.settings_digest(spec) != before
+
+
+def test_every_flag_that_the_configuration_decides_has_its_key(spec, tmp_path):
+    """A flag in a message is of no use to somebody who has written a configuration."""
+    spec["recipe"] |= {
+        "mm_projector_lr": 1e-4,
+        "lora": {"r": 8, "alpha": 16, "dropout": 0.1, "bias": "none"},
+    }
+    spec["compute"] |= {"packing": True, "gradient_checkpointing": True, "cache_pixels_mb": 1}
+    flags = [flag[2:] for flag in flags_of(spec, tmp_path) if flag.startswith("--")]
+    ours = {"output_dir", "save_strategy", "tune_mm_mlp_adapter", "pretrain_mm_mlp_adapter"}
+    assert [flag for flag in flags if verdicts.config_key(flag, spec) is None and flag not in ours] == []
+    models = {verdicts.STAGE: StageSpec, verdicts.COMPUTE: ComputeSpec, verdicts.MODEL: ModelSection}
+    for section, key in verdicts.RENAMED.values():
+        assert key.partition(".")[0] in models[section].model_fields
+
+
+def test_a_launcher_ends_a_verdict_at_once_and_refuses_the_next_attempt(spec, tmp_path, monkeypatch, capfd):
+    """The training is real and has a flag that it does not know."""
+    for name, role in (("llm", "llm"), ("tower", "vision_tower")):
+        (tmp_path / name).mkdir()
+        write_json(tmp_path / f"{name}.json", {"role": role, "folder": name, "digest": name})
+    write_json(tmp_path / "mixture.json", {"digest": "m"})
+    (tmp_path / "samples.json").write_text("[]")
+    manifest = tmp_path / "runs/pretrain/x/manifest.json"
+    models = [tmp_path / "llm.json", tmp_path / "tower.json"]
+    job = step.prepare(spec | {"stage": "pretrain"}, tmp_path / "mixture.json", models, None, manifest)
+    with pytest.raises(UserError, match=r"samples\.json: holds no samples") as first:
+        step.launch(job)
+    with pytest.raises(UserError) as second:
+        step.launch(job)
+    assert str(first.value) == str(second.value)
+    assert [row["outcome"] for row in attempts.read_attempts(job.state)] == ["verdict"]
+    assert step.is_given_up(spec | {"stage": "pretrain"}, tmp_path / "mixture.json", models, None, manifest)
+    write_json(tmp_path / "mixture.json", {"digest": "other data"})
+    assert not step.is_given_up(
+        spec | {"stage": "pretrain"}, tmp_path / "mixture.json", models, None, manifest
+    )
+
+
+def test_a_retry_that_will_be_refused_waits_for_no_gpu():
+    eight = ComputeSpec(nodes=2, gpus_per_node=8, parallel="zero3", cpus=96, mem_mb=900_000, runtime_min=600)
+    asked = resources_of(to_refuse(eight))
+    assert (asked["gres"], asked["nodes"], asked["mpi"], asked["mem_mb"]) == (None, 1, None, 1000)

@@ -23,8 +23,10 @@ from workflow_scripts.io import UserError, write_json
 from workflow_scripts.launch import attempts
 from workflow_scripts.launch.ownership import Ownership
 from workflow_scripts.launch.step import complete
+from workflow_scripts.launch.verdicts import pronounce
 from workflow_scripts.plan.plan import read_plan
 from workflow_scripts.status.cli import Tail, as_json, main
+from workflow_scripts.status.failures import say_failures
 from workflow_scripts.status.read import all_statuses, read_status
 from workflow_scripts.status.table import Trainings, duration, shorten, table
 
@@ -98,6 +100,20 @@ def test_every_state_is_told(folder):
     assert lines[failed + 2].endswith("0123456789/logs/attempt-001.log")
     killed = next(place for place, line in enumerate(lines) if " killed " in line)
     assert "without a word" in lines[killed + 1]
+
+
+def test_a_verdict_says_its_reason_and_what_to_change(folder, capfd):
+    state = folder.ended("vanilla", "verdict", LOG.format("in the flags' words"))
+    spec = json.loads((state / "spec.json").read_text())["spec"]
+    pronounce(state, spec, "the loss is nan\nLook at --learning_rate", "logs/attempt-001.log")
+    item = folder.one("vanilla")
+    assert item.state == "verdict"
+    assert item.reason == "the loss is nan Look at stages.finetune.learning_rate"
+    assert "1 verdict" in table(all_statuses(folder.root))
+    say_failures(folder.root, {(item.stage, item.run)})
+    assert f"finetune {item.run}: verdict: the loss is nan Look at stages." in capfd.readouterr().err
+    say_failures(folder.root, {(item.stage, "a run of another configuration")})
+    assert capfd.readouterr().err == ""
 
 
 def test_a_running_training_says_why_its_last_attempt_failed(folder):

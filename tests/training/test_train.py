@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +20,8 @@ from llava_ext import convert
 from llava_ext.checkpoints import adapters, keys, original, tensors
 from llava_ext.checkpoints.stored import load_model
 from llava_ext.training import setup
-from tests.support.trainings import GOLDEN, command_line, losses, result, rows, run
+from llava_ext.training.trainer import LlavaTrainer
+from tests.support.trainings import GOLDEN, REPOSITORY, command_line, losses, result, rows, run
 
 SHORT = {"max_steps": 3, "gradient_accumulation_steps": 1, "save_strategy": "no", "num_train_epochs": None}
 
@@ -397,7 +401,12 @@ def test_a_missing_image_is_named(workers, tmp_path, samples, train_here):
     data = samples([question(number, "A circle.", f"nowhere_{number}.png") for number in range(8)])
     flags = {"data_path": data, "dataloader_num_workers": workers}
     stopped(
-        train_here(short(2, tmp_path / "out", **flags)), "error: record", "id 'q", "nowhere_", "No such file"
+        train_here(short(2, tmp_path / "out", **flags)),
+        "error: ",
+        "record ",
+        "id 'q",
+        "nowhere_",
+        "No such file",
     )
 
 
@@ -474,6 +483,71 @@ def test_a_batch_without_labels_changes_nothing(tmp_path, samples, train_here):
     ok(train_here(short(2, tmp_path / "out", data_path=data, **flags)))
     assert [row["loss"] == 0 for row in rows(tmp_path / "out")] == [True, False, False]
     assert result(tmp_path / "out")["metrics"]["batches_without_labels"] == 1
+
+
+# -- ends that will repeat ---------------------------------------------------------------------------------------
+
+
+def verdict(folder):
+    found = result(folder)
+    assert found["status"] == "verdict"
+    return found["reason"]
+
+
+def test_what_will_repeat_is_a_verdict_with_its_reason(tmp_path, samples, train_here):
+    """Whoever starts trainings reads there that another attempt is in vain."""
+    (tmp_path / "out").mkdir()
+    data = samples([question(number, "A circle.", "nowhere.png") for number in range(8)])
+    train_here(short(2, tmp_path / "out", data_path=data, dataloader_num_workers=1))
+    assert "nowhere.png: No such file" in verdict(tmp_path / "out")
+    train_here(short(2, tmp_path / "out", no_such_flag=1))
+    assert "nowhere.png" in verdict(tmp_path / "out"), "what was said first stays until a training starts"
+    ok(train_here(short(2, tmp_path / "out")))
+    assert result(tmp_path / "out")["status"] == "finished"
+    train_here(short(2, tmp_path / "out", learning_rate=1.0))  # refused
+    assert result(tmp_path / "out")["status"] == "finished"
+
+
+def test_a_training_without_a_single_label_is_a_verdict(tmp_path, samples, train_here):
+    data = samples([question(number, "") for number in range(12)])
+    flags = {"mismatch_bound": 1, "supervised_share_bound": 0, "watchdog_zero_steps": 0}
+    stopped(train_here(short(2, tmp_path / "out", data_path=data, **flags)), "not one token of the 3 steps")
+    assert "id 'q" in verdict(tmp_path / "out")
+    assert not (tmp_path / "out/model.safetensors").exists()
+
+
+def test_too_little_memory_is_a_verdict_that_says_what_needs_less(tmp_path, monkeypatch, train_here):
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(LlavaTrainer, "training_step", out_of_memory)
+    status, text = train_here(short(2, tmp_path / "out"))
+    assert status == 1 and "Tried to allocate 2.00 GiB. Lower --per_device" in text
+    assert "--gradient_checkpointing True" in verdict(tmp_path / "out")
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+def test_a_disk_that_fails_is_no_verdict(tmp_path, monkeypatch, train_here, number):
+    def fail(path):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    stopped(train_here(short(2, tmp_path / "out")), os.strerror(number))
+    assert not (tmp_path / "out/train_result.json").exists()
+
+
+def test_a_training_that_another_process_holds_gets_no_verdict(tmp_path, train_here):
+    code = (
+        "import sys, pathlib; from llava_ext.training import claim\n"
+        "claim.claim(pathlib.Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+    )
+    (tmp_path / "out").mkdir()
+    command = [sys.executable, "-c", code, str(tmp_path / "out")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=REPOSITORY) as other:
+        assert other.stdout.readline() == b"held\n"
+        stopped(train_here(short(2, tmp_path / "out", no_such_flag=1)), "no_such_flag")
+        assert not (tmp_path / "out/train_result.json").exists()
+        other.stdin.close()
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from tests.support.workspace import kill_group, wait_for
+from tests.support.workspace import Workspace, kill_group, wait_for
 
 pytestmark = pytest.mark.slow
 # large batches: the training must outlast the signal on a fast machine
@@ -99,10 +99,35 @@ def test_an_interrupt_saves_and_the_next_run_continues(workspace):
     assert len(losses(state)) == 60
 
 
+def test_a_verdict_is_not_retried_and_a_changed_setting_clears_it(tmp_path):
+    """A training that will fail again is started once; its reason is the last that Snakemake says."""
+    workspace = Workspace(tmp_path / "w").draw()
+    workspace.config["experiments"] = {"strict": {}}
+    stage = workspace.config["stages"]["pretrain"]
+    stage["min_supervised_share"] = 1.0  # no data set has a label on every token
+    workspace.config["compute"]["small"]["attempts"] = 3
+    target = f"runs/pretrain/{workspace.run_folder('pretrain', 'strict').name}/manifest.json"
+    done = workspace.run(target, check=False)
+    assert done.returncode != 0 and "Traceback" not in done.stdout
+    state = workspace.state("pretrain", "strict")
+    assert [row["outcome"] for row in attempts(state)] == ["verdict"]
+    assert done.stdout.count("so there is none") >= 3, "each retry gives the reason"
+    end = done.stdout[-2500:]
+    assert "carry a label" in end and "stages.pretrain.min_supervised_share: 100.00%" in end
+    assert str((state / "logs/attempt-001.log").relative_to(workspace.folder)) in end
+
+    del stage["min_supervised_share"]  # no part of what names a run
+    workspace.run(target)
+    assert [row["outcome"] for row in attempts(state)] == ["verdict", "finished"]
+
+
 def test_attempts_without_progress_stop_with_the_log(workspace):
-    """A training that can't work is tried a few times and then refused, with the place of its log."""
-    experiment = workspace.config["experiments"]["long"]
-    experiment["finetune"]["min_supervised_share"] = 1.0  # no data set has a label on every token
+    """A training that dies without a reason is tried a few times and then refused, with the place of its log."""
+    workspace.config["setup"] = "export PYTHONPATH=$PWD/dying"
+    (workspace.folder / "dying").mkdir()
+    (workspace.folder / "dying/sitecustomize.py").write_text(
+        "import os, sys\nif 'llava_ext.train' in sys.orig_argv: os._exit(9)\n"
+    )
     workspace.config["compute"]["small"].update(max_stuck_attempts=2, attempts=3)
     done = workspace.run("experiments/long/checkpoint.json", check=False)
     assert done.returncode != 0

@@ -70,6 +70,9 @@ class ComputeSpec(StrictModel):
     training that needs 40 hours under a limit of 8 needs at least 5 (and some to spare for preemptions)."""
     max_stuck_attempts: Positive = 3
     """After how many failed attempts in a row without any progress no further one is started."""
+    try_again: Count = 0
+    """Raise it by one to have a training tried again that was given up, after a mend that the configuration does not show
+    (a disk, a driver). Whatever else is changed does the same."""
 
     @property
     def processes(self) -> int:

@@ -66,29 +66,33 @@ def split_requeued(
     return ended, requeued
 
 
-def refuse_if_stuck(state: Path, attempts: list[dict[str, Any]], allowed: int) -> None:
-    """Raises UserError when the last ``allowed`` attempts failed without saving anything new.
+def refuse_if_stuck(
+    state: Path, attempts: list[dict[str, Any]], allowed: int, cause: str = "", mend: str = ""
+) -> None:
+    """Raises UserError when the last ``allowed`` attempts of the same ``cause`` failed without saving anything new.
 
+    ``cause``: a digest of settings and code; when it changes, the count starts again. ``mend``: what else starts it again.
     Preemptions are no fault of the training; of them `REQUEUED_IN_VAIN` times as many are let pass.
     """
     step = saved_step(state)
-    ended, requeued = split_requeued(attempts, slurm.job_id())
+    same = [row for row in attempts if row.get("cause", cause) == cause]
+    ended, requeued = split_requeued(same, slurm.job_id())
     for rows, limit in ((ended, allowed), (requeued, allowed * REQUEUED_IN_VAIN)):
         last = rows[-limit:]
         if len(last) == limit and all(_is_in_vain(row, step) for row in last):
-            raise UserError(_stuck(state, last, step))
+            raise UserError(_stuck(state, last, step, mend))
 
 
 def _is_in_vain(row: Mapping[str, Any], step: int) -> bool:
     return row.get("outcome", "killed") != "finished" and row.get("from_step") == step
 
 
-def _stuck(state: Path, last: Sequence[Mapping[str, Any]], step: int) -> str:
+def _stuck(state: Path, last: Sequence[Mapping[str, Any]], step: int, mend: str) -> str:
     causes = ", ".join(str(row.get("outcome", "killed")) for row in last[-5:])
     return (
         f"{state}: the last {len(last)} attempts ({causes}) saved nothing beyond step {step}, so no further one is started. "
         f"The last one's log: {state / last[-1].get('log', '')}. Mend the cause (memory? time limit or the time between "
-        f"preemptions shorter than save_steps?), then delete {state / ATTEMPTS} and start again"
+        f"preemptions shorter than save_steps?) and start again: a changed setting or code starts the count again; {mend}"
     )
 
 
@@ -104,7 +108,9 @@ def recorded_refusal(state: Path) -> Iterator[None]:
         raise
 
 
-def begin(state: Path, attempts: list[dict[str, Any]], host: str | None = None) -> dict[str, Any]:
+def begin(
+    state: Path, attempts: list[dict[str, Any]], host: str | None = None, cause: str = ""
+) -> dict[str, Any]:
     """Records the start of an attempt and returns its row; the log that the row names exists from then on."""
     number = max((row["attempt"] for row in attempts), default=0) + 1
     log = state / "logs" / f"attempt-{number:03d}.log"
@@ -117,6 +123,7 @@ def begin(state: Path, attempts: list[dict[str, Any]], host: str | None = None) 
         "job": slurm.job_id(),
         "from_step": saved_step(state),
         "log": str(log.relative_to(state)),
+        "cause": cause,
     }
     append(state, row)
     (state / REFUSAL).unlink(missing_ok=True)
@@ -124,7 +131,7 @@ def begin(state: Path, attempts: list[dict[str, Any]], host: str | None = None) 
 
 
 def end(state: Path, row: Mapping[str, Any], outcome: str) -> None:
-    """Records how an attempt ended: `finished`, `interrupted` (saved, to be continued) or `failed (STATUS)`."""
+    """Records how an attempt ended: `finished`, `interrupted` (saved, to be continued), `verdict` or `failed (STATUS)`."""
     append(
         state,
         {"attempt": row["attempt"], "ended": time.time(), "outcome": outcome, "to_step": saved_step(state)},

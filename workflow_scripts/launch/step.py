@@ -6,7 +6,7 @@
 
 Everything of the training lies in `<folder of the manifest>/<state key>/`, which no workflow engine deletes. The manifest
 comes last. The exit status is 0 only when the training is finished; after a signal it has saved and the next attempt
-continues.
+continues; after a verdict (verdicts.py) there is none.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from workflow_scripts.config.compute import ComputeSpec
 from workflow_scripts.config.models import ModelSection
 from workflow_scripts.config.stages import StageSpec
 from workflow_scripts.io import UserError, digest, read_json, user_errors, write_json
-from workflow_scripts.launch import attempts, slurm
+from workflow_scripts.launch import attempts, slurm, verdicts
 from workflow_scripts.launch.command import (
     Inputs,
     Nodes,
@@ -109,6 +109,17 @@ def prepare(
     return Job(complete(spec), inputs, digests, manifest)
 
 
+def is_given_up(
+    spec: Mapping[str, Any], mixture: Path, models: Sequence[Path], parent: Path | None, manifest: Path
+) -> bool:
+    """Whether a training of these settings would be refused for its verdict; False where that can't be said."""
+    try:
+        job = prepare(spec, mixture, models, parent, manifest)
+    except (UserError, OSError, KeyError):
+        return False
+    return verdicts.read_verdict(job.state).get("settings") == verdicts.settings_digest(job.spec)
+
+
 def finished_result(state: Path) -> dict[str, Any] | None:
     """The result of a training that has ended well and whose files are all there."""
     path = state / RESULT
@@ -160,6 +171,7 @@ def launch(job: Job) -> None:
     owner = Ownership(state, max(PATIENCE_S, job.compute.save_before_end_s))
     result = finished_result(state)
     if result is None:
+        verdicts.refuse_to_repeat(state, job.label, job.spec)
         owner.claim()
         try:
             result = finished_result(state) or attempt(job, owner)
@@ -172,11 +184,11 @@ def launch(job: Job) -> None:
 def attempt(job: Job, owner: Ownership) -> dict[str, Any]:
     """One attempt: checks, starts, waits, judges by the result file."""
     state = job.state
-    history = attempts.read_attempts(state)
+    history, cause = attempts.read_attempts(state), digest(asdict(verdicts.Cause.of(job.spec)), 16)
     with attempts.recorded_refusal(state):
-        command, nodes = admit(job, history)
+        command, nodes = admit(job, history, cause)
     (state / RESULT).unlink(missing_ok=True)  # an older attempt's "interrupted" says nothing about this one
-    row = attempts.begin(state, history)
+    row = attempts.begin(state, history, cause=cause)
     trackers = tracking_environment(job.spec, state, [*history, row][0]["started"])
     environment = training_environment({**trackers, **os.environ}, job.compute)
     log = state / row["log"]
@@ -186,14 +198,14 @@ def attempt(job: Job, owner: Ownership) -> dict[str, Any]:
         return judge(job, row, training.wait(), log)
 
 
-def admit(job: Job, history: list[dict[str, Any]]) -> tuple[list[str], Nodes]:
+def admit(job: Job, history: list[dict[str, Any]], cause: str) -> tuple[list[str], Nodes]:
     """The command and the nodes of the next attempt. Raises UserError when a check before the start fails."""
     state, compute, inputs = job.state, job.compute, job.inputs
     nodes = slurm.job_nodes(slurm.job_id(), compute.nodes) if compute.nodes > 1 else Nodes()
     command = training_command(training_flags(job.spec, inputs, state), compute, nodes)
     # before the checks: from then on the training is seen by `status`, also when it is refused
     write_json(state / "spec.json", {"spec": job.spec, "inputs": job.digests, "command": command})
-    attempts.refuse_if_stuck(state, history, compute.max_stuck_attempts)
+    attempts.refuse_if_stuck(state, history, compute.max_stuck_attempts, cause, verdicts.try_again(job.spec))
     paths = [inputs.samples, inputs.llm, inputs.vision_tower, *filter(None, [inputs.projector])]
     check_all(job.spec, compute, nodes, paths, state)
     return command, nodes
@@ -214,6 +226,10 @@ def judge(job: Job, row: Mapping[str, Any], status: int, log: Path) -> dict[str,
             flush=True,
         )
         raise SystemExit(INTERRUPTED)
+    if said.get("status") == verdicts.STATUS:
+        attempts.end(state, row, verdicts.STATUS)
+        verdicts.pronounce(state, job.spec, said["reason"], row["log"])
+        raise UserError(verdicts.explain(state, job.label, job.spec, verdicts.read_verdict(state)))
     attempts.end(state, row, f"failed ({status})")
     raise UserError(
         f"{job.label}: the training ended with status {status} after step "

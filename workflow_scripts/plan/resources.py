@@ -6,8 +6,15 @@ from typing import Any
 
 from workflow_scripts.config.compute import ComputeSpec
 
+REFUSAL_MB, REFUSAL_MIN = 1000, 5
 
-def resources_of(compute: ComputeSpec, attempt: int = 1) -> dict[str, Any]:
+
+def to_refuse(compute: ComputeSpec) -> ComputeSpec:
+    """For a job that will only say why there is no further attempt: it must not wait for GPUs to say so."""
+    return ComputeSpec(mem_mb=min(compute.mem_mb, REFUSAL_MB), runtime_min=REFUSAL_MIN)
+
+
+def resources_of(compute: ComputeSpec) -> dict[str, Any]:
     """What a training asks of a cluster; None where it asks for nothing.
 
     With several machines the job runs in the batch script on the first of them (`mpi`), because only from there an

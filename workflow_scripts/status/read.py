@@ -13,6 +13,7 @@ from typing import Any
 from workflow_scripts.io import UserError, read_json
 from workflow_scripts.launch.attempts import REFUSAL, read_attempts, saved_step
 from workflow_scripts.launch.ownership import OWNER, alive
+from workflow_scripts.launch.verdicts import STATUS, read_verdict
 from workflow_scripts.stages import STAGES
 
 TAIL = 1 << 16
@@ -167,10 +168,12 @@ def _trouble(folder: Path, state: str, attempts: Sequence[Mapping[str, Any]]) ->
     if state == "running" and len(attempts) > 1 and attempts[-2].get("outcome") != "interrupted":
         log = folder / attempts[-2]["log"]
         return f"attempt {attempts[-2]['attempt']}: {_reason(attempts[-2], log)}", str(log)
-    if state not in ("failed", "killed"):
+    if state not in ("failed", "killed", STATUS):
         return "", ""
     log = folder / attempts[-1]["log"]
-    return _reason(attempts[-1], log), str(log)
+    said = read_verdict(folder) if state == STATUS else {}
+    reason = " ".join(said["reason"].split()) if said else _reason(attempts[-1], log)
+    return reason, str(log)
 
 
 def _reason(attempt: Mapping[str, Any], log: Path) -> str:
@@ -207,7 +210,7 @@ def _state(
         return "not started"
     if outcome is None:
         return "killed"
-    return "interrupted" if outcome == "interrupted" else "failed"
+    return outcome if outcome in ("interrupted", STATUS) else "failed"
 
 
 def _eta(rows: Sequence[Mapping[str, Any]], steps: int | None) -> float | None:

@@ -25,6 +25,7 @@ STATES = {
     "interrupted": "yellow",
     "killed": "red",
     "failed": "red",
+    "verdict": "red",
     "refused": "red",
     "unreadable": "red",
     "finished": "blue",

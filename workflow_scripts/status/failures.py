@@ -1,0 +1,24 @@
+"""Why trainings have failed, for the last lines of a workflow."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection
+from pathlib import Path
+
+from workflow_scripts.status.read import Status, all_statuses
+
+STATES = ("verdict", "refused", "failed", "killed")
+
+
+def failures(root: Path, runs: Collection[tuple[str, str]]) -> list[Status]:
+    """The trainings among ``runs`` (stage and name) that ended badly."""
+    return [item for item in all_statuses(root) if item.state in STATES and (item.stage, item.run) in runs]
+
+
+def say_failures(root: Path, runs: Collection[tuple[str, str]]) -> None:
+    """Prints each with its reason and its log. Called at the end of a workflow that failed."""
+    for item in failures(root, runs):
+        print(f"\n{item.stage} {item.run}: {item.state}: {item.reason}", file=sys.stderr)
+        if item.log:
+            print(f"  log: {item.log}", file=sys.stderr)
