@@ -67,6 +67,7 @@ BAD = [
     ("model/projector_type", "identity", "model.projector_type", "no weights to train"),
     ("experiments/compress_4/interventions/final_spatial_size", 16, "fewer than the 16 tokens", "leave both out"),
     ("experiments/vanilla/finetune", {"global_batch_size": 48}, "experiments.vanilla.finetune.global_batch_size", "32"),
+    ("experiments/vanilla/finetune", {"train_projector": False, "mm_projector_lr": 1e-4}, "the projector does not train", "leave it out"),
     ("experiments/vanilla/finetune", {"max_stepz": 4}, "experiments.vanilla.finetune.max_stepz", "'max_steps'"),
     ("experiments/vanilla/model", {"llm": "tiny_tower"}, "experiments.vanilla.model.llm", "role: llm"),
     ("experiments/vanilla/model", {"projector_type": "mlp2x_glue"}, "mlp2x_glue", "mlp"),

@@ -125,6 +125,11 @@ class StageSpec(StrictModel):
                 f"vision_tower_learning_rate: found {self.vision_tower_learning_rate}, but the tower does not train; "
                 "set train_vision_tower: true, or leave it out"
             )
+        if self.mm_projector_lr is not None and not self.train_projector:
+            raise ValueError(
+                f"mm_projector_lr: found {self.mm_projector_lr}, but the projector does not train; leave it out, or set "
+                "train_projector: true"
+            )
         if (self.scheduler == "cosine_with_min_lr") != (self.min_lr_rate is not None):
             raise ValueError(
                 "scheduler: cosine_with_min_lr and min_lr_rate belong together; give both or neither"
