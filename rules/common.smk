@@ -14,7 +14,7 @@ from workflow_scripts.plan.checks import (
     check_shared_files,
     check_targets,
 )
-from workflow_scripts.plan.source_keys import known_recipe
+from workflow_scripts.plan.source_keys import watched_recipe
 from workflow_scripts.plan.specs import compact, plain
 from workflow_scripts.launch.step import is_given_up
 from workflow_scripts.plan.resources import resources_of, to_refuse

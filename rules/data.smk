@@ -20,7 +20,7 @@ rule acquire:
     params:
         step=step,
         recipe=lambda wildcards: compact(
-            known_recipe(wildcards.source, plan.config.sources[wildcards.source])
+            watched_recipe(wildcards.source, plan.config.sources[wildcards.source])
         ),
         # not tracked (it takes `output`): another mirror is no reason to fetch again
         spec=lambda wildcards, output: compact(

@@ -281,6 +281,19 @@ def test_each_damaged_file_is_shown_with_what_happened_to_its_sample(everything,
     assert ">dropped</b>" in not_a_picture
 
 
+def test_odd_records_are_counted_with_what_was_done(everything, tmp_path):
+    mixture = tmp_path / "data/mixtures/m/manifest.json"
+    content = json.loads(mixture.read_text())
+    content["parts"][0]["findings"] = {
+        "system_turn": {"action": "keep", "count": 3},
+        "late_system": {"action": "drop", "count": 1},
+    }
+    write_json(mixture, content)
+    page = Page(rendered(everything, tmp_path)).text
+    start = page.index("odd records")
+    assert "1 late system (dropped), 3 system turn (kept)" in page[start : start + 600]
+
+
 def test_trainings_name_the_experiments_that_share_them(everything, tmp_path):
     page = Page(rendered(everything, tmp_path)).text
     assert "pretrain/ p vanilla, odd <name> & $x$" in page

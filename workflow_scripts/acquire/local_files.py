@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_ext import files
-from workflow_scripts.archives import Listing, detect_type, list_members
+from workflow_scripts.archives import detect_type, list_members, listing_identity
 from workflow_scripts.config.sources import PathSource
 from workflow_scripts.io import UserError, canonical_json
 
@@ -28,15 +28,6 @@ def described_path(path: Path, folder: Path) -> str:
 def describe_file(path: Path, shown: str, sha256: str | None = None) -> dict[str, Any]:
     """A file's entry in a source manifest."""
     return {"path": shown, "bytes": path.stat().st_size, "sha256": sha256 or files.sha256(path)}
-
-
-def listing_identity(listing: Listing, times: bool) -> str:
-    """Hash of names, sizes and CRCs (and times, where there is no CRC)."""
-    sha = hashlib.sha256("\n".join(listing.names).encode())
-    columns = ("size", "stored", "method", "crc") + (("mtime",) if times else ())
-    for column in columns:
-        sha.update(getattr(listing, column).tobytes())
-    return sha.hexdigest()
 
 
 def describe_folder(path: Path, shown: str, content: bool = False) -> dict[str, Any]:

@@ -1,6 +1,14 @@
 """Zips, tars and folders of images, listed once and then read by offset; nothing is ever extracted."""
 
-from workflow_scripts.archives.listing import Listing, Note, StoreType, detect_type, list_members, store_size
+from workflow_scripts.archives.listing import (
+    Listing,
+    Note,
+    StoreType,
+    detect_type,
+    list_members,
+    listing_identity,
+    store_size,
+)
 from workflow_scripts.archives.reading import DamagedMember, StoreReader, TooLargeMember
 
 __all__ = [
@@ -12,5 +20,6 @@ __all__ = [
     "TooLargeMember",
     "detect_type",
     "list_members",
+    "listing_identity",
     "store_size",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 from workflow_scripts.archives.folders import list_folder
@@ -10,7 +11,7 @@ from workflow_scripts.archives.tars import list_tar
 from workflow_scripts.archives.zips import list_zip
 from workflow_scripts.io import UserError
 
-__all__ = ["Listing", "Note", "StoreType", "detect_type", "list_members", "store_size"]
+__all__ = ["Listing", "Note", "StoreType", "detect_type", "list_members", "listing_identity", "store_size"]
 
 COMPRESSED = {
     b"\x1f\x8b": ("gzip", "gunzip -k"),
@@ -62,6 +63,15 @@ def list_members(path: Path, kind: StoreType | None = None) -> Listing:
             return list_tar(path)
         case _:
             return list_folder(path)
+
+
+def listing_identity(listing: Listing, times: bool) -> str:
+    """Hash of names, sizes and CRCs (and times, where there is no CRC)."""
+    sha = hashlib.sha256("\n".join(listing.names).encode())
+    columns = ("size", "stored", "method", "crc") + (("mtime",) if times else ())
+    for column in columns:
+        sha.update(getattr(listing, column).tobytes())
+    return sha.hexdigest()
 
 
 def store_size(path: Path) -> int:

@@ -7,11 +7,12 @@ the sources, so that a hash that is stated later, and is that of the file that w
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from workflow_scripts.config.base import StrictModel
-from workflow_scripts.config.sources import RemoteFile
+from workflow_scripts.config.sources import RemoteFile, Source
 from workflow_scripts.io import UserError, read_json, write_json
 from workflow_scripts.plan.specs import recipe
 
@@ -72,6 +73,26 @@ def known_recipe(name: str, spec: StrictModel, sources: Path = SOURCES) -> dict[
         except (UserError, KeyError, TypeError):
             pass
     return source_recipe(spec)
+
+
+def watched_recipe(name: str, spec: Source, sources: Path = SOURCES) -> dict[str, Any]:
+    """:func:`known_recipe`, and what a folder of the user's own pictures is today, by names, sizes and times.
+
+    Files can be inputs of a rule; a folder can't, as its own time says nothing of its files'. Not for keys of runs.
+    """
+    images = spec.own().images
+    found = known_recipe(name, spec, sources)
+    if images is None or not Path(images).expanduser().is_dir():
+        return found
+    return {**found, "listing": _folder_identity(Path(images).expanduser())}
+
+
+@cache
+def _folder_identity(path: Path) -> str:
+    """Once for each time that Snakemake is started: a million files take seconds."""
+    from workflow_scripts.archives import list_members, listing_identity
+
+    return listing_identity(list_members(path, "folder"), times=True)
 
 
 def remember_recipe(name: str, spec: StrictModel, hashes: Mapping[str, str], sources: Path = SOURCES) -> None:
