@@ -21,7 +21,7 @@ from pathlib import Path
 from benchmarks.support.measure import interleaved, sized_parser, table
 from llava_ext.data.samples import open_samples
 from tests.support.damage import jpeg
-from tests.support.mixing import Kitchen, conversation
+from tests.support.mixing import DataFolder, conversation
 
 IMAGES = 2000
 
@@ -31,16 +31,16 @@ def make(folder: Path, records: int) -> Path:
     data = [jpeg(seed, size=(640, 480), quality=80) for seed in range(40)]
     members = {f"{number:06d}.jpg": data[number % 40] for number in range(IMAGES)}
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-        kitchen = Kitchen(folder)
-        kitchen.images("pics", "zip", members)
+        made = DataFolder(folder)
+        made.images("pics", "zip", members)
         text = "word " * 120
         notes = [conversation(f"{i % IMAGES:06d}.jpg", text, text, id=i) for i in range(records)]
-        kitchen.annotations("notes", notes)
-        kitchen.mix({"annotations": "notes", "images": [{"source": "pics"}]})
+        made.annotations("notes", notes)
+        made.mix({"annotations": "notes", "images": [{"source": "pics"}]})
     (folder / "files").mkdir()
     for name, content in members.items():
         (folder / "files" / name).write_bytes(content)
-    return kitchen.mixture
+    return made.mixture
 
 
 def images(folder: Path, mixture: Path, repeats: int) -> str:

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from tests.support.damage import jpeg
-from tests.support.mixing import LOOSE, Kitchen, conversation
+from tests.support.mixing import LOOSE, DataFolder, conversation
 from tests.support.pictures import encoded
 from workflow_scripts import inspect as tool
 
@@ -16,8 +16,8 @@ NASTY = "<script>alert('x')</script> & \"quotes\""
 
 @pytest.fixture
 def mixture(tmp_path):
-    kitchen = Kitchen(tmp_path)
-    kitchen.images(
+    folder = DataFolder(tmp_path)
+    folder.images(
         "pics", "zip", {f"{i}.jpg": encoded(seed=i) for i in range(8)} | {"cut.jpg": jpeg(0)[:-900]}
     )
     records = [conversation(f"{i}.jpg", NASTY, "w " * (i * 30), id=i) for i in range(8)]
@@ -26,9 +26,9 @@ def mixture(tmp_path):
         conversation("none.jpg"),
         conversation(None, "hi", "ho"),
     ]
-    kitchen.annotations("notes", records)
-    kitchen.mix({"annotations": "notes", "images": [{"source": "pics"}], "policy": LOOSE})
-    return kitchen.mixture
+    folder.annotations("notes", records)
+    folder.mix({"annotations": "notes", "images": [{"source": "pics"}], "policy": LOOSE})
+    return folder.mixture
 
 
 def test_counts_lengths_and_damage_by_source(mixture, capsys):

@@ -17,7 +17,7 @@ from pathlib import Path
 from workflow_scripts.command_line import command_line
 
 CODE_VERSION = 3
-CODE_DIGEST = "4fb3264d2bedf563"
+CODE_DIGEST = "12b26b81fa733c9e"
 
 # The modules whose code decides what a training computes.
 NUMERIC = (

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +22,6 @@ try:
 except ImportError:  # an optional speed-up
     simplejpeg = None
 
-AspectRatio = Literal["pad", "square"]
 ASPECT_RATIOS = ("pad", "square")
 _TRUNCATED_LOCK = threading.Lock()
 

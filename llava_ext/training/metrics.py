@@ -33,7 +33,7 @@ class Metrics(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.start = self.last = time.monotonic()
-        self.first_step = self.last_step = state.global_step
+        self.first_step = state.global_step
         if not state.is_world_process_zero:
             return
         kept = [line for line in _lines(self.path) if line["step"] <= state.global_step]
@@ -63,7 +63,7 @@ class Metrics(TrainerCallback):
             "time": time.time(),
         }
         self._write(row)
-        self.last, self.last_step = now, state.global_step
+        self.last = now
         if self.lines and (now - self.last_line >= self.every_s or state.global_step == state.max_steps):
             self.last_line = now
             self._line(row, state)

@@ -14,7 +14,7 @@ import pytest
 from llava_ext.data.samples import SamplesError, join_name, open_samples, unsafe_path
 from tests.archives.test_archives import make_folder, make_zip
 from tests.support.damage import jpeg
-from tests.support.mixing import LOOSE, Kitchen, conversation
+from tests.support.mixing import LOOSE, DataFolder, conversation
 from tests.support.pictures import encoded
 
 IMAGES = {f"{i}.jpg": encoded(seed=i) for i in range(30)}
@@ -23,17 +23,17 @@ IMAGES = {f"{i}.jpg": encoded(seed=i) for i in range(30)}
 @pytest.fixture
 def mixture(tmp_path):
     """A zip, a deflated zip, a tar and a folder in one mixture."""
-    kitchen = Kitchen(tmp_path)
-    kitchen.images("zip", "zip", IMAGES)
+    folder = DataFolder(tmp_path)
+    folder.images("zip", "zip", IMAGES)
     make_zip(tmp_path / "packed.zip", IMAGES.items(), zipfile.ZIP_DEFLATED)
-    kitchen.source("packed", {"kind": "path", "images": str(tmp_path / "packed.zip")})
-    kitchen.images("tar", "tar", IMAGES)
-    kitchen.images("folder", "folder", {f"sub/{name}": data for name, data in IMAGES.items()})
+    folder.source("packed", {"kind": "path", "images": str(tmp_path / "packed.zip")})
+    folder.images("tar", "tar", IMAGES)
+    folder.images("folder", "folder", {f"sub/{name}": data for name, data in IMAGES.items()})
     kinds = ["zip", "packed", "tar", "folder"]
-    kitchen.annotations("notes", [conversation(f"{kind}/{i}.jpg", id=i) for i in range(30) for kind in kinds])
+    folder.annotations("notes", [conversation(f"{kind}/{i}.jpg", id=i) for i in range(30) for kind in kinds])
     images = [{"prefix": kind, "source": kind} for kind in kinds]
-    kitchen.mix({"annotations": "notes", "images": images})
-    return kitchen
+    folder.mix({"annotations": "notes", "images": images})
+    return folder
 
 
 def check_all(store):
@@ -73,9 +73,9 @@ def test_a_moved_working_folder_still_works(mixture, tmp_path, monkeypatch):
     work = tmp_path / "work"
     work.mkdir()
     monkeypatch.chdir(work)
-    kitchen = Kitchen(work)
-    kitchen.source("shapes", {"kind": "shapes", "split": "captions", "pictures": 5})
-    kitchen.mix({"annotations": "shapes", "images": [{"source": "shapes"}]})
+    folder = DataFolder(work)
+    folder.source("shapes", {"kind": "shapes", "split": "captions", "pictures": 5})
+    folder.mix({"annotations": "shapes", "images": [{"source": "shapes"}]})
     work.rename(tmp_path / "moved")
     store = open_samples(tmp_path / "moved" / "data" / "mixtures" / "M")
     assert all(store.image_bytes(i)[0].startswith(b"\xff\xd8") for i in range(5))
@@ -83,18 +83,18 @@ def test_a_moved_working_folder_still_works(mixture, tmp_path, monkeypatch):
 
 def test_images_that_changed_since_the_scan_are_not_trained_on(mixture):
     store = open_samples(mixture.mixture)
-    with (mixture.folder / "zip.zip").open("r+b") as stream:
+    with (mixture.path / "zip.zip").open("r+b") as stream:
         stream.seek(200)
         stream.write(b"\0\0\0\0")
-    (mixture.folder / "folder" / "sub" / "0.jpg").write_bytes(encoded(seed=77))
+    (mixture.path / "folder" / "sub" / "0.jpg").write_bytes(encoded(seed=77))
     for index, name in ((0, "zip.zip"), (3, "folder")):
         with pytest.raises(SamplesError, match=f"{name} is not what the scan saw") as error:
             store.image_bytes(index)
         assert f"sample {index}" in str(error.value)
-    (mixture.folder / "tar.tar").write_bytes(b"short")
+    (mixture.path / "tar.tar").write_bytes(b"short")
     with pytest.raises(SamplesError, match="ends at byte"):
         store.image_bytes(2)
-    (mixture.folder / "packed.zip").unlink()
+    (mixture.path / "packed.zip").unlink()
     with pytest.raises(SamplesError, match="No such file"):
         open_samples(mixture.mixture).image_bytes(1)
 
@@ -114,10 +114,10 @@ def test_incomplete_mixtures_are_refused(mixture, name, damage):
 
 
 def test_an_image_only_mixture_without_text_and_the_other_way_round(tmp_path):
-    kitchen = Kitchen(tmp_path)
-    kitchen.annotations("notes", [conversation(), conversation()])
-    kitchen.mix({"annotations": "notes"})
-    store = open_samples(kitchen.mixture)
+    folder = DataFolder(tmp_path)
+    folder.annotations("notes", [conversation(), conversation()])
+    folder.mix({"annotations": "notes"})
+    store = open_samples(folder.mixture)
     assert len(store) == 2
     assert store.image_bytes(1) == []
     assert store.tolerant(1) == []
@@ -125,10 +125,10 @@ def test_an_image_only_mixture_without_text_and_the_other_way_round(tmp_path):
 
 def test_an_empty_image_is_no_image(tmp_path):
     """Code that asks whether a record has the key gets the right answer."""
-    kitchen = Kitchen(tmp_path)
-    kitchen.annotations("notes", [conversation() | {"image": empty} for empty in (None, [])])
-    kitchen.mix({"annotations": "notes"})
-    store = open_samples(kitchen.mixture)
+    folder = DataFolder(tmp_path)
+    folder.annotations("notes", [conversation() | {"image": empty} for empty in (None, [])])
+    folder.mix({"annotations": "notes"})
+    store = open_samples(folder.mixture)
     assert ["image" in store.record(i) for i in range(2)] == [False, False]
     assert store.lengths.tolist() == [-5, -5]
 
@@ -153,7 +153,7 @@ def test_plain_json_and_a_folder(tmp_path):
     assert store.image_bytes(5) == [IMAGES["1.jpg"], IMAGES["2.jpg"]]
     assert store.tolerant(5) == [False, False]
     assert open_samples(path, folder, tolerant=True).tolerant(0) == [True]
-    assert store.lengths.tolist() == [6] * 6 + [-5]
+    assert store.lengths.tolist() == [6] * 5 + [7, -5], "each picture's marker is a word"
     assert store.source(0) == "data"
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         assert pool.apply(store.image_bytes, (0,)) == [IMAGES["0.jpg"]]
@@ -242,13 +242,13 @@ def memory_of_worker(pipe, path):
 
 def test_workers_stay_flat_in_memory(tmp_path):
     """20,000 records of 1 kB: a list of dicts would be tens of megabytes."""
-    kitchen = Kitchen(tmp_path)
-    kitchen.images("pics", "zip", {"0.jpg": jpeg(0)})
-    kitchen.annotations("notes", [conversation("0.jpg", "word " * 200, id=i) for i in range(20_000)])
-    kitchen.mix({"annotations": "notes", "images": [{"source": "pics"}], "policy": LOOSE})
+    folder = DataFolder(tmp_path)
+    folder.images("pics", "zip", {"0.jpg": jpeg(0)})
+    folder.annotations("notes", [conversation("0.jpg", "word " * 200, id=i) for i in range(20_000)])
+    folder.mix({"annotations": "notes", "images": [{"source": "pics"}], "policy": LOOSE})
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
-    worker = context.Process(target=memory_of_worker, args=(theirs, kitchen.mixture))
+    worker = context.Process(target=memory_of_worker, args=(theirs, folder.mixture))
     worker.start()
     grown = ours.recv()
     worker.join()

@@ -8,7 +8,7 @@ import pytest
 
 from llava_ext.data.samples import open_samples
 from tests.merge.test_merge import GOOD, part
-from tests.support.mixing import LOOSE, Kitchen, conversation
+from tests.support.mixing import LOOSE, DataFolder, conversation
 from workflow_scripts.config.mixtures import MixtureSpec, Policy
 from workflow_scripts.inspect import as_text, overview
 from workflow_scripts.io import UserError, read_json
@@ -27,17 +27,17 @@ TOOL = {"id": "t", "conversations": [{"from": "human", "value": "a"}, {"from": "
 
 
 @pytest.fixture
-def kitchen(tmp_path):
-    kitchen = Kitchen(tmp_path)
-    kitchen.images("pics", "zip", GOOD)
-    return kitchen
+def folder(tmp_path):
+    folder = DataFolder(tmp_path)
+    folder.images("pics", "zip", GOOD)
+    return folder
 
 
-def test_records_of_other_forms_are_written_as_llava_has_them(kitchen):
+def test_records_of_other_forms_are_written_as_llava_has_them(folder):
     odd = CHAT | {"id": 7, "images": ["./3.jpg"]}
-    kitchen.annotations("notes", [conversation("0.jpg", id=0), odd, conversation("2.jpg", id=2)])
-    report = kitchen.mix(part())["parts"][0]
-    store = open_samples(kitchen.mixture)
+    folder.annotations("notes", [conversation("0.jpg", id=0), odd, conversation("2.jpg", id=2)])
+    report = folder.mix(part())["parts"][0]
+    store = open_samples(folder.mixture)
     assert store.record(1) == {
         "id": 7,
         "conversations": [{"from": "human", "value": "<image>\nwhat"}, {"from": "gpt", "value": "é"}],
@@ -53,16 +53,16 @@ def test_records_of_other_forms_are_written_as_llava_has_them(kitchen):
     ]
 
 
-def test_nothing_is_said_about_records_that_are_in_order(kitchen):
-    kitchen.annotations("notes", [conversation(f"{i}.jpg", id=i) for i in range(10)])
-    report = kitchen.mix(part())["parts"][0]
+def test_nothing_is_said_about_records_that_are_in_order(folder):
+    folder.annotations("notes", [conversation(f"{i}.jpg", id=i) for i in range(10)])
+    report = folder.mix(part())["parts"][0]
     assert "findings" not in report
     assert report["examples"] == {}
 
 
-def test_each_action_is_counted_with_examples(kitchen):
-    kitchen.annotations("notes", [conversation("0.jpg"), SYSTEM, TOOL])
-    report = kitchen.mix(part(policy=LOOSE))["parts"][0]
+def test_each_action_is_counted_with_examples(folder):
+    folder.annotations("notes", [conversation("0.jpg"), SYSTEM, TOOL])
+    report = folder.mix(part(policy=LOOSE))["parts"][0]
     assert report["dropped"] == {"unknown_role": 1}
     assert report["findings"]["system_turn"] == {"action": "keep", "count": 1}
     assert report["examples"]["kept: system_turn"][0]["record"] == "notes.json, record 2"
@@ -70,46 +70,46 @@ def test_each_action_is_counted_with_examples(kitchen):
         "record": "notes.json, record 3", "id": "t", "detail": "'tool'"
     }  # fmt: skip
     assert report["used"] == 2
-    fixed = kitchen.mix(part(policy=LOOSE | {"records": {"system_turn": "fix"}}))
-    assert len(open_samples(kitchen.mixture).record(1)["conversations"]) == 2
+    fixed = folder.mix(part(policy=LOOSE | {"records": {"system_turn": "fix"}}))
+    assert len(open_samples(folder.mixture).record(1)["conversations"]) == 2
     assert fixed["parts"][0]["findings"]["system_turn"]["action"] == "fix"
 
 
-def test_fail_names_file_record_id_and_the_policys_key(kitchen):
-    kitchen.annotations("notes", [conversation("0.jpg"), conversation("/data/1.jpg", id="abs")])
+def test_fail_names_file_record_id_and_the_policys_key(folder):
+    folder.annotations("notes", [conversation("0.jpg"), conversation("/data/1.jpg", id="abs")])
     with pytest.raises(UserError) as error:
-        kitchen.mix(part())
+        folder.mix(part())
     message = str(error.value)
     assert "notes.json, record 2 (id 'abs'): an absolute path of an image: /data/1.jpg" in message
     assert "absolute_path: fix, drop, fail" in message
     policy = {"records": {"absolute_path": "fix"}}
     images = [{"prefix": "data", "source": "pics"}, {"source": "pics"}]
-    kitchen.mix({"annotations": "notes", "images": images, "policy": policy})
-    assert open_samples(kitchen.mixture).image_bytes(1) == [GOOD["1.jpg"]]
+    folder.mix({"annotations": "notes", "images": images, "policy": policy})
+    assert open_samples(folder.mixture).image_bytes(1) == [GOOD["1.jpg"]]
 
 
-def test_too_many_dropped_records_name_their_kinds(kitchen):
-    kitchen.annotations("notes", [conversation("0.jpg"), TOOL])
+def test_too_many_dropped_records_name_their_kinds(folder):
+    folder.annotations("notes", [conversation("0.jpg"), TOOL])
     with pytest.raises(UserError, match=r"50.00%\) would be dropped \(1 unknown_role\)") as error:
-        kitchen.mix(part())
+        folder.mix(part())
     assert "unknown_role: notes.json, record 2" in str(error.value)
 
 
-def test_several_pictures_need_as_many_placeholders(kitchen):
+def test_several_pictures_need_as_many_placeholders(folder):
     two = conversation(["0.jpg", "1.jpg"], id=0)
     lacking = json.loads(json.dumps(two).replace("<image>\\n<image>", "<image>"))
-    kitchen.annotations("notes", [two, lacking])
-    manifest = kitchen.mix(part(policy=LOOSE))
+    folder.annotations("notes", [two, lacking])
+    manifest = folder.mix(part(policy=LOOSE))
     assert (manifest["records"], manifest["images"]) == (1, 2)
     assert manifest["parts"][0]["dropped"] == {"fewer_placeholders": 1}
-    kitchen.mix(part(policy={"records": {"fewer_placeholders": "fix"}}))
-    assert open_samples(kitchen.mixture).record(1) == two
+    folder.mix(part(policy={"records": {"fewer_placeholders": "fix"}}))
+    assert open_samples(folder.mixture).record(1) == two
 
 
-def test_inspect_shows_findings(kitchen):
-    kitchen.annotations("notes", [conversation("0.jpg"), SYSTEM])
-    kitchen.mix(part())
-    shown = as_text(overview(open_samples(kitchen.mixture)))
+def test_inspect_shows_findings(folder):
+    folder.annotations("notes", [conversation("0.jpg"), SYSTEM])
+    folder.mix(part())
+    shown = as_text(overview(open_samples(folder.mixture)))
     assert "kept: system_turn: notes.json, record 2" in shown
 
 
@@ -120,8 +120,8 @@ def test_a_policy_that_says_the_default_is_no_change():
     assert Policy.model_validate({"records": {"video": "keep"}}).records == {"video": "keep"}
 
 
-def test_equal_inputs_give_equal_bytes_also_where_records_are_mended(kitchen):
-    kitchen.annotations("notes", [CHAT | {"image": f"{i}.jpg"} for i in range(10)])
-    first = kitchen.mix(part(weight=0.5))
-    again = kitchen.mix(part(weight=0.5))
-    assert first == again == read_json(kitchen.mixture / "manifest.json")
+def test_equal_inputs_give_equal_bytes_also_where_records_are_mended(folder):
+    folder.annotations("notes", [CHAT | {"image": f"{i}.jpg"} for i in range(10)])
+    first = folder.mix(part(weight=0.5))
+    again = folder.mix(part(weight=0.5))
+    assert first == again == read_json(folder.mixture / "manifest.json")

@@ -24,30 +24,30 @@ def conversation(image: object = None, question: str = "what is it", answer: str
     return record | more
 
 
-class Kitchen:
+class DataFolder:
     """A working folder in which sources are made and mixed."""
 
     def __init__(self, folder: Path):
-        self.folder = folder
+        self.path = folder
         self.sources: list[Path] = []
         self.scans: list[Path] = []
 
     def annotations(self, name, records, text=None, suffix="json"):
-        path = self.folder / f"{name}.{suffix}"
+        path = self.path / f"{name}.{suffix}"
         path.write_text(json.dumps(records) if text is None else text)
         self.source(name, {"kind": "path", "annotations": str(path)})
         return path
 
     def images(self, name, kind, members):
         path = MAKERS[kind](
-            self.folder / (name if kind == "folder" else f"{name}.{kind}"), list(members.items())
+            self.path / (name if kind == "folder" else f"{name}.{kind}"), list(members.items())
         )
         self.source(name, {"kind": "path", "images": str(path)})
         return path
 
     def source(self, name, spec):
-        source = self.folder / "data" / "sources" / name / "manifest.json"
-        scanned = self.folder / "data" / "scans" / name / "manifest.json"
+        source = self.path / "data" / "sources" / name / "manifest.json"
+        scanned = self.path / "data" / "scans" / name / "manifest.json"
         acquire.main(["--name", name, "--spec", json.dumps(spec), "--manifest", str(source)])
         scan.main(["--source", str(source), "--manifest", str(scanned), "--threads", "1"])
         if source not in self.sources:
@@ -56,12 +56,12 @@ class Kitchen:
 
     def mix(self, *parts, name="M", **more):
         spec = MixtureSpec.model_validate({"parts": list(parts), **more})
-        manifest = self.folder / "data" / "mixtures" / name / "manifest.json"
+        manifest = self.path / "data" / "mixtures" / name / "manifest.json"
         return merge.merge(name, spec, self.sources, self.scans, manifest)
 
     @property
     def mixture(self):
-        return self.folder / "data" / "mixtures" / "M"
+        return self.path / "data" / "mixtures" / "M"
 
 
 LOOSE = {"max_dropped_share": 1.0}

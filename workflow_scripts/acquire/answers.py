@@ -58,10 +58,6 @@ class Version:
         mine, theirs = asdict(self), asdict(other)
         return any(mine[key] != theirs[key] for key in mine if None not in (mine[key], theirs[key]))
 
-    def agrees(self, other: Version) -> bool:
-        """True when something that changes with the bytes is the same in both."""
-        return not self.differs(other) and self.strong is not None and self.strong == other.strong
-
 
 def version_of(response: requests.Response, total: int | None) -> Version:
     """The version that an answer belongs to."""

@@ -97,7 +97,7 @@ def explain_final(error: BaseException) -> str:
     return f"the URL or the server's redirect is no address that can be fetched ({type(error).__name__})"
 
 
-def is_distrust(error: BaseException) -> bool:
+def is_certificate_error(error: BaseException) -> bool:
     """True where a certificate is wrong, which no later attempt mends."""
     return any(isinstance(item, ssl.SSLCertVerificationError) for item in _chain(error))
 

@@ -34,7 +34,7 @@ from workflow_scripts.acquire.connection import (
     FINAL,
     explain,
     explain_final,
-    is_distrust,
+    is_certificate_error,
     keep_headers,
     new_session,
 )
@@ -61,7 +61,7 @@ def fetch(wanted: Wanted, target: Path, patience: Patience | None = None) -> dic
     with Voice(wanted.name, patience.say_s, patience.tick_s) as voice:
         work = _Fetch(wanted, target, patience, voice)
         with only_one(target, work.part, voice):
-            voice.doing("verifying the file that is there")
+            voice.set_activity("verifying the file that is there")
             return already_there(wanted, target) or work.run()
 
 
@@ -139,7 +139,7 @@ class _Fetch:
             before, wait = self._have(), None
             try:
                 with host_slot(url, self.patience, self.voice) as waited:
-                    pace.excuse(waited)
+                    pace.discount(waited)
                     self._attempt(url, pace)
                 return self._verify(url)
             except StartOver as error:
@@ -154,11 +154,11 @@ class _Fetch:
                     raise MirrorFailed(f"{why} ({failures} attempts)") from None
             pace.add(0)
             self._wait(self.patience.pause(failures, wait), why)
-            pace.excuse(wait or 0.0)
+            pace.discount(wait or 0.0)
 
     def _wait(self, seconds: float, why: str) -> None:
         self.voice.say(f"{why}; again in {seconds:.1f} s")
-        self.voice.doing(f"waiting {seconds:.0f} s to try again ({why})")
+        self.voice.set_activity(f"waiting {seconds:.0f} s to try again ({why})")
         pause(seconds)
 
     def _discard(self) -> None:
@@ -179,13 +179,13 @@ class _Fetch:
         if have and have == total:
             return
         begin = self._begin(url, have)
-        self.voice.doing(f"waiting for an answer of {urlsplit(public(url)).netloc}")
+        self.voice.set_activity(f"waiting for an answer of {urlsplit(public(url)).netloc}")
         try:
             with self._ask(url, begin) as response:
                 self.voice.relax()
                 self._receive(url, response, begin, pace)
         except BROKEN as error:
-            raise (MirrorFailed if is_distrust(error) else TryAgain)(explain(error)) from None
+            raise (MirrorFailed if is_certificate_error(error) else TryAgain)(explain(error)) from None
         finally:
             self.voice.relax()
 
@@ -284,7 +284,7 @@ class _Fetch:
         """The pieces from byte ``have`` on; those before it are compared with what is here."""
         left = have - first
         if left:
-            self.voice.doing("comparing what is here with what the server sends")
+            self.voice.set_activity("comparing what is here with what the server sends")
             with self.part.open("rb") as old:
                 old.seek(first)
                 while left:
@@ -340,7 +340,7 @@ class _Fetch:
 
     def _verify(self, url: str) -> dict[str, Any]:
         """Judges the complete part."""
-        self.voice.doing("verifying")
+        self.voice.set_activity("verifying")
         self.part.touch()
         self.hasher.catch_up(self.part)
         size, (sha, git) = self._have(), self.hasher.results()

@@ -69,7 +69,7 @@ class Repository:
             if COMMIT.fullmatch(self.revision):
                 self._commit = self.revision
             elif SHORT_COMMIT.fullmatch(self.revision):
-                self._commit = self._lengthen()
+                self._commit = self._full_revision()
             else:
                 info = self._ask(
                     lambda: self.api.repo_info(self.repo, revision=self.revision, repo_type=self.repo_type)
@@ -77,7 +77,7 @@ class Repository:
                 self._commit = str(info.sha)
         return self._commit
 
-    def _lengthen(self) -> str:
+    def _full_revision(self) -> str:
         commits = self._ask(lambda: self.api.list_repo_commits(self.repo, repo_type=self.repo_type))
         found = [c.commit_id for c in commits if c.commit_id.startswith(self.revision)]
         if len(found) != 1:
@@ -124,7 +124,7 @@ class Repository:
         why = ""
         with Voice(self.repo, self.patience.say_s) as voice:
             for attempt in range(1, self.patience.attempts + 1):
-                voice.doing(f"waiting for an answer of {self.endpoint}")
+                voice.set_activity(f"waiting for an answer of {self.endpoint}")
                 wait = None
                 try:
                     return question()
@@ -135,7 +135,7 @@ class Repository:
                 if attempt < self.patience.attempts:
                     seconds = self.patience.pause(attempt, wait)
                     voice.say(f"{why} from {self.endpoint}; again in {seconds:.1f} s")
-                    voice.doing(f"waiting {seconds:.0f} s to ask {self.endpoint} again ({why})")
+                    voice.set_activity(f"waiting {seconds:.0f} s to ask {self.endpoint} again ({why})")
                     pause(seconds)
         raise UserError(
             f"{self.shown}: {self.endpoint} can't be reached ({why}); check the network and HF_ENDPOINT, or name a copy "
@@ -239,7 +239,7 @@ def get_file(
     cached = repository.cached(file.path)
     if repository.offline and cached is None:
         raise UserError(f"{repository.shown}, {file.path}: {OFFLINE}")
-    wanted = pinned if repository.offline else _agree(repository, file)
+    wanted = pinned if repository.offline else _checked_with_config(repository, file)
     if cached is not None and (known := verify_cached(cached, wanted, target)) is not None:
         return cached, known
     if repository.offline:
@@ -247,7 +247,7 @@ def get_file(
     return target, fetch(wanted, target, patience)
 
 
-def _agree(repository: Repository, file: HubFile) -> Wanted:
+def _checked_with_config(repository: Repository, file: HubFile) -> Wanted:
     """The hub's own facts about a file, compared with those of the config."""
     from dataclasses import replace
 

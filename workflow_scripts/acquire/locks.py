@@ -43,7 +43,7 @@ def only_one(target: Path, part: Path, voice: Voice) -> Iterator[None]:
             there = part.stat().st_size if part.exists() else 0
             voice.what = f"waiting for {who}, which is fetching it ({size_text(there)} are here)"
             if not waited:
-                voice.doing(voice.what)
+                voice.set_activity(voice.what)
                 voice.say(voice.what)
                 waited = True
             pause(LOOK_S)

@@ -71,7 +71,7 @@ class Pace:
                 f"{self.patience.least_rate:.0f} bytes a second"
             )
 
-    def excuse(self, seconds: float) -> None:
+    def discount(self, seconds: float) -> None:
         """Waiting that is not the server's fault, or that it asked for."""
         self.begin += seconds
 

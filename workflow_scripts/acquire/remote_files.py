@@ -10,7 +10,7 @@ from typing import Any
 from workflow_scripts.acquire.download import fetch
 from workflow_scripts.acquire.local_files import describe_local, described_path
 from workflow_scripts.acquire.patience import Patience
-from workflow_scripts.acquire.stopping import Task, gather, until_told
+from workflow_scripts.acquire.stopping import Task, gather, until_signalled
 from workflow_scripts.acquire.verified import Wanted, provenance_path, recall
 from workflow_scripts.acquire.voice import say
 from workflow_scripts.archives import detect_type
@@ -26,7 +26,7 @@ Getter = Callable[[Any, Path], tuple[Path, dict[str, Any]]]
 
 def fetch_source(spec: Fetched, folder: Path, getter: Callable[[Any, Patience], Getter]) -> dict[str, Any]:
     """Fetches what is not there yet; returns the content of the manifest. A signal ends it at once."""
-    return until_told(partial(_fetch_all, spec, folder, getter))
+    return until_signalled(partial(_fetch_all, spec, folder, getter))
 
 
 def _fetch_all(spec: Fetched, folder: Path, getter: Callable[[Any, Patience], Getter]) -> dict[str, Any]:

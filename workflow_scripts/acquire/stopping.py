@@ -55,16 +55,16 @@ def pause(seconds: float) -> None:
         raise Stopped
 
 
-def until_told(work: Callable[[], T]) -> T:
+def until_signalled(work: Callable[[], T]) -> T:
     """Returns ``work()``, or ends the process with status 128 + the signal's number on SIGINT and SIGTERM."""
     if threading.current_thread() is not threading.main_thread():
         return work()
     told: list[int] = []
 
-    def hear(number: int, frame: FrameType | None) -> None:
+    def on_signal(number: int, frame: FrameType | None) -> None:
         told.append(number)
 
-    former = {number: signal.signal(number, hear) for number in SIGNALS}
+    former = {number: signal.signal(number, on_signal) for number in SIGNALS}
     waiting = Task(work)
     try:
         while waiting.thread.is_alive() and not told:

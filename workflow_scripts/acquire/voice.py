@@ -56,7 +56,7 @@ class Voice:
         self.spoke = time.monotonic()
         say(f"{self.name}: {text}")
 
-    def doing(self, what: str) -> None:
+    def set_activity(self, what: str) -> None:
         """Sets what is said when nothing else is said for a while."""
         self.what, self.since = what, time.monotonic()
 
@@ -83,7 +83,7 @@ class Voice:
 
     def start(self, done: int, total: int | None) -> None:
         """Goes on at ``done`` of ``total`` bytes."""
-        self.doing("receiving")
+        self.set_activity("receiving")
         self.done = self.begin = done
         self.total, self.spoke = total, time.monotonic()
         self._close_bar()

@@ -42,7 +42,7 @@ class Config(StrictModel):
 
     @field_validator("setup")
     @classmethod
-    def _survives_its_way(cls, value: str) -> str:
+    def _safe_in_shells(cls, value: str) -> str:
         """Snakemake passes it to jobs through YAML and two shells, which would change it without a word."""
         found = sorted(set(value) & set("'\"$`\\\n"))
         if found:

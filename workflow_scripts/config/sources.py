@@ -253,7 +253,7 @@ class PathSource(Source):
         return LocalFiles(images=self.images, annotations=self.annotations)
 
     @model_validator(mode="after")
-    def _something(self) -> Self:
+    def _images_or_annotations(self) -> Self:
         if self.images is None and not self.annotations:
             raise ValueError("a path source needs `images`, `annotations` or both")
         return self

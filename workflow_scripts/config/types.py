@@ -18,7 +18,6 @@ def _no_bool(value: Any) -> Any:
 
 Count = Annotated[int, Field(ge=0), BeforeValidator(_no_bool)]
 Positive = Annotated[int, Field(gt=0), BeforeValidator(_no_bool)]
-Integer = Annotated[int, BeforeValidator(_no_bool)]
 Seed = Annotated[int, Field(ge=0, lt=2**32), BeforeValidator(_no_bool)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_no_bool)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_no_bool)]

@@ -106,7 +106,7 @@ def outermost(things: Sequence[Thing], side: str) -> Thing | None:
     return first if sign * (first.place(axis) - second.place(axis)) >= MARGIN else None
 
 
-def lies(first: Thing, side: str, second: Thing) -> bool | None:
+def lies_on_side(first: Thing, side: str, second: Thing) -> bool | None:
     """Whether ``first`` lies on that side of ``second``; None where they are about level."""
     axis, sign = SIDES[side]
     distance = sign * (first.place(axis) - second.place(axis))
@@ -134,11 +134,11 @@ def _absolute(things: Sequence[Thing], subject: str, side: str) -> Question | No
 def _relative(
     things: Sequence[Thing], subject: str, side: str, yes: bool, rng: random.Random
 ) -> Question | None:
-    pairs = [pair for pair in combinations(things, 2) if lies(pair[0], side, pair[1]) is not None]
+    pairs = [pair for pair in combinations(things, 2) if lies_on_side(pair[0], side, pair[1]) is not None]
     if not pairs:
         return None
     first, second = rng.choice(pairs)
-    if lies(first, side, second) != yes:
+    if lies_on_side(first, side, second) != yes:
         first, second = second, first
     text = f"Is the {first.named(subject)} {TOWARDS[side]} the {second.named(subject)}?"
     return Question(f"{subject}_relative", text, "yes" if yes else "no")

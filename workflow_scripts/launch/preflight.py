@@ -83,7 +83,7 @@ def visible_gpus(timeout_s: float = 180.0) -> Gpus:
     return Gpus(tuple(found["names"]), found["bf16"], found["build"], found["why"])
 
 
-def driver_says() -> str:
+def gpus_of_driver() -> str:
     """How many GPUs the driver lists, whatever torch can do with them."""
     if shutil.which("nvidia-smi") is None:
         return "there is no nvidia-smi"
@@ -104,7 +104,7 @@ def gpu_problems(wanted: int, precision: str) -> list[str]:
         limited = "" if visible is None else f", CUDA_VISIBLE_DEVICES={visible}"
         why = f": {gpus.why}" if gpus.why else ""
         return [
-            f"{len(gpus.names)} GPUs are visible, {wanted} are needed ({gpus.build}{why}; {driver_says()}{limited})"
+            f"{len(gpus.names)} GPUs are visible, {wanted} are needed ({gpus.build}{why}; {gpus_of_driver()}{limited})"
         ]
     if precision == "bf16" and not gpus.bf16:
         return [f"precision: bf16 can't be computed by {gpus.names[0]}; set precision: fp16"]
@@ -187,7 +187,7 @@ def check_all(
         if found:
             name = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
             lines = "\n  ".join(found)
-            raise UserError(f"{name} can't compute this training:\n  {lines}" + leave_out([name]))
+            raise UserError(f"{name} can't compute this training:\n  {lines}" + advice_to_exclude([name]))
         return
     folder = state / "preflight"
     shutil.rmtree(folder, ignore_errors=True)
@@ -211,7 +211,7 @@ def check_all(
     _judge(nodes, folder, done)
 
 
-def leave_out(machines: Sequence[str]) -> str:
+def advice_to_exclude(machines: Sequence[str]) -> str:
     """How to go on without machines that lack something, in a job of Slurm: its next attempt may come to the same ones."""
     if not machines or not slurm.job_id():
         return ""
@@ -233,7 +233,7 @@ def _judge(nodes: Nodes, folder: Path, done: subprocess.CompletedProcess[str]) -
             "not all machines of the job can compute this training:\n  "
             + "\n  ".join(lines or ["srun failed"])
             + said
-            + leave_out([name for name, problems in found.items() if problems])
+            + advice_to_exclude([name for name, problems in found.items() if problems])
         )
 
 

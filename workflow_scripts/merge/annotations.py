@@ -171,7 +171,7 @@ def _example(where: str, settled: Settled, finding: Finding) -> dict[str, Any]:
 
 
 @contextmanager
-def collector_off() -> Iterator[None]:
+def without_garbage_collection() -> Iterator[None]:
     """Millions of small objects that are no garbage cost the garbage collector half the time."""
     was_on = gc.isenabled()
     gc.disable()
@@ -188,7 +188,7 @@ def read_records(files: list[Path], actions: Mapping[str, Action] | None = None)
     Broken records are collected, not raised; broken JSON raises :class:`UserError` with file and record.
     """
     found = _Collector(default_actions() | dict(actions or {}))
-    with collector_off():
+    with without_garbage_collection():
         for number, path in enumerate(files):
             try:
                 size = path.stat().st_size / 1e6

@@ -217,14 +217,14 @@ def _suggestions(
     ]
 
 
-def _base(name: str) -> str:
+def _file_name(name: str) -> str:
     return name.rsplit("/", 1)[-1]
 
 
 _KEYS: tuple[tuple[str, Any], ...] = (
     ("in other case", str.casefold),
     ("with another suffix (any_suffix: true takes it)", lambda name: name.rsplit(".", 1)[0]),
-    ("in another folder (change the prefix)", _base),
-    ("in another folder and in other case", lambda name: _base(name).casefold()),
-    ("with another suffix and folder", lambda name: _base(name).rsplit(".", 1)[0]),
+    ("in another folder (change the prefix)", _file_name),
+    ("in another folder and in other case", lambda name: _file_name(name).casefold()),
+    ("with another suffix and folder", lambda name: _file_name(name).rsplit(".", 1)[0]),
 )

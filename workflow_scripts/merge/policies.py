@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from llava_ext.data.record_kinds import KINDS
-from workflow_scripts.config.mixtures import Part, Policy
+from workflow_scripts.config.mixtures import Part
 from workflow_scripts.io import UserError
 from workflow_scripts.merge.annotations import EXAMPLES, Records, record_id
 from workflow_scripts.merge.joins import Join, Store
@@ -207,8 +207,3 @@ def _too_many(part: Part, outcome: Outcome, dropped: int, total: int) -> str:
         ]
     lines.append("  fix the source (fetch it again?), or raise max_dropped_share in the part's policy")
     return "\n".join(lines)
-
-
-def policy_is_default(policy: Policy) -> bool:
-    """True when nothing was said."""
-    return policy == Policy()

@@ -59,9 +59,9 @@ def _fill(spec: Any, home: Path, target: Path) -> dict[str, Any]:
     """Puts the model's files into ``target`` and returns where they come from."""
     if isinstance(spec, HubModel):
         from workflow_scripts.acquire.hub import fetch_snapshot
-        from workflow_scripts.acquire.stopping import until_told
+        from workflow_scripts.acquire.stopping import until_signalled
 
-        commit, found = until_told(
+        commit, found = until_signalled(
             lambda: fetch_snapshot(
                 spec.repo,
                 spec.revision,
@@ -151,7 +151,7 @@ def convert_shards(shards: dict[str, Path], target: Path) -> None:
         shard = (
             f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
         )
-        save_file(_apart(state), target / shard, metadata={"format": "pt"})
+        save_file(_without_shared_memory(state), target / shard, metadata={"format": "pt"})
         weights |= dict.fromkeys(state, shard)
         total += sum(item.numel() * item.element_size() for item in state.values())
     follow_umask(target, "*.safetensors")
@@ -162,7 +162,7 @@ def convert_shards(shards: dict[str, Path], target: Path) -> None:
         )
 
 
-def _apart(state: Mapping[str, Any]) -> dict[str, Any]:
+def _without_shared_memory(state: Mapping[str, Any]) -> dict[str, Any]:
     """Contiguous tensors that share no memory (as tied weights do), which safetensors refuses.
 
     All others stay in the mapped file: a shard of 10 GB needs no 10 GB of memory.

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from workflow_scripts.launch.preflight import driver_says, visible_gpus
+from workflow_scripts.launch.preflight import gpus_of_driver, visible_gpus
 from workflow_scripts.launch.provenance import ROOT
 from workflow_scripts.selftest.findings import GB, Finding
 
@@ -67,9 +67,9 @@ def check_hardware(wanted: int = 0) -> Iterator[Finding]:
     if len(gpus.names) < max(1, wanted):
         why = f": {gpus.why}" if gpus.why else ""
         found = (
-            f"torch can use {len(gpus.names)} of {wanted} wanted ({gpus.build}{why}; {driver_says()})"
+            f"torch can use {len(gpus.names)} of {wanted} wanted ({gpus.build}{why}; {gpus_of_driver()})"
             if wanted
-            else f"none visible (CPU trainings work; {driver_says()})"
+            else f"none visible (CPU trainings work; {gpus_of_driver()})"
         )
     yield Finding("GPUs", bool(gpus.names) and len(gpus.names) >= wanted, found, needed=wanted > 0)
     if gpus.names:
