@@ -265,22 +265,6 @@ def test_a_job_on_two_nodes_saves_when_told_to_end_and_when_cancelled(
     assert len(losses(state)) == 100
 
 
-def test_a_verdict_asks_for_no_gpu_a_second_time(finished_on_slurm, slurm, tmp_path):
-    """A training that will fail again is started once; what retries it only says why, and needs no GPU for that."""
-    compute = {"gpus_per_node": 0, "gres": "gpu:1", "attempts": 2}
-    workspace = training(finished_on_slurm, tmp_path, compute, min_supervised_share=1.0)
-    done = workspace.run(TRAINED, check=False)
-    assert done.returncode != 0
-    state = workspace.state("finetune", "long")
-    assert [row["outcome"] for row in attempts(state)] == ["verdict"]
-    assert "stages.finetune.min_supervised_share: 100.00%" in done.stdout[-1500:]
-    asked = slurm.output(
-        "sacct", "-n", "-X", "-P", "--starttime=now-1hour", "-o", "JobID,Comment,ReqTRES,Start"
-    )
-    jobs = [line for line in asked.splitlines() if "finetune" in line][-2:]
-    assert ["gres/gpu" in line for line in jobs] == [True, False], asked
-
-
 def steps_since_start(state, attempt):
     """How many steps an attempt has logged."""
     rows = attempts(state) if (state / "attempts.jsonl").exists() else []
