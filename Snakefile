@@ -6,6 +6,7 @@ from snakemake.utils import min_version
 
 from workflow_scripts.acquire.signals import end_downloads_with_snakemake
 from workflow_scripts.launch import requeue
+from workflow_scripts.launch.accounts import use_default_account
 from workflow_scripts.plan.describe import describe_plan, is_dry_run
 from workflow_scripts.status.failures import say_failures
 
@@ -57,6 +58,7 @@ rule all:
 
 # Not called in dry runs, nor inside jobs.
 onstart:
+    use_default_account(workflow)
     requeue.watch(workflow)
     end_downloads_with_snakemake()
 

@@ -17,7 +17,7 @@ from workflow_scripts.plan.checks import (
 from workflow_scripts.plan.source_keys import watched_recipe
 from workflow_scripts.plan.specs import compact, plain
 from workflow_scripts.launch.step import is_given_up
-from workflow_scripts.plan.resources import resources_of, to_refuse
+from workflow_scripts.plan.resources import STEP_JOBS, resources_of, to_refuse
 from workflow_scripts.stages import STAGES, last_stage
 from workflow_scripts.step import command
 

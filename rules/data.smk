@@ -40,10 +40,10 @@ rule scan:
     retries: ONCE_MORE
     conda:
         "../envs/environment.yaml"
-    threads: 8
+    threads: STEP_JOBS["scan"].threads
     resources:
-        mem_mb=8000,
-        runtime=360,
+        mem_mb=STEP_JOBS["scan"].mem_mb,
+        runtime=STEP_JOBS["scan"].runtime,
     params:
         step=step,
     shell:
@@ -61,8 +61,8 @@ rule mixture:
     conda:
         "../envs/environment.yaml"
     resources:
-        mem_mb=8000,
-        runtime=120,
+        mem_mb=STEP_JOBS["mixture"].mem_mb,
+        runtime=STEP_JOBS["mixture"].runtime,
     params:
         step=step,
         spec=lambda wildcards: compact(plain(plan.config.mixtures[wildcards.mixture])),

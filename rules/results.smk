@@ -15,7 +15,7 @@ rule export:
         "../envs/environment.yaml"
     resources:
         mem_mb=lambda wildcards: plan.single_job("export", wildcards.run)["mem_mb"],
-        runtime=120,
+        runtime=STEP_JOBS["export"].runtime,
     params:
         step=step,
         spec=lambda wildcards, resources: compact(plan.export_spec(wildcards.run)),
@@ -61,7 +61,7 @@ rule evaluate:
         "../envs/environment.yaml"
     resources:
         mem_mb=lambda wildcards: plan.single_job("evaluate", wildcards.run)["mem_mb"],
-        runtime=120,
+        runtime=STEP_JOBS["evaluate"].runtime,
         gres=lambda wildcards: plan.single_job("evaluate", wildcards.run)["gres"],
         train_slots=lambda wildcards: plan.single_job("evaluate", wildcards.run)[
             "train_slots"

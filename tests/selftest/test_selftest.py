@@ -168,4 +168,5 @@ def test_the_self_test_runs_on_the_machines_of_a_training(tmp_path):
         assert f"{task}: ok   working folder: {tmp_path}" in done.stdout
         assert f"{task}: everything that is needed is here" in done.stdout
     assert "has what is needed" in done.stdout
-    assert "there is no srun here" in refused.stderr
+    assert "ok   scan: Slurm would take the job" in done.stdout
+    assert "there is no sbatch here" in refused.stderr

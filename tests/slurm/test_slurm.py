@@ -62,6 +62,8 @@ def test_the_whole_path_goes_through_the_profile(finished_on_slurm, slurm):
         assert len(list(workspace.folder.glob(f"logs/slurm/rule_{rule}/**/*.log"))) == jobs, rule
     for rule in ("acquire", "prepare_model", "checkpoint", "report"):
         assert not submitted(workspace.output, rule)
+    for noise in ("sacct", "SLURM account", "never awaited"):
+        assert noise not in workspace.output
     attempt = attempts(workspace.state("finetune", "vanilla"))[0]
     assert attempt["job"] in submitted(workspace.output, "finetune")
 
@@ -86,7 +88,7 @@ def test_it_works_with_accounting_too(tmp_path):
     with running(accounting=True) as sandbox:
         workspace = clone(tmp_path / "clone", sandbox)
         shown = workspace.run("-n", "-q").stdout
-        assert "Nothing to be done" not in shown
+        assert "Nothing to be done" not in shown and "never awaited" not in shown
         workspace.run("data")
         assert sandbox.output("sacct", "-X", "-n", "-o", "state").split() == ["COMPLETED"] * 4
     assert len(list(workspace.folder.glob("logs/slurm/rule_mixture/*/*.log"))) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from workflow_scripts.config.compute import ComputeSpec
@@ -12,6 +13,23 @@ REFUSAL_MB, REFUSAL_MIN = 1000, 5
 def to_refuse(compute: ComputeSpec) -> ComputeSpec:
     """For a job that will only say why there is no further attempt: it must not wait for GPUs to say so."""
     return ComputeSpec(mem_mb=min(compute.mem_mb, REFUSAL_MB), runtime_min=REFUSAL_MIN)
+
+
+@dataclass(frozen=True)
+class StepJob:
+    """What a step that is no training asks of a cluster. ``mem_mb``: None where the configuration says it."""
+
+    threads: int
+    runtime: int
+    mem_mb: int | None = None
+
+
+STEP_JOBS = {
+    "scan": StepJob(threads=8, runtime=360, mem_mb=8000),
+    "mixture": StepJob(threads=1, runtime=120, mem_mb=8000),
+    "export": StepJob(threads=1, runtime=120),
+    "evaluate": StepJob(threads=1, runtime=120),
+}
 
 
 def resources_of(compute: ComputeSpec) -> dict[str, Any]:

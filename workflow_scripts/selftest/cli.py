@@ -1,7 +1,7 @@
 """Says what this machine has and lacks for the workflow: `python -m workflow_scripts.selftest [--configfile FILE] [--slurm]`.
 
-Run it on the login node; `--slurm` repeats it on compute nodes, in one small job for each kind of job that the
-configuration's trainings ask for. The exit status is 1 when something needed is missing.
+Run it on the login node; `--slurm` has Slurm say whether it would take each kind of job of the configuration, and repeats
+the self-test on compute nodes, in one small job for each kind that the trainings ask for. The exit status is 1 when something needed is missing.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from pathlib import Path
 
 from workflow_scripts.command_line import command_line
 from workflow_scripts.io import UserError, user_errors
+from workflow_scripts.launch.provenance import ROOT
 from workflow_scripts.plan.plan import Plan, read_plan
 from workflow_scripts.selftest.findings import Finding
+from workflow_scripts.selftest.jobs import check_jobs
 from workflow_scripts.selftest.machine import (
     check_cluster,
     check_folder,
@@ -43,7 +45,10 @@ def findings(options: argparse.Namespace) -> Iterator[Finding]:
     yield Finding("configuration", True, f"{names}: {len(plan.experiments)} experiments")
     yield from check_needs(plan, folder)
     if options.slurm:
-        yield from check_nodes(plan, options.configfile, folder)
+        tried = list(check_jobs(plan, options.configfile, ROOT / "slurm/config.yaml"))
+        yield from tried
+        if all(item.good for item in tried):  # else they would wait for what never comes
+            yield from check_nodes(plan, options.configfile, folder)
 
 
 def _read(files: Sequence[Path]) -> Plan | Finding:

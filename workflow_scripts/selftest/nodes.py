@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +13,6 @@ import yaml
 
 from workflow_scripts import step
 from workflow_scripts.config.compute import ComputeSpec
-from workflow_scripts.io import UserError
 from workflow_scripts.launch.provenance import ROOT
 from workflow_scripts.plan.plan import Plan
 from workflow_scripts.plan.resources import resources_of
@@ -93,8 +91,6 @@ def commands(plan: Plan, profile: Path, test: Sequence[str]) -> dict[str, list[s
 
 def check_nodes(plan: Plan, configfiles: Sequence[Path], folder: Path) -> Iterator[Finding]:
     """Runs the self-test in Slurm jobs and shows what it says there; they wait in the queue like any other."""
-    if shutil.which("srun") is None:
-        raise UserError("--slurm: there is no srun here; run it on a machine that can submit Slurm jobs")
     arguments = ["--configfile", *(str(path.absolute()) for path in configfiles), "--directory", str(folder)]
     test = site_test(plan, ROOT / "slurm", arguments)
     for names, command in commands(plan, ROOT / "slurm", test).items():

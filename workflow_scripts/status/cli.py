@@ -1,8 +1,8 @@
-"""Shows what the trainings are doing, from their folders alone: `python -m workflow_scripts.status [--watch]`.
+"""Shows what the trainings are doing, from their folders and Slurm's queue: `python -m workflow_scripts.status [--watch]`.
 
 One line a training: stage, run, state, step, loss, tokens a second, time left, time since the last step, attempts, GPUs, last
 saved step, machine or job, and the finished experiments that use it. Below one that failed, or that a check refused to start:
-why, and where its log is.
+why, and where its log is. Below one that waits in Slurm's queue: since when, why, and what to do where waiting does not help.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from rich.segment import Segment
 
 from workflow_scripts.command_line import command_line
 from workflow_scripts.io import UserError, user_errors
-from workflow_scripts.status.read import all_statuses
+from workflow_scripts.status.queue import jobs_of, with_queue
+from workflow_scripts.status.read import Status, all_statuses
 from workflow_scripts.status.table import Trainings, table
 
 
@@ -41,24 +42,29 @@ class Tail:
             yield from (*line, Segment.line())
 
 
+def trainings(root: Path) -> list[Status]:
+    """What the folders say, and Slurm of those that wait in its queue."""
+    return with_queue(all_statuses(root), root)
+
+
 def as_json(root: Path) -> str:
     """One JSON object a training and line."""
-    return "\n".join(json.dumps(asdict(item)) for item in all_statuses(root))
+    return "\n".join(json.dumps(asdict(item)) for item in trainings(root))
 
 
 def show(root: Path, console: Console) -> None:
     """Prints the table: as wide as the terminal allows, or plain and as wide as it is elsewhere."""
     if console.is_terminal:
-        console.print(Trainings(all_statuses(root)), highlight=False)
+        console.print(Trainings(trainings(root)), highlight=False)
     else:
-        print(table(all_statuses(root)), flush=True)
+        print(table(trainings(root)), flush=True)
 
 
 def watch(root: Path, console: Console, seconds: float) -> None:
     """Redraws the table in place until Ctrl-C."""
     with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
         while True:
-            live.update(Tail(Trainings(all_statuses(root))), refresh=True)
+            live.update(Tail(Trainings(trainings(root))), refresh=True)
             time.sleep(seconds)
 
 
@@ -87,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object a training")
     options = parser.parse_args(argv)
     with user_errors():
-        if not (options.directory / "runs").is_dir():
+        if not (options.directory / "runs").is_dir() and not jobs_of(options.directory):
             raise UserError(
                 f"{options.directory.absolute()}: no folder runs/ here; give the working folder with --directory"
             )

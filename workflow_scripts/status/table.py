@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 # In the order of the sum, with their colours.
 STATES = {
     "running": "green",
+    "starting": "green",
+    "queued": "yellow",
+    "held": "red",
     "unknown": "yellow",
     "not started": "dim",
     "interrupted": "yellow",
