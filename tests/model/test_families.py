@@ -365,12 +365,13 @@ def test_a_vision_model_is_no_language_model(tmp_path):
 
 
 def test_the_workflow_exports_only_the_hf_layout_where_llava_knows_no_such_family(folders, tmp_path, capsys):
+    from llava_ext.files import sha256
     from workflow_scripts.export.step import export
-    from workflow_scripts.io import file_sha256, write_json
+    from workflow_scripts.io import write_json
 
     model, tokenizer, processor = build(folders, "siglip_vision_model", llm=folders["qwen2"])
     save_checkpoint(model, tokenizer, processor, tmp_path / "run" / "state", "plain", "pad")
-    files = {path.name: file_sha256(path) for path in (tmp_path / "run" / "state").iterdir()}
+    files = {path.name: sha256(path) for path in (tmp_path / "run" / "state").iterdir()}
     write_json(tmp_path / "run" / "state" / "provenance.json", {})
     trained = {"stage": "finetune", "run": "r", "folder": "state", "digest": "0123456789ab", "files": files}
     write_json(tmp_path / "run" / "manifest.json", trained)
