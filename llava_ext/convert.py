@@ -12,19 +12,18 @@ whose adapters are merged. Pickles are read as tensors only; no code from a chec
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from .checkpoints import original
 from .errors import TrainingError, say
 from .files import follow_umask
-from .model.interventions import FIELD_NAMES, Interventions
+from .model.interventions import Interventions
+from .training.flag_options import add_interventions, take_interventions
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -102,17 +101,6 @@ def _named_tower(source: Path) -> str:
     return str(named)
 
 
-def _expected(options: argparse.Namespace) -> Interventions | None:
-    given = {name: getattr(options, name) for name in FIELD_NAMES if hasattr(options, name)}
-    if not given:
-        return None
-    if "multilayer_layers" in given:
-        given["multilayer_layers"] = tuple(given["multilayer_layers"])
-    chosen = Interventions.from_mapping(given)
-    chosen.validate()
-    return chosen
-
-
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -134,17 +122,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--projector_only", action="store_true", help="with --to llava: mm_projector.bin and config.json only"
     )
-    group = parser.add_argument_group(
-        "interventions that the source must have (any other is refused; none given: any)"
+    add_interventions(
+        parser, "interventions that the source must have (any other is refused; none given: any)"
     )
-    for item in dataclasses.fields(Interventions):
-        if isinstance(item.default, bool):
-            group.add_argument(f"--{item.name}", action="store_true", default=argparse.SUPPRESS)
-        elif item.name == "multilayer_layers":
-            group.add_argument(f"--{item.name}", type=int, nargs="+", default=argparse.SUPPRESS)
-        else:
-            kind: Any = float if "float" in str(item.type) else int if "int" in str(item.type) else str
-            group.add_argument(f"--{item.name}", type=kind, default=argparse.SUPPRESS)
     return parser
 
 
@@ -163,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             vision_tower=options.vision_tower,
             dtype=options.dtype,
             projector_only=options.projector_only,
-            expected=_expected(options),
+            expected=take_interventions(options),
         )
     except (TrainingError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

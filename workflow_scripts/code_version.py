@@ -17,11 +17,12 @@ from pathlib import Path
 from workflow_scripts.command_line import command_line
 
 CODE_VERSION = 3
-CODE_DIGEST = "12b26b81fa733c9e"
+CODE_DIGEST = "8704961ac8509c44"
 
 # The modules whose code decides what a training computes.
 NUMERIC = (
     "llava_ext/model/interventions.py",
+    "llava_ext/model/poolings.py",
     "llava_ext/model/towers.py",
     "llava_ext/model/projectors.py",
     "llava_ext/model/language_models.py",

@@ -32,7 +32,7 @@ from ..files import read_json, write_json
 from ..model import parts
 from ..model.interventions import (
     DEFAULT_LAYERS,
-    FIELD_NAMES,
+    FLAGS,
     PUBLISHED_GRID_SIDE,
     PUBLISHED_SPARSITY,
     VICUNA_7B_MAX_NORM,
@@ -40,6 +40,7 @@ from ..model.interventions import (
     Interventions,
 )
 from ..model.language_models import LANGUAGE_MODELS, language_model, original_text_type
+from ..model.poolings import DEFAULT_POOLING
 from ..model.towers import TOWERS, registered_tower
 from ..patches import without_zero3
 from . import adapters
@@ -107,6 +108,8 @@ def published_problems(interventions: Interventions) -> list[str]:
         found.append("normalisation constants other than 1.22 and 0.83")
     if interventions.use_multilayer_features and interventions.multilayer_layers != DEFAULT_LAYERS:
         found.append(f"vision layers other than {DEFAULT_LAYERS}")
+    if interventions.compression_after_projection and interventions.pooling != DEFAULT_POOLING:
+        found.append(f"pooling other than {DEFAULT_POOLING}")
     if not interventions.published_behaviour:
         if interventions.twoD_vision_embedding:
             found.append("two-dimensional positions of each image")
@@ -207,7 +210,7 @@ def interventions_from_original(config: Mapping[str, Any], grid_side: int) -> In
     own = config.get(OWN_KEY)
     if isinstance(own, dict) and isinstance(own.get("interventions"), dict):
         return Interventions.from_mapping(own["interventions"], ignore_unknown=True)
-    flags = {name: True for name in FIELD_NAMES if config.get(name) is True and name != "published_behaviour"}
+    flags = {name: True for name in FLAGS if config.get(name) is True}
     published = bool(flags.get("twoD_vision_embedding")) or (
         bool(flags.get("interleave")) and grid_side != PUBLISHED_GRID_SIDE
     )

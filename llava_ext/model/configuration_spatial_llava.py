@@ -1,21 +1,30 @@
 """Configuration of LLaVA with interventions: transformers' ``LlavaConfig`` plus the flags, flat, by their names.
 
-This file and its siblings ``interventions.py``, ``towers.py``, ``projectors.py``, ``modeling_*`` and ``processing_*`` are copied
-beside exported checkpoints, so they import nothing else of this package.
+This file and its siblings ``interventions.py``, ``poolings.py``, ``towers.py``, ``projectors.py``, ``modeling_*`` and
+``processing_*`` are copied beside exported checkpoints, so they import nothing else of this package.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import typing
 from typing import Any
 
 from transformers import LlavaConfig
 
-from .interventions import FIELD_NAMES, InterventionError, Interventions
+from .interventions import DEFAULTS, FIELD_NAMES, InterventionError, Interventions
 from .projectors import projector_depth
 from .towers import Tower, registered_tower
 
 
-class SpatialLlavaConfig(LlavaConfig):
+def _flag_fields() -> type:
+    """A dataclass with the fields of :class:`Interventions`, to inherit from: the flags are stated once."""
+    hints = typing.get_type_hints(Interventions)
+    fields = [(name, hints[name], dataclasses.field(default=default)) for name, default in DEFAULTS.items()]
+    return dataclasses.make_dataclass("FlagFields", fields, kw_only=True)
+
+
+class SpatialLlavaConfig(LlavaConfig, _flag_fields()):  # type: ignore[misc]
     """``LlavaConfig`` with LLaVA's projector types and the interventions.
 
     The fields of :class:`Interventions` are fields here, so that ``config.json`` shows every flag by its name. Building a
@@ -25,19 +34,6 @@ class SpatialLlavaConfig(LlavaConfig):
     model_type = "spatial_llava"
 
     projector_type: str = "mlp2x_gelu"
-    normalize_projector: bool = False
-    normalize_statistics: str = "vicuna-7b"
-    projector_max_norm: float | None = None
-    projector_scale: float | None = None
-    use_multilayer_features: bool = False
-    multilayer_layers: list[int] | tuple[int, ...] = (12, 16, 20, 24)
-    compression_after_projection: bool = False
-    final_spatial_size: int | None = None
-    twoD_vision_embedding: bool = False
-    interleave: bool = False
-    interleave_sparsity: int | None = None
-    add_spatial_coordinates: bool = False
-    published_behaviour: bool = False
     # What the checkpoint was trained with; not used by the model itself.
     image_aspect_ratio: str | None = None
     prompt_version: str | None = None
@@ -51,7 +47,9 @@ class SpatialLlavaConfig(LlavaConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        self.multilayer_layers = list(self.multilayer_layers)
+        for name in FIELD_NAMES:
+            if isinstance(value := getattr(self, name), tuple):
+                setattr(self, name, list(value))  # as JSON gives it
         projector_depth(self.projector_type)
         if not self.tokens_before:
             self.vision_feature_select_strategy = "full"  # stock LLaVA's `default` would drop the first patch
@@ -61,6 +59,11 @@ class SpatialLlavaConfig(LlavaConfig):
         if self.normalize_projector and statistics is not None:
             self.projector_max_norm, self.projector_scale = statistics
         self.image_seq_length = self.tokens_per_image
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers; recent flags only where they are not at their default, as in :meth:`Interventions.to_dict`."""
+        left_out = set(FIELD_NAMES) - self.interventions.to_dict().keys()
+        return {key: value for key, value in super().to_dict().items() if key not in left_out}
 
     @property
     def interventions(self) -> Interventions:

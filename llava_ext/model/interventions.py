@@ -2,16 +2,19 @@
 
 Plain standard library: the workflow's config schema, the training command line and the model's configuration are all
 made from :class:`Interventions`, and the file is copied beside exported checkpoints. With every field at its default
-the model is vanilla LLaVA.
+the model is vanilla LLaVA. What a field is to the others (whose value it is, its word in folder names, ...) is its
+:class:`Role`: a new field needs no entry in any other list.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
+
+from .poolings import DEFAULT_POOLING, POOLINGS
 
 # The published code's constants, measured on Vicuna-7B: clip the norm of each token at MAX_NORM, then scale by SCALE.
 VICUNA_7B_MAX_NORM = 1.22
@@ -27,9 +30,38 @@ class InterventionError(ValueError):
     """Interventions that cannot work; the message names key, value, what is allowed and the fix."""
 
 
-def _doc(text: str) -> dict[str, str]:
-    """Help for the command line and description for the schema are one text."""
-    return {"help": text, "description": text}
+@dataclass(frozen=True)
+class Role:
+    """What a field of :class:`Interventions` is to the others. All that treats fields alike derives from it.
+
+    Attributes:
+        flag: the flag without which the value has no effect; None for the flags themselves and for the switch.
+        is_flag: it is an intervention; off by default.
+        needs_grid: a flag that works on a square grid of patches only.
+        short: its word in the names of run folders, `{}` standing for the value; None: it has none.
+        allowed: the register of its values, where they are names.
+        means: its value as the model uses it, where that is not the one that was written.
+        is_recent: records of checkpoints and trainings leave it out at its default, so that they equal those from before
+            the field existed.
+    """
+
+    flag: str | None = None
+    is_flag: bool = False
+    needs_grid: bool = False
+    short: str | None = None
+    allowed: Mapping[str, Any] | None = None
+    means: Callable[[Interventions], Any] | None = None
+    is_recent: bool = False
+
+
+def _flag(short: str, doc: str, needs_grid: bool = False, is_recent: bool = False) -> Any:
+    """A field that is an intervention."""
+    return _value(False, doc, is_flag=True, short=short, needs_grid=needs_grid, is_recent=is_recent)
+
+
+def _value(default: Any, doc: str, **role: Any) -> Any:
+    """A field with its :class:`Role`; the doc is the command line's help and the schema's description (which pydantic reads)."""
+    return field(default=default, metadata={"description": doc, "role": Role(**role)})
 
 
 @dataclass(frozen=True)
@@ -39,87 +71,92 @@ class Interventions:
     # pydantic reads this when the class is a field of a configuration section
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
-    normalize_projector: bool = field(
-        default=False,
-        metadata=_doc(
-            "Normalise each projected vision token: RMS norm with a learned weight, then clip its Euclidean norm at "
-            "projector_max_norm and multiply by projector_scale, so that vision tokens are as long as text tokens."
-        ),
+    normalize_projector: bool = _flag(
+        "normalize",
+        "Normalise each projected vision token: RMS norm with a learned weight, then clip its Euclidean norm at "
+        "projector_max_norm and multiply by projector_scale, so that vision tokens are as long as text tokens.",
     )
-    normalize_statistics: str = field(
-        default="vicuna-7b",
-        metadata=_doc(
-            "Where the two numbers of normalize_projector come from: `vicuna-7b` (the published constants 1.22 and 0.83), `auto` "
-            "(measured: the mean norm of the LLM's own token embeddings), or two numbers `MAX_NORM,SCALE`."
-        ),
+    normalize_statistics: str = _value(
+        "vicuna-7b",
+        "Where the two numbers of normalize_projector come from: `vicuna-7b` (the published constants 1.22 and 0.83), "
+        "`auto` (measured: the mean norm of the LLM's own token embeddings), or two numbers `MAX_NORM,SCALE`.",
+        flag="normalize_projector",
+        means=lambda chosen: None,  # nothing but the two numbers
     )
-    projector_max_norm: float | None = field(
-        default=None,
-        metadata=_doc(
-            "The resolved clip of normalize_projector. Filled in from normalize_statistics and saved; leave it out."
-        ),
+    projector_max_norm: float | None = _value(
+        None,
+        "The resolved clip of normalize_projector. Filled in from normalize_statistics and saved; leave it out.",
+        flag="normalize_projector",
+        means=lambda chosen: (chosen.fixed_statistics() or (None, None))[0],
     )
-    projector_scale: float | None = field(
-        default=None,
-        metadata=_doc(
-            "The resolved factor of normalize_projector. Filled in from normalize_statistics and saved; leave it out."
-        ),
+    projector_scale: float | None = _value(
+        None,
+        "The resolved factor of normalize_projector. Filled in from normalize_statistics and saved; leave it out.",
+        flag="normalize_projector",
+        means=lambda chosen: (chosen.fixed_statistics() or (None, None))[1],
     )
-    use_multilayer_features: bool = field(
-        default=False,
-        metadata=_doc(
-            "Feed the projector the patches of several vision layers, each after the tower's final layer norm, "
-            "concatenated on the channels, instead of one layer's."
-        ),
+    use_multilayer_features: bool = _flag(
+        "multilayer",
+        "Feed the projector the patches of several vision layers, each after the tower's final layer norm, "
+        "concatenated on the channels, instead of one layer's.",
     )
-    multilayer_layers: tuple[int, ...] = field(
-        default=DEFAULT_LAYERS,
-        metadata=_doc(
-            "Vision layers for use_multilayer_features, counted from 1 (first layer's output) to the number of layers."
-        ),
+    multilayer_layers: tuple[int, ...] = _value(
+        DEFAULT_LAYERS,
+        "Vision layers for use_multilayer_features, counted from 1 (first layer's output) to the number of layers.",
+        flag="use_multilayer_features",
+        means=lambda chosen: list(chosen.multilayer_layers),
     )
-    compression_after_projection: bool = field(
-        default=False,
-        metadata=_doc("Average-pool the projected patch grid down to final_spatial_size tokens."),
+    compression_after_projection: bool = _flag(
+        "compress",
+        "Pool the projected patch grid down to final_spatial_size tokens.",
+        needs_grid=True,
     )
-    final_spatial_size: int | None = field(
-        default=None,
-        metadata=_doc(
-            "Number of vision tokens after compression_after_projection: the square of a divisor of the tower's grid side "
-            "(24 for CLIP-L/336: 1, 4, 9, 16, 36, 64, 144 or 576)."
-        ),
+    final_spatial_size: int | None = _value(
+        None,
+        "Number of vision tokens after compression_after_projection: the square of a divisor of the tower's grid side "
+        "(24 for CLIP-L/336: 1, 4, 9, 16, 36, 64, 144 or 576).",
+        flag="compression_after_projection",
+        short="{}",
     )
-    twoD_vision_embedding: bool = field(
-        default=False,
-        metadata=_doc(
-            "Rotary positions in two dimensions for vision tokens: half of the rotary frequencies turn by the row, half by the column."
-        ),
+    pooling: str = _value(
+        DEFAULT_POOLING,
+        "How compression_after_projection makes one token of several: "
+        + ", ".join(f"`{name}` ({entry.doc})" for name, entry in POOLINGS.items())
+        + ".",
+        flag="compression_after_projection",
+        short="{}",
+        allowed=POOLINGS,
+        is_recent=True,
     )
-    interleave: bool = field(
-        default=False,
-        metadata=_doc(
-            "Write the coordinates `row,column` as text tokens after every interleave_sparsity-th vision token."
-        ),
+    twoD_vision_embedding: bool = _flag(
+        "2d",
+        "Rotary positions in two dimensions for vision tokens: half of the rotary frequencies turn by the row, "
+        "half by the column.",
+        needs_grid=True,
     )
-    interleave_sparsity: int | None = field(
-        default=None,
-        metadata=_doc(
-            "Coordinates follow every this many vision tokens (4 if left out). Only with interleave."
-        ),
+    interleave: bool = _flag(
+        "interleave",
+        "Write the coordinates `row,column` as text tokens after every interleave_sparsity-th vision token.",
+        needs_grid=True,
     )
-    add_spatial_coordinates: bool = field(
-        default=False,
-        metadata=_doc(
-            "Append each patch's x and y in [-1, 1] as two channels to the vision features before the projector."
-        ),
+    interleave_sparsity: int | None = _value(
+        None,
+        "Coordinates follow every this many vision tokens (4 if left out). Only with interleave.",
+        flag="interleave",
+        means=lambda chosen: chosen.sparsity,
     )
-    published_behaviour: bool = field(
-        default=False,
-        metadata=_doc(
-            "Do what the authors' published code does where it differs from its description, for checkpoints trained with it: "
-            "final_spatial_size is the side, coordinates count on a grid of 24 and follow every 4th token whatever interleave_sparsity "
-            "says, twoD_vision_embedding shares one table per batch. See docs/interventions.md."
-        ),
+    add_spatial_coordinates: bool = _flag(
+        "coordinates",
+        "Append each patch's x and y in [-1, 1] as two channels to the vision features before the projector.",
+        needs_grid=True,
+    )
+    published_behaviour: bool = _value(
+        False,
+        "Do what the authors' published code does where it differs from its description, for checkpoints trained with "
+        "it: final_spatial_size is the side, coordinates count on a grid of 24 and follow every 4th token whatever "
+        "interleave_sparsity says, twoD_vision_embedding shares one table per batch. See docs/interventions.md.",
+        short="published_behaviour",
+        means=lambda chosen: chosen.published_behaviour and not chosen.is_vanilla,
     )
 
     def __post_init__(self) -> None:
@@ -144,10 +181,12 @@ class Interventions:
         return cls(**{key: value for key, value in values.items() if key in FIELD_NAMES})
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as JSON values."""
-        values = dataclasses.asdict(self)
-        values["multilayer_layers"] = list(self.multilayer_layers)
-        return values
+        """The fields as JSON values; recent ones only where they are not at their default."""
+        values = {name: getattr(self, name) for name in FIELD_NAMES if not self._is_left_out(name)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    def _is_left_out(self, name: str) -> bool:
+        return ROLES[name].is_recent and getattr(self, name) == DEFAULTS[name]
 
     # -- meaning --------------------------------------------------------------------------------------------------
 
@@ -218,26 +257,19 @@ class Interventions:
         """One line for each field in which ``other`` would give a different model: `key: mine against other's`."""
         mine, others = self._meaning(), other._meaning()
         return [
-            f"{key}: {mine.get(key)!r} against {others.get(key)!r}"
-            for key in FIELD_NAMES
-            if mine.get(key) != others.get(key)
+            f"{key}: {mine[key]!r} against {others[key]!r}" for key in FIELD_NAMES if mine[key] != others[key]
         ]
 
     def _meaning(self) -> dict[str, Any]:
-        """The fields that change the model: those of flags that are off do not."""
-        values = {name: value for name, value in self.to_dict().items() if name in FLAGS}
-        if self.normalize_projector:
-            statistics = self.fixed_statistics()
-            values["projector_max_norm"], values["projector_scale"] = statistics or (None, None)
-        if self.use_multilayer_features:
-            values["multilayer_layers"] = list(self.multilayer_layers)
-        if self.compression_after_projection:
-            values["final_spatial_size"] = self.final_spatial_size
-        if self.interleave:
-            values["interleave_sparsity"] = self.sparsity
-        if not self.is_vanilla:
-            values["published_behaviour"] = self.published_behaviour
-        return values
+        """What each field does to the model. Values of flags that are off do nothing: None, or a recent field's default."""
+        values = {name: DEFAULTS[name] if role.is_recent else None for name, role in ROLES.items()}
+        counting = {name: role for name, role in ROLES.items() if self._counts(role)}
+        return values | {
+            name: role.means(self) if role.means else getattr(self, name) for name, role in counting.items()
+        }
+
+    def _counts(self, role: Role) -> bool:
+        return role.flag is None or bool(getattr(self, role.flag))
 
     # -- checks ---------------------------------------------------------------------------------------------------
 
@@ -251,7 +283,8 @@ class Interventions:
             num_tower_layers: the vision tower's number of layers; None likewise.
             keeps_cls: the CLS token goes to the LLM too (`cls_patch`, transformers' `full`), so tokens are no grid.
         """
-        found = self._normalize_problems() + self._multilayer_problems(num_tower_layers)
+        found = self._problems_without_flag() + self._unknown_names()
+        found += self._normalize_problems() + self._multilayer_problems(num_tower_layers)
         found += self._compression_problems(grid_side) + self._interleave_problems(grid_side)
         found += self._published_problems()
         if keeps_cls:
@@ -275,6 +308,23 @@ class Interventions:
         if found:
             raise InterventionError("\n".join(found))
 
+    def _problems_without_flag(self) -> list[str]:
+        """Values that do nothing because their flag is off."""
+        return [
+            f"{name}: found {_shown(getattr(self, name))} without {role.flag}, so it has no effect; "
+            f"add {role.flag}: true or leave it out"
+            for name, role in ROLES.items()
+            if not self._counts(role) and getattr(self, name) != DEFAULTS[name]
+        ]
+
+    def _unknown_names(self) -> list[str]:
+        """Names that are not in their register."""
+        return [
+            f"{name}: found {getattr(self, name)!r}; allowed are {', '.join(role.allowed)}; choose one of them"
+            for name, role in ROLES.items()
+            if role.allowed is not None and getattr(self, name) not in role.allowed
+        ]
+
     def _statistics_problem(self) -> str:
         return (
             f"normalize_statistics: found {self.normalize_statistics!r}; allowed are `vicuna-7b`, `auto`, or two positive numbers "
@@ -288,11 +338,6 @@ class Interventions:
             and _two_positive_numbers(self.normalize_statistics) is None
         ):
             found.append(self._statistics_problem())
-        if self.normalize_statistics != "vicuna-7b" and not self.normalize_projector:
-            found.append(
-                f"normalize_statistics: found {self.normalize_statistics!r} without normalize_projector, so it has no effect; "
-                "add normalize_projector: true or leave it out"
-            )
         resolved = (self.projector_max_norm, self.projector_scale)
         if (resolved[0] is None) != (resolved[1] is None):
             found.append(
@@ -307,12 +352,7 @@ class Interventions:
     def _multilayer_problems(self, num_tower_layers: int | None) -> list[str]:
         layers = self.multilayer_layers
         if not self.use_multilayer_features:
-            if layers == DEFAULT_LAYERS:
-                return []
-            return [
-                f"multilayer_layers: found {list(layers)} without use_multilayer_features, so it has no effect; "
-                "add use_multilayer_features: true or leave it out"
-            ]
+            return []
         top = (
             num_tower_layers
             if num_tower_layers is not None
@@ -336,12 +376,7 @@ class Interventions:
     def _compression_problems(self, grid_side: int | None) -> list[str]:
         size = self.final_spatial_size
         if not self.compression_after_projection:
-            if size is None:
-                return []
-            return [
-                f"final_spatial_size: found {size} without compression_after_projection, so it has no effect; "
-                "add compression_after_projection: true or leave it out"
-            ]
+            return []
         if size is None:
             return [
                 "final_spatial_size: missing; compression_after_projection needs it; give the number of tokens, e.g. 16 for 4x4"
@@ -371,11 +406,7 @@ class Interventions:
     def _interleave_problems(self, grid_side: int | None) -> list[str]:
         sparsity = self.interleave_sparsity
         if not self.interleave:
-            if sparsity is None:
-                return []
-            return [
-                f"interleave_sparsity: found {sparsity} without interleave, so it has no effect; add interleave: true or leave it out"
-            ]
+            return []
         if sparsity is not None and (not _is_int(sparsity) or sparsity < 1):
             return [f"interleave_sparsity: found {sparsity!r}; allowed are whole numbers from 1"]
         tokens = self._token_count(grid_side)
@@ -391,7 +422,13 @@ class Interventions:
             return []
         if self.is_vanilla:
             return ["published_behaviour: has no effect without an intervention; leave it out"]
-        return [
+        found = []
+        if self.pooling != DEFAULT_POOLING:
+            found.append(
+                f"pooling: found {self.pooling!r}, but the published code has only {DEFAULT_POOLING}; "
+                "set published_behaviour: false"
+            )
+        return found + [
             f"{first} with {second}: the published code fails with both; set published_behaviour: false, where they work together"
             for first, second in PUBLISHED_CONFLICTS
             if getattr(self, first) and getattr(self, second)
@@ -408,27 +445,38 @@ class Interventions:
         return self._token_count(grid_side) == 1
 
 
-FLAGS = (
-    "normalize_projector",
-    "use_multilayer_features",
-    "compression_after_projection",
-    "twoD_vision_embedding",
-    "interleave",
-    "add_spatial_coordinates",
-)
-GRID_FLAGS = (
-    "compression_after_projection",
-    "twoD_vision_embedding",
-    "interleave",
-    "add_spatial_coordinates",
-)
-FIELD_NAMES = tuple(item.name for item in dataclasses.fields(Interventions))
+ROLES: dict[str, Role] = {item.name: item.metadata["role"] for item in dataclasses.fields(Interventions)}
+DEFAULTS: dict[str, Any] = {item.name: item.default for item in dataclasses.fields(Interventions)}
+FIELD_NAMES = tuple(ROLES)
+FLAGS = tuple(name for name, role in ROLES.items() if role.is_flag)
+GRID_FLAGS = tuple(name for name in FLAGS if ROLES[name].needs_grid)
 # Pairs that raise in the published code (shape errors, a missing tokenizer).
 PUBLISHED_CONFLICTS = (
     ("add_spatial_coordinates", "use_multilayer_features"),
     ("add_spatial_coordinates", "compression_after_projection"),
     ("twoD_vision_embedding", "interleave"),
 )
+
+
+def description(name: str) -> str:
+    """A field's doc: the command line's help, the schema's description."""
+    fields: dict[str, Any] = Interventions.__dataclass_fields__
+    return str(fields[name].metadata["description"])
+
+
+def name_words(values: Mapping[str, Any]) -> list[str]:
+    """The words for a run folder's name: of the flags that are on first, then of values that differ from their default."""
+    on = [key for key, value in values.items() if value is True]
+    rest = [key for key, value in values.items() if not isinstance(value, bool)]
+    return [
+        short.format(values[key])
+        for key in (*on, *rest)
+        if (short := ROLES[key].short) and values[key] != DEFAULTS[key]
+    ]
+
+
+def _shown(value: Any) -> str:
+    return repr(list(value) if isinstance(value, tuple) else value)
 
 
 def _is_int(value: Any) -> bool:

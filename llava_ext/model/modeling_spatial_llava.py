@@ -33,6 +33,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_spatial_llava import SpatialLlavaConfig
 from .interventions import PUBLISHED_GRID_SIDE
+from .poolings import POOLINGS
 from .projectors import projector_depth
 
 NORM_EPS = 1e-6
@@ -108,21 +109,6 @@ def patch_coordinates(features: Tensor) -> Tensor:
     return torch.stack([x.flatten(), y.flatten()], dim=-1).to(features.dtype).expand(images, -1, -1)
 
 
-def pool_tokens(tokens: Tensor, side: int) -> Tensor:
-    """Average-pools a square grid of tokens: (images, g * g, hidden) -> (images, side * side, hidden), row by row."""
-    images, count, hidden = tokens.shape
-    grid = round(count**0.5)
-    if grid % side == 0:  # whole windows: a mean, which is deterministic on every device
-        step = grid // side
-        return (
-            tokens.view(images, side, step, side, step, hidden)
-            .mean(dim=(2, 4))
-            .reshape(images, side * side, hidden)
-        )
-    planes = tokens.transpose(1, 2).reshape(images, hidden, grid, grid)
-    return nn.functional.adaptive_avg_pool2d(planes, side).flatten(2).transpose(1, 2)
-
-
 class SpatialLlavaModel(LlavaModel):
     """``LlavaModel`` whose vision path and positions follow the interventions."""
 
@@ -157,7 +143,8 @@ class SpatialLlavaModel(LlavaModel):
         tokens = self.multi_modal_projector(features.to(next(self.multi_modal_projector.parameters()).dtype))
         interventions = self.config.interventions
         if interventions.compression_after_projection:
-            tokens = pool_tokens(tokens, interventions.final_side(self.config.grid_side))
+            pool = POOLINGS[interventions.pooling].pool
+            tokens = pool(tokens, interventions.final_side(self.config.grid_side))
         if self.vision_token_hook is not None:
             tokens = self.vision_token_hook(tokens)
         outputs.pooler_output = list(tokens)

@@ -13,7 +13,7 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +26,8 @@ from ..distributed import rendezvous
 from ..errors import TrainingError, say
 from ..model.configuration_spatial_llava import projector_depth
 from ..model.interventions import Interventions
-from .llava_flags import FALSE, TRUE, translate
+from .flag_options import add_interventions, take_interventions
+from .llava_flags import FALSE, translate
 from .machine import fit_machine, tf32_works
 
 # transformers' arguments that would do nothing here, or harm: the only value, and why.
@@ -238,35 +239,6 @@ class Arguments:
     notices: tuple[str, ...]
 
 
-def _add_interventions(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("interventions (all off: vanilla LLaVA)")
-    for item in dataclasses.fields(Interventions):
-        options: dict[str, Any] = {"help": item.metadata.get("help"), "default": argparse.SUPPRESS}
-        if isinstance(item.default, bool):
-            options |= {"nargs": "?", "const": True, "type": _switch}
-        else:
-            options |= {"type": _reader(str(item.type))}
-        if item.name == "multilayer_layers":
-            options |= {"nargs": "+"}
-        group.add_argument(f"--{item.name}", **options)
-
-
-def _switch(text: str) -> bool:
-    if text.lower() in TRUE:
-        return True
-    if text.lower() in FALSE:
-        return False
-    raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
-
-
-def _reader(annotation: str) -> Callable[[str], Any]:
-    """How a field's text is read, from its annotation; ``None`` as text is a missing value."""
-    kind: Callable[[str], Any] = float if "float" in annotation else int if "int" in annotation else str
-    if "tuple" in annotation:
-        return lambda text: [int(part) for part in text.replace("[", "").replace("]", "").split(",") if part]
-    return lambda text: None if text in ("None", "null") and "None" in annotation else kind(text)
-
-
 class _Parser(HfArgumentParser):
     def add_argument(self, *names: Any, influence: bool = True, **options: Any) -> Any:
         """argparse's, without what a field's metadata says for others."""
@@ -285,7 +257,7 @@ def make_parser() -> HfArgumentParser:
         formatter_class=argparse.HelpFormatter,
         allow_abbrev=False,
     )
-    _add_interventions(parser)
+    add_interventions(parser, "interventions (all off: vanilla LLaVA)")
     return parser
 
 
@@ -307,7 +279,7 @@ def parse(argv: Sequence[str] | None = None) -> Arguments:
     namespace, extra = parser.parse_known_args(translated)
     if extra:
         raise TrainingError(f"command line: {extra[0]!r} is not the value of any flag")
-    interventions = _take_interventions(namespace)
+    interventions = take_interventions(namespace) or Interventions()
     model = _build(ModelArguments, namespace)
     data = _build(DataArguments, namespace)
     _check_before(model, data, namespace)
@@ -341,20 +313,6 @@ def _prepare_deepspeed(namespace: argparse.Namespace, explicit_clip: bool) -> No
         # port 0: one that is free at the moment of use
         alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
         os.environ.update({name: str(value) for name, value in alone.items()})
-
-
-def _take_interventions(namespace: argparse.Namespace) -> Interventions:
-    values = {
-        item.name: getattr(namespace, item.name)
-        for item in dataclasses.fields(Interventions)
-        if hasattr(namespace, item.name)
-    }
-    layers = values.get("multilayer_layers")
-    if layers is not None:
-        values["multilayer_layers"] = tuple(number for part in layers for number in part)
-    interventions = Interventions.from_mapping(values)
-    interventions.validate()
-    return interventions
 
 
 def _check_before(model: ModelArguments, data: DataArguments, namespace: argparse.Namespace) -> None:

@@ -190,9 +190,10 @@ import importlib.util, sys
 assert importlib.util.find_spec("llava_ext") is None
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 torch.set_num_threads(1)
 folder, picture, target = sys.argv[1:]
+assert AutoConfig.from_pretrained(folder, trust_remote_code=True).pooling == "average"
 try:
     AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=False)
     raise AssertionError("code ran without trust")

@@ -18,6 +18,7 @@ from llava_ext.errors import TrainingError
 from llava_ext.model.build import build_model
 from llava_ext.model.interventions import Interventions
 from llava_ext.model.parts import load_tokenizer
+from llava_ext.training.flag_options import take_interventions
 from tests.support.trainings import GOLDEN
 
 LLM, TOWER = GOLDEN / "llm", GOLDEN / "clip_g4"
@@ -296,6 +297,19 @@ def test_other_interventions_than_expected_are_refused(tmp_path, capsys):
     )
     assert not (tmp_path / "no").exists()
     run(hf, tmp_path / "yes", "--to", "llava", "--vision_tower", TOWER, "--normalize_projector")
+
+
+def test_flags_are_written_as_in_a_training():
+    words = "a b --to hf --use_multilayer_features True --multilayer_layers 3,9 12 --normalize_projector"
+    words += " --projector_max_norm None --normalize_statistics auto"
+    found = take_interventions(convert.make_parser().parse_args(words.split()))
+    assert found == Interventions(
+        use_multilayer_features=True,
+        multilayer_layers=(3, 9, 12),
+        normalize_projector=True,
+        normalize_statistics="auto",
+    )
+    assert take_interventions(convert.make_parser().parse_args(["a", "b", "--to", "hf"])) is None
 
 
 def test_mistakes_are_named(tmp_path, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from functools import cache
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from llava_ext.data.assembly import AssemblyError, Collator, image_block
 from llava_ext.model.build import mean_token_norm
 from llava_ext.model.configuration_spatial_llava import SpatialLlavaConfig
-from llava_ext.model.interventions import FLAGS, InterventionError, Interventions
+from llava_ext.model.interventions import FIELD_NAMES, FLAGS, InterventionError, Interventions
 from llava_ext.model.parts import BuildError
 from tests.support.models import RECORDS, flags, make_batch, make_model, make_samples
 
@@ -52,6 +53,8 @@ def test_all_flags_together_train():
 def test_each_flag_is_saved_in_the_configuration(name, tmp_path):
     config = make_model(flags(name))[0].config
     config.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written.keys() & set(FIELD_NAMES) == {field for field in FIELD_NAMES if field != "pooling"}
     stored = SpatialLlavaConfig.from_pretrained(tmp_path)
     assert stored.interventions == config.interventions
     assert getattr(stored, name) is True

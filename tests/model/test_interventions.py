@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import json
 import subprocess
 import sys
 
 import pytest
 
-from llava_ext.model.interventions import FLAGS, PUBLISHED_CONFLICTS, InterventionError, Interventions
-from tests.support.models import ALONE, flags
+from llava_ext.model.configuration_spatial_llava import SpatialLlavaConfig
+from llava_ext.model.interventions import (
+    DEFAULTS,
+    FLAGS,
+    GRID_FLAGS,
+    PUBLISHED_CONFLICTS,
+    ROLES,
+    InterventionError,
+    Interventions,
+    Role,
+    _flag,
+)
+from tests.support.models import ALONE, flags, make_model
 
 
 def test_defaults_are_vanilla():
@@ -48,6 +61,87 @@ def test_defaults_are_vanilla():
 def test_wrong_values_are_named_with_the_fix(values, expected):
     with pytest.raises(InterventionError, match="(?s)" + expected):
         Interventions(**values).validate(24, 24)
+
+
+OTHER_VALUES = {
+    "normalize_statistics": "auto",
+    "projector_max_norm": 1.0,
+    "projector_scale": 1.0,
+    "multilayer_layers": (1, 2),
+    "final_spatial_size": 4,
+    "pooling": "maximum",
+    "interleave_sparsity": 2,
+}
+
+
+def test_fields_are_flags_their_values_or_the_switch():
+    values = {name for name, role in ROLES.items() if role.flag}
+    assert values == OTHER_VALUES.keys()
+    assert set(ROLES) == values | set(FLAGS) | {"published_behaviour"}
+    assert {ROLES[name].flag for name in values} <= set(FLAGS)
+    assert set(FLAGS) - set(GRID_FLAGS) == {"normalize_projector", "use_multilayer_features"}
+
+
+@pytest.mark.parametrize("name", OTHER_VALUES)
+def test_a_value_without_its_flag_is_refused(name):
+    flag = ROLES[name].flag
+    found = Interventions(**{name: OTHER_VALUES[name]}).problems()
+    assert any(
+        line.startswith(f"{name}: found ")
+        and f"without {flag}, so it has no effect; add {flag}: true" in line
+        for line in found
+    )
+    assert not any("without" in line for line in Interventions(**{flag: True}).problems())
+
+
+@pytest.mark.parametrize("name", OTHER_VALUES)
+def test_a_value_counts_only_with_its_flag(name):
+    other = {name: OTHER_VALUES[name]}
+    assert not Interventions(**other).differences(Interventions())
+    flag = {ROLES[name].flag: True}
+    if name in ("projector_max_norm", "projector_scale"):  # only both together are the statistics
+        other = {"projector_max_norm": 1.0, "projector_scale": 1.0}
+    expected = "projector_max_norm" if name == "normalize_statistics" else name
+    lines = Interventions(**flag, **other).differences(Interventions(**flag))
+    assert expected in {line.split(":")[0] for line in lines}
+
+
+def test_recent_fields_leave_old_records_as_they_were():
+    """Checkpoints, run identities and configs from before `pooling` existed say the same as today's."""
+    before = {name for name in DEFAULTS if not ROLES[name].is_recent}
+    assert len(before) == 13 and flags(*FLAGS).to_dict().keys() == before
+    assert Interventions.from_mapping(flags(*FLAGS).to_dict()).pooling == "average"
+    changed = flags("compression_after_projection", pooling="maximum")
+    assert changed.to_dict()["pooling"] == "maximum"
+    assert flags("compression_after_projection").differences(changed) == [
+        "pooling: 'average' against 'maximum'"
+    ]
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_a_later_flag_is_not_recorded_while_it_is_off(name, monkeypatch, tmp_path):
+    monkeypatch.setitem(ROLES, name, dataclasses.replace(ROLES[name], is_recent=True))
+    assert name not in Interventions().to_dict()
+    assert flags(name).to_dict()[name] is True
+    for chosen in (Interventions(), flags(name)):
+        config = make_model(chosen)[0].config
+        config.save_pretrained(tmp_path)
+        assert (name in json.loads((tmp_path / "config.json").read_text())) is getattr(chosen, name)
+        assert SpatialLlavaConfig.from_pretrained(tmp_path).interventions == config.interventions
+
+
+def test_a_flag_says_itself_that_it_came_later():
+    made = _flag("word", "What it does.", is_recent=True)
+    assert made.metadata["role"] == Role(is_flag=True, short="word", is_recent=True)
+    assert not any(ROLES[name].is_recent for name in FLAGS)
+
+
+def test_the_published_code_has_one_pooling():
+    chosen = flags("compression_after_projection", pooling="maximum", published_behaviour=True)
+    assert any(
+        "pooling: found 'maximum', but the published code has only average" in line
+        for line in chosen.problems()
+    )
 
 
 def test_all_problems_come_at_once():

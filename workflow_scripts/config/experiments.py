@@ -9,27 +9,27 @@ from typing import Any
 
 from pydantic import ConfigDict, Field, create_model
 
-from llava_ext.model.interventions import Interventions
+from llava_ext.model.interventions import DEFAULTS, ROLES, Interventions, description
 from workflow_scripts.config.base import StrictModel
 from workflow_scripts.config.models import ModelSection
 from workflow_scripts.config.stages import StageOverrides, StageSpec, partial_model
 from workflow_scripts.stages import STAGES
 
 
-def _from_dataclass(cls: type, doc: str) -> type[StrictModel]:
-    """The strict model with the fields, defaults and docs of a plain dataclass: the flags are stated once."""
-    hints = typing.get_type_hints(cls)
+def _from_interventions(doc: str) -> type[StrictModel]:
+    """The strict model with the fields, defaults and docs of ``Interventions``: the flags are stated once."""
+    hints = typing.get_type_hints(Interventions)
     fields: dict[str, Any] = {}
-    for field in dataclasses.fields(cls):
-        text = field.metadata.get("description")
-        factory = field.default_factory
-        default = factory() if factory is not dataclasses.MISSING else field.default
-        fields[field.name] = (hints[field.name], Field(default, description=text))
+    for name, role in ROLES.items():
+        # Only shown: the check is with the others, in Interventions.problems.
+        names: dict[str, Any] | None = {"enum": list(role.allowed)} if role.allowed is not None else None
+        field = Field(DEFAULTS[name], description=description(name), json_schema_extra=names)
+        fields[name] = (hints[name], field)
     return create_model("InterventionsSpec", __base__=StrictModel, __doc__=doc, **fields)
 
 
-InterventionsSpec = _from_dataclass(
-    Interventions, "The intervention flags; all are off by default, which is vanilla LLaVA."
+InterventionsSpec = _from_interventions(
+    "The intervention flags; all are off by default, which is vanilla LLaVA."
 )
 ModelOverrides = partial_model(
     ModelSection, "ModelOverrides", "What an experiment changes about the model; all fields are optional."

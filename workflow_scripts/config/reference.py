@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from llava_ext.files import write_text
+from llava_ext.model.interventions import DEFAULTS, ROLES, description
 from workflow_scripts.command_line import command_line
 from workflow_scripts.config.schema import Config
 from workflow_scripts.io import UserError, user_errors
 
 ROOT = Path(__file__).parents[2]
-SCHEMA, PAGE = "config/schema.json", "docs/config.md"
+SCHEMA, PAGE, FLAGS_PAGE = "config/schema.json", "docs/config.md", "docs/interventions.md"
+TABLE_BEGIN, TABLE_END = "<!-- written by `make docs` -->\n", "<!-- end of what `make docs` writes -->\n"
 INTRODUCTION = """# Configuration reference
 
 This page is generated from the typed configuration (`workflow_scripts/config/`); `make docs` writes it again. A key
@@ -104,9 +106,34 @@ def reference_page() -> str:
     return "\n".join(lines) + "\n"
 
 
+def flag_table() -> str:
+    """The interventions as Markdown: one row a flag, with the settings that go with it."""
+    lines = ["| flag | settings (default) | needs a grid | in run folders | meaning |", "| --- " * 5 + "|"]
+    for name, role in ROLES.items():
+        if role.flag is None:
+            values = [f"`{key}` (`{json.dumps(DEFAULTS[key])}`)" for key in ROLES if ROLES[key].flag == name]
+            row = [f"`{name}`", ", ".join(values), "yes" if role.needs_grid else "", f"`{role.short}`"]
+            lines.append(f"| {' | '.join([*row, description(name)])} |")
+    return "\n".join(lines) + "\n"
+
+
+def _with_flag_table(page: str) -> str:
+    before, begin, rest = page.partition(TABLE_BEGIN)
+    _, end, after = rest.partition(TABLE_END)
+    if not end:
+        raise UserError(
+            f"{FLAGS_PAGE}: the marks around its table are gone; put back {TABLE_BEGIN}{TABLE_END}"
+        )
+    return before + begin + flag_table() + end + after
+
+
 def generated() -> dict[str, str]:
     """The generated files' texts by path."""
-    return {SCHEMA: json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n", PAGE: reference_page()}
+    return {
+        SCHEMA: json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n",
+        PAGE: reference_page(),
+        FLAGS_PAGE: _with_flag_table((ROOT / FLAGS_PAGE).read_text(encoding="utf-8")),
+    }
 
 
 @user_errors()
