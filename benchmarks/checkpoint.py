@@ -1,10 +1,12 @@
-"""What a save of the whole training state costs, in seconds and bytes, against transformers' Trainer on the same training.
+"""What a save of the whole training state costs, in seconds and bytes, against transformers' Trainer on the
+same training.
 
     python -m benchmarks.checkpoint [--hidden 512] [--layers 8] [--repeats 5]
 
-Two trainings of a random Llama of that size are made ready by one step each, stage 1 (the projector) and stage 2 (projector and
-LLM), and saved in turns by `llava_ext` and by the stock Trainer's own code. Ours lists every file with its CRC and forces it to the disk
-before the checkpoint gets its name; the stock save is followed by a `sync`, so that both survive a power cut.
+Two trainings of a random Llama of that size are made ready by one step each, stage 1 (the projector) and
+stage 2 (projector and LLM), and saved in turns by `llava_ext` and by the stock Trainer's own code. Ours lists
+every file with its CRC and forces it to the disk before the checkpoint gets its name; the stock save is
+followed by a `sync`, so that both survive a power cut.
 """
 
 from __future__ import annotations
@@ -102,9 +104,16 @@ def measured(trainer: Any, stage: int, repeats: int) -> list[list[object]]:
     )
     size, cost = sizes["llava_ext"], costs["llava_ext"].wall
     return [
-        [name, stage, f"{sizes[name]:.1f}", f"{costs[name].wall:.2f}", f"{sizes[name] / size:.1f}", f"{costs[name].wall / cost:.1f}"]
+        [
+            name,
+            stage,
+            f"{sizes[name]:.1f}",
+            f"{costs[name].wall:.2f}",
+            f"{sizes[name] / size:.1f}",
+            f"{costs[name].wall / cost:.1f}",
+        ]
         for name in sizes
-    ]  # fmt: skip
+    ]
 
 
 if __name__ == "__main__":

@@ -30,7 +30,9 @@ class Handler(BaseHTTPRequestHandler):
         with open(sys.argv[1], "rb") as file:
             size = os.fstat(file.fileno()).st_size
             self.send_response(200)
-            for name, value in {"Content-Length": size, "ETag": '"' + "a" * 64 + '"', "X-Repo-Commit": "b" * 40}.items():
+            etag = '"' + "a" * 64 + '"'
+            headers = {"Content-Length": size, "ETag": etag, "X-Repo-Commit": "b" * 40}
+            for name, value in headers.items():
                 self.send_header(name, str(value))
             self.end_headers()
             self.wfile.flush()

@@ -94,7 +94,9 @@ def in_worker(read, count: int) -> float:
 
 
 def memory(mixture: Path) -> str:
-    """Memory for each dataset worker: a list of dicts is copied page by page as its counters of references change."""
+    """Memory for each dataset worker: a list of dicts is copied page by page as its counters of references
+    change.
+    """
     store = open_samples(mixture)
     records = json.loads((mixture / "samples.json").read_text())
     listed = in_worker(lambda i: records[i]["conversations"][0]["value"], len(records))

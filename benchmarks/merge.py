@@ -2,8 +2,8 @@
 
     python -m benchmarks.merge [--scale 0.1] [--repeats 3]
 
-A scale of 1 is LLaVA-1.5's size. The rival is what people write: load both files, drop the records whose image is missing, dump. It makes no index,
-counts no words and computes no hash; the merge does.
+A scale of 1 is LLaVA-1.5's size. The rival is what people write: load both files, drop the records whose
+image is missing, dump. It makes no index, counts no words and computes no hash; the merge does.
 """
 
 from __future__ import annotations

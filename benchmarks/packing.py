@@ -2,8 +2,9 @@
 
     python -m benchmarks.packing [--samples 20000] [--batch 16] [--image_tokens 576 16]
 
-Compared in one run: random order, the trainer's own grouping by modality and length, and packing. Printed is the share of the computed
-tokens that are padding, and the tokens computed relative to packing. With `--data_path` the lengths are those of your own mixture.
+Compared in one run: random order, the trainer's own grouping by modality and length, and packing. Printed is
+the share of the computed tokens that are padding, and the tokens computed relative to packing. With
+`--data_path` the lengths are those of your own mixture.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ SYSTEM_TOKENS = 45
 def synthetic_words(samples: int, seed: int = 0) -> np.ndarray:
     """Words per sample as LLaVA counts them, negative for text-only ones.
 
-    Shapes after the public mixture: 6 % text-only dialogues, long and broad (ShareGPT); a third short answers (VQA); the
-    rest multi-turn visual dialogues.
+    Shapes after the public mixture: 6 % text-only dialogues, long and broad (ShareGPT); a third short answers
+    (VQA); the rest multi-turn visual dialogues.
     """
     rng = np.random.default_rng(seed)
     kind = rng.choice(3, size=samples, p=[0.06, 0.34, 0.60])
@@ -34,7 +35,9 @@ def synthetic_words(samples: int, seed: int = 0) -> np.ndarray:
 
 
 def token_lengths(words: np.ndarray, image_tokens: int, limit: int) -> np.ndarray:
-    """Sequence lengths at the LLM's input: about 1.35 tokens a word, the system prompt, an image where there is one."""
+    """Sequence lengths at the LLM's input: about 1.35 tokens a word, the system prompt, an image where
+    there is one.
+    """
     tokens = (np.abs(words) * 1.35).astype(np.int64) + SYSTEM_TOKENS + np.where(words > 0, image_tokens, 0)
     return np.minimum(tokens, limit)
 

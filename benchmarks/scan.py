@@ -2,7 +2,8 @@
 
     python -m benchmarks.scan [--images 200] [--repeats 5] [--seeds 50]
 
-``--seeds`` is the number of pictures for the table of damage. Pictures are drawn with detail everywhere, so that their JPEGs are as large and as dense as photos of that size.
+``--seeds`` is the number of pictures for the table of damage. Pictures are drawn with detail everywhere, so
+that their JPEGs are as large and as dense as photos of that size.
 """
 
 from __future__ import annotations

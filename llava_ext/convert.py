@@ -4,9 +4,10 @@
     python -m llava_ext.convert stage1/ hf/ --to hf --llm vicuna-7b-v1.5/ --tower clip-vit-large-patch14-336/
     python -m llava_ext.convert hf/ original/ --to llava --vision_tower openai/clip-vit-large-patch14-336
 
-The source may be a stock or intervention HF checkpoint, a whole original checkpoint, or, with its base LLM, a stage-1
-folder (`config.json` and `mm_projector.bin`) or a LoRA folder of LLaVA's (adapters and `non_lora_trainables.bin`),
-whose adapters are merged. Pickles are read as tensors only; no code from a checkpoint is run.
+The source may be a stock or intervention HF checkpoint, a whole original checkpoint, or, with its base LLM, a
+stage-1 folder (`config.json` and `mm_projector.bin`) or a LoRA folder of LLaVA's (adapters and
+`non_lora_trainables.bin`), whose adapters are merged. Pickles are read as tensors only; no code from a
+checkpoint is run.
 """
 
 from __future__ import annotations
@@ -96,7 +97,8 @@ def _named_tower(source: Path) -> str:
     named = described.get("mm_vision_tower") or (described.get("vision_config") or {}).get("_name_or_path")
     if not named:
         raise TrainingError(
-            f"{source}: its config.json does not name its vision tower; give --vision_tower, which the original layout needs"
+            f"{source}: its config.json does not name its vision tower; give --vision_tower, which the"
+            " original layout needs"
         )
     return str(named)
 

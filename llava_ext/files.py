@@ -48,7 +48,9 @@ def flush(path: Path) -> None:
 
 
 def follow_umask(folder: Path, names: str = "*") -> None:
-    """Gives the files below a folder, or those of such names, the mode of any new file there: safetensors writes for the owner alone."""
+    """Gives the files below a folder, or those of such names, the mode of any new file there: safetensors
+    writes for the owner alone.
+    """
     probe = folder / f".mode.{os.getpid()}"
     probe.touch()
     mode = stat.S_IMODE(probe.stat().st_mode)

@@ -1,7 +1,7 @@
 """Every change that is made to a library while it runs, and why.
 
-Each has a test in ``tests/test_patches.py`` that shows the library without it, and so fails when it is no longer needed.
-Nothing heavy is loaded with this module.
+Each has a test in ``tests/test_patches.py`` that shows the library without it, and so fails when it is no
+longer needed. Nothing heavy is loaded with this module.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from .errors import say
 
-# -- accelerate ---------------------------------------------------------------------------------------------------
+# -- accelerate --------------------------------------------------------------------------------------------
 
 
 def keep_deepspeed_out() -> None:
@@ -28,22 +28,25 @@ def keep_deepspeed_out() -> None:
 
 
 def allow_fsdp_on_cpu() -> None:
-    """Lets accelerate take its FSDP path: torch's ``fully_shard`` runs with gloo, but accelerate asks for an accelerator.
+    """Lets accelerate take its FSDP path: torch's ``fully_shard`` runs with gloo, but accelerate asks for an
+    accelerator.
 
-    The type of the process group that accelerate keeps is read once, when the trainer makes its ``Accelerator``, which
-    then replaces it by FSDP; the device stays the CPU.
+    The type of the process group that accelerate keeps is read once, when the trainer makes its
+    ``Accelerator``, which then replaces it by FSDP; the device stays the CPU.
     """
     from accelerate import DistributedType, PartialState
 
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
-# -- transformers -------------------------------------------------------------------------------------------------
+# -- transformers -----------------------------------------------------------------------------------------
 
 
 @contextmanager
 def without_zero3() -> Iterator[None]:
-    """While it lasts, models are built and saved as without ZeRO-3, which would partition and gather their parameters."""
+    """While it lasts, models are built and saved as without ZeRO-3, which would partition and gather their
+    parameters.
+    """
     from transformers.integrations import deepspeed
 
     before = deepspeed._hf_deepspeed_config_weak_ref
@@ -55,7 +58,8 @@ def without_zero3() -> Iterator[None]:
 
 
 def tolerate_failures(tracker: Any) -> None:
-    """From its first event after the start on, a tracker that fails is said once and left out; the training goes on.
+    """From its first event after the start on, a tracker that fails is said once and left out; the training
+    goes on.
 
     W&B's own process, say, dies of the signal that tells the job to save, and the next log line raises.
     """
@@ -82,7 +86,7 @@ def _do_nothing(*args: Any, **kwargs: Any) -> None:
     pass
 
 
-# -- torch --------------------------------------------------------------------------------------------------------
+# -- torch ------------------------------------------------------------------------------------------------
 
 
 def start_workers_within(
@@ -90,8 +94,8 @@ def start_workers_within(
 ) -> None:
     """A loader's workers are started inside ``context`` and call ``first`` before anything else.
 
-    torch has a hook for the second, but none for the first: a signal to the whole job would end a worker that is just
-    being started.
+    torch has a hook for the second, but none for the first: a signal to the whole job would end a worker that
+    is just being started.
     """
     base = getattr(loader, "base_dataloader", loader)  # accelerate's own is a shell around it
     base.worker_init_fn = partial(_start_worker, first, base.worker_init_fn)
@@ -109,7 +113,7 @@ def _start_worker(first: Callable[[], None], prepare: Callable[[int], None] | No
         prepare(number)
 
 
-# -- DeepSpeed ----------------------------------------------------------------------------------------------------
+# -- DeepSpeed --------------------------------------------------------------------------------------------
 
 # What DeepSpeed pickles beside tensors; nothing else is unpickled.
 PICKLED = (
@@ -137,7 +141,9 @@ def _member(kind: Any, name: str) -> Any:
 
 
 def keep_shared_memory_out() -> None:
-    """DeepSpeed on CPUs compiles an operator at first use, for minutes; a killed build leaves a lock that hangs every start."""
+    """DeepSpeed on CPUs compiles an operator at first use, for minutes; a killed build leaves a lock that
+    hangs every start.
+    """
     from deepspeed.ops import __compatible_ops__
 
     __compatible_ops__["deepspeed_shm_comm"] = False
@@ -156,8 +162,9 @@ def use_checkpointing(engine: Any, load: Callable[..., Any]) -> None:
 def separate_groups(optimizer: Any, stated: Sequence[Mapping[str, Any]]) -> None:
     """Gives each parameter group its own settings and each parameter its own step counter.
 
-    DeepSpeed's ZeRO-3 loader of universal checkpoints takes the first group's settings (learning rate, weight decay) for
-    all, and lets all parameters share one counter, which then counts once for each group. ``stated``: the saved groups.
+    DeepSpeed's ZeRO-3 loader of universal checkpoints takes the first group's settings (learning rate, weight
+    decay) for all, and lets all parameters share one counter, which then counts once for each group.
+    ``stated``: the saved groups.
     """
     import torch
 
@@ -171,8 +178,9 @@ def separate_groups(optimizer: Any, stated: Sequence[Mapping[str, Any]]) -> None
 def replay_steps(optimizer: Any) -> None:
     """Brings DeepSpeed's CPU Adam to the bits it had when the loaded state was saved.
 
-    It keeps the powers of its betas outside of its state, multiplied up step by step; after loading it would compute
-    them afresh, with another rounding. The steps are repeated on one number, which costs microseconds each.
+    It keeps the powers of its betas outside of its state, multiplied up step by step; after loading it would
+    compute them afresh, with another rounding. The steps are repeated on one number, which costs microseconds
+    each.
     """
     import torch
 

@@ -87,7 +87,9 @@ def total(found: dict[str, Counts]) -> Counts:
 
 
 def spread(count: int, wanted: int) -> list[int]:
-    """``wanted`` indices spread evenly over ``count`` samples (all of them if there are fewer, or if 0 is wanted)."""
+    """``wanted`` indices spread evenly over ``count`` samples (all of them if there are fewer, or if 0 is
+    wanted).
+    """
     if not wanted or wanted >= count:
         return list(range(count))
     return [place * count // wanted for place in range(wanted)]
@@ -102,8 +104,9 @@ def check_bounds(found: dict[str, Counts], supervised_bound: float, mismatch_bou
     for source, counts in found.items():
         if mismatch_bound < 1 and counts.mismatch_share > mismatch_bound:
             raise TrainingError(
-                f"source {source}: {counts.mismatches} of {counts.samples} samples are masked whole by a tokenization mismatch "
-                f"({counts.mismatch_share:.1%}, allowed by --mismatch_bound: {mismatch_bound:.1%}), for example\n  "
+                f"source {source}: {counts.mismatches} of {counts.samples} samples are masked whole by a"
+                f" tokenization mismatch ({counts.mismatch_share:.1%}, allowed by --mismatch_bound:"
+                f" {mismatch_bound:.1%}), for example\n  "
                 + "\n  ".join(counts.examples)
                 + "\nThe tokenizer does not fit the conversation template, or the texts hold its separators. "
                 "`python -m llava_ext.statistics` counts them all."
@@ -111,8 +114,9 @@ def check_bounds(found: dict[str, Counts], supervised_bound: float, mismatch_bou
     whole = total(found)
     if whole.tokens and whole.supervised_share < supervised_bound:
         raise TrainingError(
-            f"only {whole.supervised} of {whole.tokens} tokens carry a label ({whole.supervised_share:.2%}, --supervised_share_bound: "
-            f"{supervised_bound:.2%}): check --version and --model_max_length with `python -m llava_ext.statistics`"
+            f"only {whole.supervised} of {whole.tokens} tokens carry a label ({whole.supervised_share:.2%},"
+            f" --supervised_share_bound: {supervised_bound:.2%}): check --version and --model_max_length with"
+            " `python -m llava_ext.statistics`"
         )
 
 

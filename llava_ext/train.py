@@ -1,6 +1,8 @@
-"""``python -m llava_ext.train``: trains stage 1 or stage 2 of LLaVA, and continues by itself after any interruption.
+"""``python -m llava_ext.train``: trains stage 1 or stage 2 of LLaVA, and continues by itself after any
+interruption.
 
-Takes the flags of LLaVA's own scripts; see docs/training.md. Writes into ``--output_dir``; ``train_result.json`` comes last.
+Takes the flags of LLaVA's own scripts; see docs/training.md. Writes into ``--output_dir``;
+``train_result.json`` comes last.
 """
 
 from __future__ import annotations

@@ -14,7 +14,9 @@ from benchmarks.support.measure import ROOT, benchmark_names
 @pytest.mark.slow
 @pytest.mark.parametrize("name", benchmark_names())
 def test_each_benchmark_prints_its_table(name):
-    """A module that takes no ``--smallest`` or prints no table of measured rows is no benchmark, and fails here."""
+    """A module that takes no ``--smallest`` or prints no table of measured rows is no benchmark, and fails
+    here.
+    """
     command = [sys.executable, "-m", f"benchmarks.{name}", "--smallest"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -10,9 +10,9 @@ from workflow_scripts import code_version
 def test_the_recorded_digest_belongs_to_the_present_code():
     present = code_version.code_digest(ROOT)
     assert present == code_version.CODE_DIGEST, (
-        "the code that makes the numbers has changed. Does the same configuration now give other results? Then raise "
-        "CODE_VERSION in workflow_scripts/code_version.py. In both cases record the decision: "
-        "python -m workflow_scripts.code_version --update"
+        "the code that makes the numbers has changed. Does the same configuration now give other results?"
+        " Then raise CODE_VERSION in workflow_scripts/code_version.py. In both cases record the decision:"
+        " python -m workflow_scripts.code_version --update"
     )
 
 

@@ -1,4 +1,6 @@
-"""Each change to a library, beside what the library does without it: a test that fails says that a change can go."""
+"""Each change to a library, beside what the library does without it: a test that fails says that a change
+can go.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,7 @@ def both(patch: str, script: str, *arguments: str, **changes: str) -> tuple[str,
     )
 
 
-# -- accelerate ---------------------------------------------------------------------------------------------------
+# -- accelerate -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -79,7 +81,7 @@ def test_accelerate_has_no_fsdp_on_the_cpu():
     assert python(head + script, "patched", **alone) == "FSDP\n"
 
 
-# -- transformers -------------------------------------------------------------------------------------------------
+# -- transformers -----------------------------------------------------------------------------------------
 
 
 def test_transformers_knows_of_zero3_wherever_a_model_is_built():
@@ -136,8 +138,9 @@ def test_a_tracker_that_fails_is_said_once_and_gets_nothing_more(tracker, capsys
         handler.on_log(None, TrainerState(), TrainerControl(), {"loss": 1.0})
     handler.on_train_end(None, TrainerState(), TrainerControl())
     assert brittle.seen == ["log"]
-    assert capsys.readouterr().err == (
-        "llava_ext: Brittle has failed (ConnectionResetError: gone) and gets nothing more; "
+    assert (
+        capsys.readouterr().err
+        == "llava_ext: Brittle has failed (ConnectionResetError: gone) and gets nothing more; "
         "metrics.jsonl has every step\n"
     )
 
@@ -149,7 +152,7 @@ def test_a_tracker_that_can_not_start_stops_the_training(tracker):
         handler.on_train_begin(None, TrainerState(), TrainerControl())
 
 
-# -- torch --------------------------------------------------------------------------------------------------------
+# -- torch ------------------------------------------------------------------------------------------------
 
 
 class Signalling(Dataset):
@@ -182,7 +185,9 @@ def test_a_signal_ends_torchs_workers():
 
 @pytest.mark.parametrize("shielded", [False, True])
 def test_a_worker_can_be_hit_before_torchs_own_hook_runs(shielded):
-    """What the context around the start is for: the mask of signals is inherited, a hook would come too late."""
+    """What the context around the start is for: the mask of signals is inherited, a hook would come too
+    late.
+    """
     loader = DataLoader(Signalling(), batch_size=1, num_workers=1, multiprocessing_context="fork")
     start, masks = loader._get_iterator, []
 
@@ -198,7 +203,7 @@ def test_a_worker_can_be_hit_before_torchs_own_hook_runs(shielded):
     workers._shutdown_workers()
 
 
-# -- DeepSpeed ----------------------------------------------------------------------------------------------------
+# -- DeepSpeed --------------------------------------------------------------------------------------------
 
 
 class Evil:

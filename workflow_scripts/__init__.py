@@ -1,1 +1,3 @@
-"""The steps of the workflow: each module is importable, typed, and runs as ``python -m workflow_scripts.<name>``."""
+"""The steps of the workflow: each module is importable, typed, and runs as ``python -m
+workflow_scripts.<name>``.
+"""

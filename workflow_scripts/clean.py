@@ -3,8 +3,9 @@
     snakemake list_unused            snakemake clean_unused
     python -m workflow_scripts.clean --configfile config/config.yaml [more files] [--remove]
 
-Runs that a `experiments/*/checkpoint.json` names (also of another configuration) and runs that are being computed are
-kept, unless `--forget` names their experiments. Of a run that is used, states of former inputs are listed too.
+Runs that a `experiments/*/checkpoint.json` names (also of another configuration) and runs that are being
+computed are kept, unless `--forget` names their experiments. Of a run that is used, states of former inputs
+are listed too.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ def named_by_experiments(root: Path, forget: Sequence[str]) -> dict[str, str]:
 
 
 def is_computing(folder: Path) -> bool:
-    """Whether some process or job owns a state in the folder, or may own it for all that can be asked here."""
+    """Whether some process or job owns a state in the folder, or may own it for all that can be asked
+    here.
+    """
     return any(alive(read_json(path)) is not False for path in folder.glob(f"*/{OWNER}"))
 
 
@@ -64,7 +67,9 @@ def _measures(folder: Path, kept: set[str]) -> bool:
 
 
 def with_parents(root: Path, kept: set[str]) -> set[str]:
-    """``kept``, and the parents of trainings that are kept or being computed, whatever configuration asked for them."""
+    """``kept``, and the parents of trainings that are kept or being computed, whatever configuration asked
+    for them.
+    """
     found = set(kept)
     for stage in [stage for stage in reversed(STAGES.values()) if stage.parent]:
         wanted = {

@@ -1,9 +1,9 @@
 """The version of the training code, a part of every run's name.
 
 Raise ``CODE_VERSION`` when a change gives other numbers for the same configuration: every run then gets a new
-name and is trained again, beside the old one. Comments, docs, messages and speed are no reason. A test compares the
-digest of the code that makes the numbers with ``CODE_DIGEST`` and reminds whoever changes it to decide;
-``python -m workflow_scripts.code_version --update`` records the decision.
+name and is trained again, beside the old one. Comments, docs, messages and speed are no reason. A test
+compares the digest of the code that makes the numbers with ``CODE_DIGEST`` and reminds whoever changes it to
+decide; ``python -m workflow_scripts.code_version --update`` records the decision.
 """
 
 from __future__ import annotations

@@ -32,7 +32,9 @@ def command_line(
 
 
 def read_spec(model: Any, text: str) -> Any:
-    """The option ``--spec``: JSON that the pydantic ``model`` (or union of models) accepts. Raises UserError."""
+    """The option ``--spec``: JSON that the pydantic ``model`` (or union of models) accepts. Raises
+    UserError.
+    """
     from pydantic import TypeAdapter, ValidationError
 
     try:

@@ -25,8 +25,9 @@ def check_disk(folder: Path, needed: int, what: str) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
-            f"{what}: {size_text(needed)} are needed in {folder}, but the disk has {size_text(free)} free; free "
-            "space, or put the working folder on a larger disk (`snakemake --directory`), and run it again"
+            f"{what}: {size_text(needed)} are needed in {folder}, but the disk has {size_text(free)} free;"
+            " free space, or put the working folder on a larger disk (`snakemake --directory`), and run it"
+            " again"
         )
 
 
@@ -39,6 +40,6 @@ def explain_full_disk(folder: Path, kept: str) -> Iterator[None]:
         if error.errno not in FULL_DISK:
             raise
         raise UserError(
-            f"{folder}: the disk is full (or a quota is); {kept}. Free space on that disk, or put the working folder "
-            "on a larger one, and run the same command again"
+            f"{folder}: the disk is full (or a quota is); {kept}. Free space on that disk, or put the working"
+            " folder on a larger one, and run the same command again"
         ) from None

@@ -1,10 +1,11 @@
-"""Shows what a mixture (or a LLaVA JSON) is made of: counts, lengths, damage, random samples with their pictures.
+"""Shows what a mixture (or a LLaVA JSON) is made of: counts, lengths, damage, random samples with their
+pictures.
 
     python -m workflow_scripts.inspect data/mixtures/M [--html sheet.html]
     python -m workflow_scripts.inspect my.json --image-folder pictures --tokenizer models/vicuna/model
 
-Lengths are in words; with a tokenizer, in tokens of the prompt that training would see (without the image's own
-tokens, whose number is the model's affair; `--image-tokens 576` adds them).
+Lengths are in words; with a tokenizer, in tokens of the prompt that training would see (without the image's
+own tokens, whose number is the model's affair; `--image-tokens 576` adds them).
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class Overview:
     """The parts' reports of the mixture's manifest; empty for a plain JSON."""
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Measuring
 
 
@@ -145,7 +146,7 @@ def token_lengths(
     return np.array(found, np.int64)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Text
 
 
@@ -213,17 +214,18 @@ def _part_lines(parts: Iterable[dict[str, Any]]) -> list[str]:
     return lines
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # HTML
 
 STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem; color: #222 }
-table { border-collapse: collapse } th, td { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #ddd }
-th:first-child, td:first-child { text-align: left } .sheet { display: grid; gap: 1rem;
-grid-template-columns: repeat(auto-fill, minmax(21rem, 1fr)) } .card { border: 1px solid #ddd; border-radius: 6px;
-padding: .7rem; overflow-wrap: anywhere } .card img { max-width: 100%; border-radius: 4px } .who { color: #777;
-font-size: .8em; display: block } .bar { background: #7aa6d8; height: .8em; display: inline-block; vertical-align: middle }
-.note { color: #777 } p.turn { margin: .4rem 0; white-space: pre-wrap }
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem;
+color: #222 } table { border-collapse: collapse } th, td { padding: .2rem .7rem; text-align: right;
+border-bottom: 1px solid #ddd } th:first-child, td:first-child { text-align: left } .sheet { display:
+grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(21rem, 1fr)) } .card { border: 1px
+solid #ddd; border-radius: 6px; padding: .7rem; overflow-wrap: anywhere } .card img { max-width: 100%;
+border-radius: 4px } .who { color: #777; font-size: .8em; display: block } .bar { background: #7aa6d8;
+height: .8em; display: inline-block; vertical-align: middle } .note { color: #777 } p.turn { margin:
+.4rem 0; white-space: pre-wrap }
 """
 
 
@@ -296,7 +298,7 @@ def _picture(data: bytes, side: int) -> str:
     return f'<img alt="" src="{found}">' if found else "<p class=note>can't be decoded</p>"
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

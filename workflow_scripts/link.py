@@ -1,4 +1,5 @@
-"""Gives a finished checkpoint its experiment's name: `experiments/<name>/checkpoint.json`, with links beside it.
+"""Gives a finished checkpoint its experiment's name: `experiments/<name>/checkpoint.json`, with links beside
+it.
 
 `checkpoint.json` is what a downstream workflow depends on; its paths are relative to its own folder.
 """
@@ -17,7 +18,9 @@ from workflow_scripts.stages import STAGES
 
 
 def relative_link(link: Path, target: Path) -> None:
-    """A relative symbolic link that replaces an older one in one step, so that the whole folder can be moved."""
+    """A relative symbolic link that replaces an older one in one step, so that the whole folder can be
+    moved.
+    """
     temporary = link.with_name(f".{link.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(os.path.relpath(target.resolve(), link.parent.resolve()))

@@ -59,7 +59,8 @@ class MissingSecret(Exception):
 
 
 def expand(text: str) -> str:
-    """``text`` with the environment's values in the place of ``${NAME}``, which :func:`redact` knows from now on.
+    """``text`` with the environment's values in the place of ``${NAME}``, which :func:`redact` knows from now
+    on.
 
     Raises :class:`MissingSecret` where a variable is not set.
     """
@@ -68,7 +69,8 @@ def expand(text: str) -> str:
         found = os.environ.get(match[1])
         if not found:
             raise MissingSecret(
-                f"{public(text)}: the environment variable {match[1]} is not set; export it, run the same command again"
+                f"{public(text)}: the environment variable {match[1]} is not set; export it, run the same"
+                " command again"
             )
         hide(found, match[0])
         return found

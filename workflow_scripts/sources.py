@@ -1,7 +1,7 @@
 """The kinds of source, the only list of them: what a section `sources` may be, and how each is made.
 
-A new kind is a section (a subclass of :class:`Source`), a function that makes it, and an entry. What is heavy is
-imported when a source is made, not when a configuration is read.
+A new kind is a section (a subclass of :class:`Source`), a function that makes it, and an entry. What is heavy
+is imported when a source is made, not when a configuration is read.
 """
 
 from __future__ import annotations
@@ -60,11 +60,13 @@ class SourceKind:
     """One kind of source."""
 
     spec: type[Source]
-    """Its section, whose `kind` has the kind's name as the only value. The plan counts the sizes of what it lists as
-    ``remote()``; what it lists as ``own()`` has to exist."""
+    """Its section, whose `kind` has the kind's name as the only value. The plan counts the sizes of what
+    it lists as ``remote()``; what it lists as ``own()`` has to exist.
+    """
     make: Callable[[Any, Path], dict[str, Any]]
-    """From the section and the source's folder to `images`, `annotations` and `files` of the manifest. Each file
-    has a `sha256` or an `identity`, from which the source's digest is made."""
+    """From the section and the source's folder to `images`, `annotations` and `files` of the manifest.
+    Each file has a `sha256` or an `identity`, from which the source's digest is made.
+    """
     cached: Callable[[Any, Any], bool] | None = None
     """Whether a remote file lies in a cache of this machine, so that it is not fetched again."""
 

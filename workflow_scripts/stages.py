@@ -1,7 +1,8 @@
 """The stages of a training, in the order in which an experiment passes them: the only list of them.
 
-From it follow the section `stages`, what an experiment may change, the rules, the folders under ``runs/``, the links
-under ``experiments/``, flags of the command line, and the headings of the report. Imports nothing: all may import it.
+From it follow the section `stages`, what an experiment may change, the rules, the folders under ``runs/``,
+the links under ``experiments/``, flags of the command line, and the headings of the report. Imports nothing:
+all may import it.
 """
 
 from __future__ import annotations

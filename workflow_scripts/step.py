@@ -1,7 +1,7 @@
 """Starts one step of the workflow with a log: `python -m workflow_scripts.step --log FILE STEP ARGUMENTS...`.
 
-What the step prints goes to the terminal and to the log. It stays one process, so that a signal to the job reaches the
-step itself. After a failure the last line names the log.
+What the step prints goes to the terminal and to the log. It stays one process, so that a signal to the job
+reaches the step itself. After a failure the last line names the log.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from workflow_scripts.secrets import redact
 def command(python: str, home: Path, setup: str = "", module: str = "workflow_scripts.step") -> str:
     """The shell command that starts a step (or another ``module``), to be followed by its arguments.
 
-    ``home`` is the folder of the code, ``setup`` what the site wants to happen first. The step replaces the shell, so that
-    Slurm's signals reach it.
+    ``home`` is the folder of the code, ``setup`` what the site wants to happen first. The step replaces the
+    shell, so that Slurm's signals reach it.
     """
     path = f'export PYTHONPATH={shlex.quote(str(home))}"${{PYTHONPATH:+:$PYTHONPATH}}"; '
     script = shlex.quote(str(home / "workflow_scripts/setup.sh"))
@@ -43,7 +43,8 @@ def _tee(log: Path) -> tuple[threading.Thread, int]:
     os.close(writing)
 
     def copy() -> None:
-        # Either may fail, the terminal by going away, the log by a full disk; who writes must not be kept waiting.
+        # Either may fail, the terminal by going away, the log by a full disk; who writes must not be kept
+        # waiting.
         while piece := os.read(reading, 1 << 16):
             for write in (partial(os.write, terminal), stream.write):
                 with suppress(OSError):
@@ -57,7 +58,9 @@ def _tee(log: Path) -> tuple[threading.Thread, int]:
 
 
 def find_main(name: str) -> Callable[[list[str]], None]:
-    """The door of a step: ``main`` in the module ``workflow_scripts.<name>`` or, where that is a room, in its ``step``."""
+    """The door of a step: ``main`` in the module ``workflow_scripts.<name>`` or, where that is a room, in
+    its ``step``.
+    """
     module = f"workflow_scripts.{name}"
     loaded = importlib.import_module(module)
     if not hasattr(loaded, "main"):

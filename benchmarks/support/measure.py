@@ -1,4 +1,6 @@
-"""What the benchmarks share: interleaved runs, medians, child processes with their CPU time and peak memory."""
+"""What the benchmarks share: interleaved runs, medians, child processes with their CPU time and peak
+memory.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The measurements of "Beyond Semantics": how long vision and text tokens are, and what happens when vision tokens are shuffled."""
+"""The measurements of "Beyond Semantics": how long vision and text tokens are, and what happens when
+vision tokens are shuffled.
+"""
 
 from __future__ import annotations
 
@@ -17,22 +19,25 @@ def permuted_vision_tokens(
 ) -> Iterator[None]:
     """While it lasts, each image's vision tokens reach the LLM in another order.
 
-    What an image shows is still all there, where it is shown is not: a model that reads positions gets worse, one that treats an
-    image as a bag of tokens does not.
+    What an image shows is still all there, where it is shown is not: a model that reads positions gets worse,
+    one that treats an image as a bag of tokens does not.
 
     Args:
         seed: one random order for all images; the same seed gives the same order on every machine.
-        order: an explicit order instead: token i of the permuted image is token ``order[i]``. With neither, nothing changes.
+        order: an explicit order instead: token i of the permuted image is token ``order[i]``. With neither,
+            nothing changes.
 
     Raises:
-        ValueError: both are given, ``order`` is no permutation of the image's tokens, or the model is none of ours.
+        ValueError: both are given, ``order`` is no permutation of the image's tokens, or the model is none of
+            ours.
     """
     if seed is not None and order is not None:
         raise ValueError("permuted_vision_tokens: give a seed or an order, not both")
     core = next((module for module in model.modules() if hasattr(module, "vision_token_hook")), None)
     if core is None:
         raise ValueError(
-            f"permuted_vision_tokens: {type(model).__name__} has no vision tokens; load it with llava_ext.checkpoints.stored.load_model"
+            f"permuted_vision_tokens: {type(model).__name__} has no vision tokens; load it with"
+            " llava_ext.checkpoints.stored.load_model"
         )
     before = core.vision_token_hook
 
@@ -41,7 +46,8 @@ def permuted_vision_tokens(
         chosen = _random_order(count, seed) if seed is not None else torch.tensor(order)
         if sorted(chosen.tolist()) != list(range(count)):
             raise ValueError(
-                f"permuted_vision_tokens: the order has {len(chosen)} entries; a permutation of {count} is expected"
+                f"permuted_vision_tokens: the order has {len(chosen)} entries; a permutation of {count} is"
+                " expected"
             )
         return tokens[:, chosen.to(tokens.device)]
 

@@ -26,7 +26,8 @@ def prompt_batch(
     preprocess: ImagePreprocessor,
     version: str = "v1",
 ) -> dict[str, Tensor]:
-    """Prompts (with `<image>` where the picture goes) as a left-padded batch for ``generate``, tokenised as training does.
+    """Prompts (with `<image>` where the picture goes) as a left-padded batch for ``generate``, tokenised as
+    training does.
 
     Raises:
         ValueError: a prompt with a picture but no `<image>`, or the reverse.
@@ -35,7 +36,8 @@ def prompt_batch(
     for image, prompt in prompts:
         if (image is not None) != (prompt.count(IMAGE_TOKEN) == 1):
             raise ValueError(
-                f"a prompt needs one {IMAGE_TOKEN} if it has a picture and none otherwise; found {prompt!r:.120}"
+                f"a prompt needs one {IMAGE_TOKEN} if it has a picture and none otherwise; found"
+                f" {prompt!r:.120}"
             )
         # A text without picture may hold the word <image>; here it may not, so nothing is ambiguous.
         ids = inference_ids(tokenizer, prompt, version, image is not None)
@@ -60,7 +62,9 @@ def generate_ids(
     version: str = "v1",
     **options: Any,
 ) -> list[list[int]]:
-    """New ids of each prompt, greedy unless ``options`` say otherwise, up to and including the end token; no padding."""
+    """New ids of each prompt, greedy unless ``options`` say otherwise, up to and including the end token;
+    no padding.
+    """
     batch = prompt_batch(model, tokenizer, prompts, preprocess, version)
     ends = end_ids(tokenizer, version)
     if "pixel_values" in batch:
@@ -110,7 +114,8 @@ def answer(
     Args:
         image_processor: transformers' image processor of the checkpoint (or an :class:`ImagePreprocessor`).
         questions: (picture or None, question) pairs.
-        image_aspect_ratio: `pad` or `square`; None takes the checkpoint's (its config, then its image processor).
+        image_aspect_ratio: `pad` or `square`; None takes the checkpoint's (its config, then its image
+            processor).
         permute_seed: shuffle each picture's vision tokens by this seed before the LLM sees them.
         batch_size: questions per forward pass.
     """

@@ -1,7 +1,8 @@
-"""Low-rank adapters of a language model: their names here and by themselves, and folders as LLaVA's LoRA leaves them.
+"""Low-rank adapters of a language model: their names here and by themselves, and folders as LLaVA's LoRA
+leaves them.
 
-Such a folder has the adapters in peft's layout, by the names of the language model alone; what else trained in
-``non_lora_trainables.bin``; and an original ``config.json``.
+Such a folder has the adapters in peft's layout, by the names of the language model alone; what else trained
+in ``non_lora_trainables.bin``; and an original ``config.json``.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ def is_adapter_folder(folder: Path) -> bool:
 
 
 def read_adapters(folder: Path) -> dict[str, Any]:
-    """The adapters' tensors under the names in their file. Raises :class:`TrainingError`: none there, or damaged."""
+    """The adapters' tensors under the names in their file. Raises :class:`TrainingError`: none there, or
+    damaged.
+    """
     found = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if found is None or not is_adapter_folder(folder):
         raise TrainingError(f"{folder}: no adapters; expected {CONFIG} and one of {', '.join(WEIGHTS)}")
@@ -67,7 +70,8 @@ def attach(model: Any, folder: Path, state: Mapping[str, Any], in_float32: bool 
     """The model with a folder's adapters, ready to train, whose tensors have come by names of this model.
 
     Raises:
-        TrainingError: adapters without a layer, layers without adapters (of both peft says nothing), another shape.
+        TrainingError: adapters without a layer, layers without adapters (of both peft says nothing), another
+            shape.
     """
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 

@@ -6,7 +6,8 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
-# In a generation_config.json: `do_sample` was set because the file can't be saved without it, not because its owner samples.
+# In a generation_config.json: `do_sample` was set because the file can't be saved without it, not because its
+# owner samples.
 REPAIRED = "do_sample_repaired"
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
@@ -14,8 +15,9 @@ SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "eps
 def exported_generation(base: Any, ends: Sequence[int]) -> Any:
     """A language model's generation config as its LLaVA checkpoint has it.
 
-    Greedy, unless the LLM's owner asked for sampling (`do_sample: true` in the model's own file). It ends with an answer's end
-    (``ends``), or with what ended the LLM's texts. Without ``max_length``, which beside a call's ``max_new_tokens`` only warns.
+    Greedy, unless the LLM's owner asked for sampling (`do_sample: true` in the model's own file). It ends
+    with an answer's end (``ends``), or with what ended the LLM's texts. Without ``max_length``, which beside
+    a call's ``max_new_tokens`` only warns.
     """
     chosen = copy.deepcopy(base)
     chosen.max_length = None

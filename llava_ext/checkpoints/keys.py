@@ -30,8 +30,8 @@ ORIGINAL_PROJECTOR = "model.mm_projector."
 ORIGINAL_TOWER = str(TOWERS["clip_vision_model"].original_prefix)
 
 
-# LLaVA's word in a config: the weights of the vision tower are the checkpoint's, no longer those of the folder or
-# repository that it names. Written to the tower's own config, from which it reaches every other.
+# LLaVA's word in a config: the weights of the vision tower are the checkpoint's, no longer those of the
+# folder or repository that it names. Written to the tower's own config, from which it reaches every other.
 TRAINED_TOWER = "unfreeze_mm_vision_tower"
 
 
@@ -99,7 +99,9 @@ def projector_type(projector: Mapping[str, torch.Tensor]) -> str:
 
 
 def state_from_original(state: Mapping[str, torch.Tensor]) -> State:
-    """A whole original checkpoint's tensors under the names in memory. Rotary buffers are left out (they are recomputed)."""
+    """A whole original checkpoint's tensors under the names in memory. Rotary buffers are left out (they
+    are recomputed).
+    """
     found: State = {PROJECTOR + name: tensor for name, tensor in projector_from_original(state).items()}
     for key, tensor in state.items():
         if "mm_projector." in key or ".rotary_emb." in key:

@@ -3,16 +3,17 @@
     original                                              in memory
     model.embed_tokens..., model.layers..., model.norm    model.language_model....
     lm_head.weight                                        lm_head.weight
-    model.mm_projector.<wrappers>.<0, 2, ...>.weight      model.multi_modal_projector.linear_<1, 2, ...>.weight
-    model.mm_projector.<wrappers>.norm.weight             model.multi_modal_projector.norm.weight
+    model.mm_projector.<wrappers>.<0, 2, ...>.weight      model.multi_modal_projector.linear_<1, 2,
+    ...>.weight model.mm_projector.<wrappers>.norm.weight             model.multi_modal_projector.norm.weight
     model.vision_tower.vision_tower.vision_model....      model.vision_tower....
 
-The published intervention code wraps the projector, outermost first: ``proj`` with compression, ``projector`` with
-coordinates, ``projector`` with normalisation. Reading accepts any wrapping; writing makes the published one.
+The published intervention code wraps the projector, outermost first: ``proj`` with compression, ``projector``
+with coordinates, ``projector`` with normalisation. Reading accepts any wrapping; writing makes the published
+one.
 
-LLaVA's code knows CLIP towers and Llama and Mistral. Other families have no whole checkpoint in this layout (forks that have
-one disagree about which of the tower's layers they keep), so none is written; a stage-1 projector and its config are, for
-this package alone.
+LLaVA's code knows CLIP towers and Llama and Mistral. Other families have no whole checkpoint in this layout
+(forks that have one disagree about which of the tower's layers they keep), so none is written; a stage-1
+projector and its config are, for this package alone.
 """
 
 from __future__ import annotations
@@ -52,16 +53,16 @@ OWN_KEY = "spatial_llava"
 TOWER_FOLDER = "vision_tower"
 
 
-# ---- files ------------------------------------------------------------------------------------------------------
+# ---- files ----------------------------------------------------------------------------------------------
 
 
-# ---- projector --------------------------------------------------------------------------------------------------
+# ---- projector ------------------------------------------------------------------------------------------
 
 
-# ---- whole models -----------------------------------------------------------------------------------------------
+# ---- whole models ---------------------------------------------------------------------------------------
 
 
-# ---- configuration ----------------------------------------------------------------------------------------------
+# ---- configuration --------------------------------------------------------------------------------------
 
 
 def loads_with(interventions: Interventions, text_type: str, tower_type: str) -> list[str]:
@@ -76,7 +77,9 @@ def loads_with(interventions: Interventions, text_type: str, tower_type: str) ->
 
 
 def unknown_to_llava(text_type: str, tower_type: str) -> list[str]:
-    """Why the original layout cannot hold a whole model of these families, as sentences; empty when it can."""
+    """Why the original layout cannot hold a whole model of these families, as sentences; empty when it
+    can.
+    """
     found = []
     if registered_tower(tower_type).original_prefix is None:
         with_prefix = [entry.title for entry in TOWERS.values() if entry.original_prefix]
@@ -134,7 +137,8 @@ def config_to_original(
         text_config: the LLM's own config.
         vision_config: the vision tower's config.
         interventions: the flags, under the published names; what those can't say is in ``spatial_llava``.
-        settings: LLaVA's fields that the model does not know (``mm_vision_tower``, ``image_aspect_ratio``, ...).
+        settings: LLaVA's fields that the model does not know (``mm_vision_tower``, ``image_aspect_ratio``,
+            ...).
     """
     fields = {
         key: value
@@ -178,9 +182,9 @@ def _published_fields(interventions: Interventions, vision_config: Mapping[str, 
         "add_spatial_coordinates": interventions.add_spatial_coordinates,
         "compression_after_projection": interventions.compression_after_projection,
         # The published code takes the side; 16 is its default.
-        "final_spatial_size": interventions.final_side(grid)
-        if interventions.compression_after_projection
-        else 16,
+        "final_spatial_size": (
+            interventions.final_side(grid) if interventions.compression_after_projection else 16
+        ),
     }
     if interventions.twoD_vision_embedding:
         fields["twoD_vision_embedding"] = True
@@ -190,7 +194,9 @@ def _published_fields(interventions: Interventions, vision_config: Mapping[str, 
 
 
 def measured_statistics(described: Any) -> tuple[float, float] | None:
-    """The numbers (max_norm, scale) that `auto` has found, from a ``config.json`` of either layout; None where it says others."""
+    """The numbers (max_norm, scale) that `auto` has found, from a ``config.json`` of either layout; None
+    where it says others.
+    """
     if not isinstance(described, dict):
         return None
     own = described.get(OWN_KEY)
@@ -204,8 +210,8 @@ def measured_statistics(described: Any) -> tuple[float, float] | None:
 def interventions_from_original(config: Mapping[str, Any], grid_side: int) -> Interventions:
     """The interventions of an original ``config.json``; what we wrote there ourselves comes first.
 
-    The published ``final_spatial_size`` is a side. Where the described meaning gives the same model (the side divides the
-    grid; coordinates on a grid of 24) it is translated, else ``published_behaviour`` is set.
+    The published ``final_spatial_size`` is a side. Where the described meaning gives the same model (the side
+    divides the grid; coordinates on a grid of 24) it is translated, else ``published_behaviour`` is set.
     """
     own = config.get(OWN_KEY)
     if isinstance(own, dict) and isinstance(own.get("interventions"), dict):
@@ -275,13 +281,15 @@ def check_features(mine: Mapping[str, Any], theirs: Mapping[str, Any], config: A
         pair = [int(side[name]) % states if layer else side[name] for side in (mine, theirs)]
         if pair[0] != pair[1]:
             raise TrainingError(
-                f"--{name} {mine[name]}: {what} was trained with {theirs[name]}; give that, or train stage 1 with "
-                f"{mine[name]}"
+                f"--{name} {mine[name]}: {what} was trained with {theirs[name]}; give that, or train stage 1"
+                f" with {mine[name]}"
             )
 
 
 def tower_trained(described: Mapping[str, Any]) -> bool:
-    """Whether a ``config.json`` of any layout says that the vision tower was trained (also in LLaVA-NeXT's way)."""
+    """Whether a ``config.json`` of any layout says that the vision tower was trained (also in LLaVA-NeXT's
+    way).
+    """
     nested = described.get("vision_config")
     return bool(
         described.get(TRAINED_TOWER)
@@ -305,7 +313,7 @@ def check_tower(described: Mapping[str, Any], vision_config: Any, what: Path) ->
         )
 
 
-# ---- loading ----------------------------------------------------------------------------------------------------
+# ---- loading --------------------------------------------------------------------------------------------
 
 
 def load_original(
@@ -316,11 +324,12 @@ def load_original(
     llm: str | Path | None = None,
     tower: str | Path | None = None,
 ) -> tuple[Any, Any, Any]:
-    """Model, tokenizer and image processor of an original LLaVA folder: a whole checkpoint, or a projector for a base LLM, with
-    or without adapters.
+    """Model, tokenizer and image processor of an original LLaVA folder: a whole checkpoint, or a projector
+    for a base LLM, with or without adapters.
 
     Args:
-        folder: with ``config.json`` and either all weights or a projector, beside which LLaVA's LoRA leaves adapters.
+        folder: with ``config.json`` and either all weights or a projector, beside which LLaVA's LoRA leaves
+            adapters.
         llm: the base LLM of a projector; default: what the config names, if it is a folder.
         tower: the vision tower; default: what the config names.
 
@@ -384,8 +393,8 @@ def _stored_tower(
     )
     if wrong:
         raise TrainingError(
-            f"{folder}: its config.json says that the vision tower was trained, and the weights stored there do not fit "
-            f"{named}, e.g. {', '.join(wrong[:3])}; give the tower that it was trained from"
+            f"{folder}: its config.json says that the vision tower was trained, and the weights stored there"
+            f" do not fit {named}, e.g. {', '.join(wrong[:3])}; give the tower that it was trained from"
         )
     vision.load_state_dict(weights, assign=True)
     setattr(vision.config, TRAINED_TOWER, True)
@@ -469,7 +478,9 @@ def _text_fields(described: Mapping[str, Any], known: Mapping[str, Any]) -> dict
 
 
 def find_model(named: Any, given: str | Path | None, beside: Path, what: str, flag: str) -> Path:
-    """A model folder: the one given, the one named (also relative to a parent of ``beside``), or the hub's snapshot."""
+    """A model folder: the one given, the one named (also relative to a parent of ``beside``), or the hub's
+    snapshot.
+    """
     if given is not None:
         if not Path(given).is_dir() and str(given).count("/") != 1:
             raise TrainingError(f"{flag} {given}: no such folder")
@@ -489,7 +500,7 @@ def find_model(named: Any, given: str | Path | None, beside: Path, what: str, fl
         ) from error
 
 
-# ---- exporting --------------------------------------------------------------------------------------------------
+# ---- exporting ------------------------------------------------------------------------------------------
 
 
 def export_original(
@@ -506,7 +517,8 @@ def export_original(
         model: one of ours, whole, as :func:`llava_ext.checkpoints.stored.load_model` gives it.
         settings: LLaVA's config fields that a model does not know, at least ``mm_vision_tower``.
         projector_only: ``mm_projector.bin`` and ``config.json``, for LLaVA's ``model_base`` loading.
-        sentencepiece: the LLM's ``tokenizer.model``, which LLaVA's loader needs and today's tokenizers no longer write.
+        sentencepiece: the LLM's ``tokenizer.model``, which LLaVA's loader needs and today's tokenizers no
+            longer write.
 
     Raises:
         TrainingError: a whole model of a family that LLaVA's code does not know.
@@ -514,14 +526,15 @@ def export_original(
     unknown = unknown_to_llava(model.config.text_config.model_type, model.config.vision_config.model_type)
     if unknown and not projector_only:
         raise TrainingError(
-            f"{folder}: the original LLaVA layout can't hold this model: {'; '.join(unknown)}. Use the HF layout (--to hf); "
-            "--projector_only writes the projector alone, for this package"
+            f"{folder}: the original LLaVA layout can't hold this model: {'; '.join(unknown)}. Use the HF"
+            " layout (--to hf); --projector_only writes the projector alone, for this package"
         )
     target = Path(folder)
     config = model.config
     if projector_only and getattr(config.vision_config, TRAINED_TOWER, False):
         raise TrainingError(
-            "--projector_only: the vision tower of this model was trained too, and would be left out; write the whole model"
+            "--projector_only: the vision tower of this model was trained too, and would be left out; write"
+            " the whole model"
         )
     target.mkdir(parents=True, exist_ok=True)
     known = _known_settings(model, tokenizer, projector_only)
@@ -554,9 +567,11 @@ def find_sentencepiece(*folders: str | Path | None) -> Path | None:
 
 
 def keep_sentencepiece(model: Path | None, folder: Path) -> None:
-    """Copies ``tokenizer.model`` beside a saved tokenizer, and says how it is to be read: without the legacy splitting.
+    """Copies ``tokenizer.model`` beside a saved tokenizer, and says how it is to be read: without the legacy
+    splitting.
 
-    transformers 4 reads this file (LLaVA asks for the slow tokenizer) and would use the legacy rules by default.
+    transformers 4 reads this file (LLaVA asks for the slow tokenizer) and would use the legacy rules by
+    default.
     """
     if model is None:
         return

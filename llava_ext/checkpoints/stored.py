@@ -35,7 +35,8 @@ from ..model.processing_spatial_llava import SpatialLlavaProcessor
 from ..patches import without_zero3
 from .generation import exported_generation
 
-# Exported vocabularies grow to a multiple of this, as in the published HF checkpoints of LLaVA (32000 -> 32064).
+# Exported vocabularies grow to a multiple of this, as in the published HF checkpoints of LLaVA (32000 ->
+# 32064).
 VOCABULARY_STEP = 64
 
 
@@ -47,11 +48,12 @@ def load_model(
     llm: str | Path | None = None,
     tower: str | Path | None = None,
 ) -> tuple[SpatialLlavaForConditionalGeneration, Any, Any]:
-    """Model, tokenizer and image processor of a finished checkpoint: ours, stock LLaVA's, or an original LLaVA folder.
+    """Model, tokenizer and image processor of a finished checkpoint: ours, stock LLaVA's, or an original
+    LLaVA folder.
 
     Args:
-        llm, tower: for original LLaVA folders: the base model of a stage-1 projector, and the vision tower when the path in its config
-            does not exist here.
+        llm, tower: for original LLaVA folders: the base model of a stage-1 projector, and the vision tower
+            when the path in its config does not exist here.
 
     Raises:
         BuildError: a folder that is none of these, or incomplete.
@@ -91,13 +93,17 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _is_original(path: Path) -> bool:
-    """Original LLaVA configs name their vision tower and have no nested configs; their model types are many (`llava_llama2d`)."""
+    """Original LLaVA configs name their vision tower and have no nested configs; their model types are
+    many (`llava_llama2d`).
+    """
     content = _read_config(path)
     return "mm_vision_tower" in content and "text_config" not in content
 
 
 def _stored_config(path: Path) -> SpatialLlavaConfig:
-    """Our configuration for a checkpoint in transformers' format. Raises :class:`BuildError` for another kind of model."""
+    """Our configuration for a checkpoint in transformers' format. Raises :class:`BuildError` for another
+    kind of model.
+    """
     kind = _read_config(path).get("model_type")
     if kind == "spatial_llava":
         return SpatialLlavaConfig.from_pretrained(str(path))
@@ -112,12 +118,15 @@ def _stored_image_processor(path: Path) -> Any:
         return LlavaImageProcessorPil.from_pretrained(str(path))
     except (OSError, ValueError) as error:
         raise BuildError(
-            f"{path}: no image processor ({error}); it needs processor_config.json or preprocessor_config.json"
+            f"{path}: no image processor ({error}); it needs processor_config.json or"
+            " preprocessor_config.json"
         ) from None
 
 
 def shrink_vocabulary(model: SpatialLlavaForConditionalGeneration) -> None:
-    """Takes away the rows that :func:`save_checkpoint` added for `<image>`, so that the LLM is again as it was trained."""
+    """Takes away the rows that :func:`save_checkpoint` added for `<image>`, so that the LLM is again as it
+    was trained.
+    """
     rows = model.config.llm_vocab_size
     if rows is not None and rows < model.config.text_config.vocab_size:
         model.resize_token_embeddings(rows)
@@ -136,12 +145,14 @@ def save_checkpoint(
 ) -> None:
     """Writes a finished checkpoint that transformers loads.
 
-    Without interventions (and with the usual two-layer projector) it is a stock LLaVA checkpoint and needs no code of ours. Otherwise
-    this package's model code is saved beside the weights and loads with ``trust_remote_code=True``. Both get rows for the `<image>`
-    token: the mean of the other rows, whose logit is the mean logit and so never the largest.
+    Without interventions (and with the usual two-layer projector) it is a stock LLaVA checkpoint and needs no
+    code of ours. Otherwise this package's model code is saved beside the weights and loads with
+    ``trust_remote_code=True``. Both get rows for the `<image>` token: the mean of the other rows, whose logit
+    is the mean logit and so never the largest.
 
     Args:
-        state_dict: the gathered weights, by their names in memory, when ``model`` holds only a part of them (ZeRO-3, FSDP).
+        state_dict: the gathered weights, by their names in memory, when ``model`` holds only a part of them
+            (ZeRO-3, FSDP).
     """
     config = copy.deepcopy(model.config)
     config.prompt_version = prompt_version or config.prompt_version
@@ -187,7 +198,9 @@ def _empty_clone(config: SpatialLlavaConfig) -> Any:
 
 
 def extend_vocabulary(config: SpatialLlavaConfig, weights: dict[str, Tensor]) -> None:
-    """Adds rows for `<image>` to the embedding table and the head, in place; nothing when its id is inside the vocabulary."""
+    """Adds rows for `<image>` to the embedding table and the head, in place; nothing when its id is inside
+    the vocabulary.
+    """
     rows = config.text_config.vocab_size
     if config.image_token_id < rows:
         return
@@ -231,7 +244,9 @@ def make_processor(config: SpatialLlavaConfig, tokenizer: Any, image_processor: 
 
 
 def _write_prompts(processor: Any, tokenizer: Any, version: str | None, block: str) -> None:
-    """Gives a processor the tokenizer and the chat template with which any client's prompt has the ids of training."""
+    """Gives a processor the tokenizer and the chat template with which any client's prompt has the ids of
+    training.
+    """
     style = None if version is None else template(version)
     if style is not None and style.style == "tokenizer":
         processor.tokenizer = without_added_ids(tokenizer)
@@ -245,7 +260,9 @@ def _write_prompts(processor: Any, tokenizer: Any, version: str | None, block: s
 
 @contextmanager
 def _auto_classes(config: SpatialLlavaConfig) -> Any:
-    """While it lasts, saving copies the code of our classes beside the weights (not for stock checkpoints)."""
+    """While it lasts, saving copies the code of our classes beside the weights (not for stock
+    checkpoints).
+    """
     classes: dict[Any, str] = {
         SpatialLlavaConfig: "AutoConfig",
         SpatialLlavaForConditionalGeneration: "AutoModelForImageTextToText",
@@ -264,7 +281,9 @@ def _auto_classes(config: SpatialLlavaConfig) -> Any:
 
 @contextmanager
 def _staged(folder: Path) -> Any:
-    """Yields a temporary folder inside ``folder``; its files move into place when all are written, config.json last."""
+    """Yields a temporary folder inside ``folder``; its files move into place when all are written,
+    config.json last.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     staging = folder / f".saving.{os.getpid()}"
     shutil.rmtree(staging, ignore_errors=True)

@@ -64,10 +64,12 @@ def read_folder(folder: Path) -> State:
 
 
 def read_projector(path: Path) -> State:
-    """A projector's tensors under our names (``linear_1.weight``, ``norm.weight``), from any file that has one.
+    """A projector's tensors under our names (``linear_1.weight``, ``norm.weight``), from any file that has
+    one.
 
     Args:
-        path: ``mm_projector.bin``, a ``.safetensors`` file, or a folder with either (or with a whole checkpoint).
+        path: ``mm_projector.bin``, a ``.safetensors`` file, or a folder with either (or with a whole
+            checkpoint).
     """
     if path.is_dir():
         found = next((path / name for name in PROJECTOR_FILES if (path / name).is_file()), None)
@@ -110,8 +112,8 @@ def check_projector(
     ]
     if wrong:
         raise TrainingError(
-            f"{what}: is not a projector for this model (other interventions, another vision tower or another LLM):\n"
-            + "\n".join(sorted(wrong))
+            f"{what}: is not a projector for this model (other interventions, another vision tower or another"
+            " LLM):\n" + "\n".join(sorted(wrong))
         )
 
 

@@ -1,7 +1,7 @@
 """Encoded samples to model batches: LLaVA's sequence assembly, on token ids instead of embeddings.
 
-Each -200 becomes the placeholders of its image, with interleaved coordinates where asked for; then the sequence is cut, so an image
-can be cut too. The model puts the vision tokens into the placeholders.
+Each -200 becomes the placeholders of its image, with interleaved coordinates where asked for; then the
+sequence is cut, so an image can be cut too. The model puts the vision tokens into the placeholders.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ class AssemblyError(ValueError):
 
 
 def coordinate_ids(tokenizer: Any, row: int, column: int) -> list[int]:
-    """Ids of the text `row,column` as it stands between vision tokens: without BOS and without a leading word mark."""
+    """Ids of the text `row,column` as it stands between vision tokens: without BOS and without a leading
+    word mark.
+    """
     text = f"{row},{column}"
     anchor = tokenizer.eos_token
     # After a special token no mark is added, so the ids that follow one are those of the bare text.
@@ -43,7 +45,9 @@ def image_block(
     tokenizer: Any,
     interventions: Interventions | None = None,
 ) -> list[int]:
-    """The ids that stand for one image: placeholders and, with ``interleave``, coordinates after every n-th."""
+    """The ids that stand for one image: placeholders and, with ``interleave``, coordinates after every
+    n-th.
+    """
     chosen = config.interventions if interventions is None else interventions
     if not chosen.interleave:
         return [image_token_id] * config.tokens_per_image
@@ -58,7 +62,9 @@ def image_block(
 
 
 def interleaved_block(image_token_id: int, tokens: int, sparsity: int, coordinates: Any) -> list[int]:
-    """``tokens`` placeholders with ``coordinates(index)`` after placeholder index = sparsity - 1, 2 * sparsity - 1, ..."""
+    """``tokens`` placeholders with ``coordinates(index)`` after placeholder index = sparsity - 1, 2 *
+    sparsity - 1, ...
+    """
     block: list[int] = []
     for index in range(tokens):
         block.append(image_token_id)
@@ -69,7 +75,9 @@ def interleaved_block(image_token_id: int, tokens: int, sparsity: int, coordinat
 
 @dataclass(frozen=True)
 class Sequenced:
-    """One assembled sample: ids and labels of equal length, pixel values of its images, placeholders kept of each."""
+    """One assembled sample: ids and labels of equal length, pixel values of its images, placeholders kept
+    of each.
+    """
 
     input_ids: list[int]
     labels: list[int]
@@ -81,9 +89,10 @@ class Sequenced:
 class Collator:
     """Encoded samples to a batch.
 
-    A sample is a mapping with ``input_ids`` and ``labels`` (sequences of ints, -200 for an image) and ``images``: a list with, for
-    each -200 in order, pixel values (3, S, S) or the crops of one picture (crops, 3, S, S). Images beyond the last -200 are ignored,
-    as LLaVA ignores the picture of a sample that does not mention it.
+    A sample is a mapping with ``input_ids`` and ``labels`` (sequences of ints, -200 for an image) and
+    ``images``: a list with, for each -200 in order, pixel values (3, S, S) or the crops of one picture
+    (crops, 3, S, S). Images beyond the last -200 are ignored, as LLaVA ignores the picture of a sample that
+    does not mention it.
 
     Attributes:
         image_token_id: the placeholder's id in the batch.
@@ -114,8 +123,10 @@ class Collator:
         )
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """The batch: `input_ids`, `labels` (batch, tokens), `attention_mask` or, packed, `position_ids` of the same shape; and, if there
-        are images, `pixel_values` (images, 3, S, S) and `image_token_counts` (images,)."""
+        """The batch: `input_ids`, `labels` (batch, tokens), `attention_mask` or, packed, `position_ids` of
+        the same shape; and, if there are images, `pixel_values` (images, 3, S, S) and `image_token_counts`
+        (images,).
+        """
         rows = [self.assemble(sample) for sample in samples]
         batch = self._packed(rows) if self.packed else self._padded(rows)
         images = [image for row in rows for image in row.images]
@@ -132,8 +143,9 @@ class Collator:
         placeholders = ids.count(IMAGE_TOKEN_INDEX)
         if placeholders > len(images):
             raise AssemblyError(
-                f"sample {sample.get('id', sample.get('index', 'without an id'))!r}: {placeholders} image placeholders but {len(images)} images; "
-                "each <image> needs one (a caption that contains the word <image> is a frequent cause)"
+                f"sample {sample.get('id', sample.get('index', 'without an id'))!r}: {placeholders} image"
+                f" placeholders but {len(images)} images; each <image> needs one (a caption that contains the"
+                " word <image> is a frequent cause)"
             )
         return self._expanded(ids, labels, images[:placeholders])
 

@@ -1,9 +1,11 @@
-"""A tokenizer's own chat template: ids as ``apply_chat_template`` gives them, labels on what the assistant writes.
+"""A tokenizer's own chat template: ids as ``apply_chat_template`` gives them, labels on what the assistant
+writes.
 
-No template is known here by its markers. An answer begins where the prompt that asks for it ends (the conversation up to there, rendered
-with the generation prompt), and ends with the first token that the template puts behind it. So a label stands on exactly what
-the model will have to write. A template for which the prompt of an answer is not the beginning of the whole conversation
-can't be learnt this way and is refused.
+No template is known here by its markers. An answer begins where the prompt that asks for it ends (the
+conversation up to there, rendered with the generation prompt), and ends with the first token that the
+template puts behind it. So a label stands on exactly what the model will have to write. A template for which
+the prompt of an answer is not the beginning of the whole conversation can't be learnt this way and is
+refused.
 """
 
 from __future__ import annotations
@@ -48,8 +50,8 @@ class ChatTemplate:
     def __init__(self, tokenizer: Any) -> None:
         if not tokenizer.chat_template:
             raise ConversationError(
-                f"prompt version `chat`: the tokenizer in {tokenizer.name_or_path} has no chat template; put its "
-                "chat_template.jinja beside it, or use another prompt version"
+                f"prompt version `chat`: the tokenizer in {tokenizer.name_or_path} has no chat template; put"
+                " its chat_template.jinja beside it, or use another prompt version"
             )
         # Not the tokenizer itself: it is the key of a weak dictionary, whose values may not hold it.
         self._extended = with_image_token(tokenizer)
@@ -121,7 +123,9 @@ class ChatTemplate:
         return Tokenizer.from_str(json.dumps(description))
 
     def _answers(self, messages: Sequence[Message], text: str) -> list[tuple[int, int]]:
-        """Where each of the assistant's turns begins and ends in ``text``, in characters, its end token included."""
+        """Where each of the assistant's turns begins and ends in ``text``, in characters, its end token
+        included.
+        """
         found: list[tuple[int, int]] = []
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
@@ -137,7 +141,8 @@ class ChatTemplate:
                 raise ConversationError(f"turn {index}: the tokenizer's chat template {what} {self.end!r}")
             if found and found[-1][1] > len(prompt):
                 raise ConversationError(
-                    f"turn {index}: the tokenizer's chat template does not end the answer before it with {self.end!r}"
+                    f"turn {index}: the tokenizer's chat template does not end the answer before it with"
+                    f" {self.end!r}"
                 )
             found.append((len(prompt), end + len(self.end)))
         return found
@@ -152,13 +157,16 @@ class ChatTemplate:
         ends = [token for token in self.ids(behind, pictures=False) if token in special]
         if not ends:
             raise ConversationError(
-                "prompt version `chat`: the tokenizer's chat template puts no special token behind an answer "
-                f"(it ends with {text[-30:]!r}), so a model could not learn where to stop; use another template"
+                "prompt version `chat`: the tokenizer's chat template puts no special token behind an answer"
+                f" (it ends with {text[-30:]!r}), so a model could not learn where to stop; use another"
+                " template"
             )
         return str(self._extended.convert_ids_to_tokens(ends[0]))
 
     def _check(self, pad_id: int | None) -> None:
-        """A conversation of two rounds can be encoded, and no id of it is the padding, which is dropped from texts."""
+        """A conversation of two rounds can be encoded, and no id of it is the padding, which is dropped
+        from texts.
+        """
         try:
             ids, _ = self.encode(PROBE, pictures=True)
         except ConversationError as error:
@@ -167,22 +175,24 @@ class ChatTemplate:
             ) from None
         if ids.count(IMAGE_TOKEN_INDEX) != 1:
             raise ConversationError(
-                f"prompt version `chat`: the tokenizer's chat template wrote {ids.count(IMAGE_TOKEN_INDEX)} {IMAGE_TOKEN} "
-                "for one; it must keep the text of a turn as it is"
+                f"prompt version `chat`: the tokenizer's chat template wrote {ids.count(IMAGE_TOKEN_INDEX)}"
+                f" {IMAGE_TOKEN} for one; it must keep the text of a turn as it is"
             )
         if pad_id in ids:
             raise ConversationError(
-                f"prompt version `chat`: the chat template writes {self._extended.pad_token!r}, which is the padding token, and "
-                "padding is dropped from texts; set another pad_token in tokenizer_config.json"
+                f"prompt version `chat`: the chat template writes {self._extended.pad_token!r}, which is the"
+                " padding token, and padding is dropped from texts; set another pad_token in"
+                " tokenizer_config.json"
             )
 
 
 def _not_a_prefix(index: int, text: str, prompt: str) -> str:
     same = next((i for i, (a, b) in enumerate(zip(text, prompt, strict=False)) if a != b), len(text))
     return (
-        f"turn {index}: the tokenizer's chat template writes the beginning of the conversation otherwise once it goes on "
-        f"(up to this answer {prompt[same : same + 40]!r}, in the whole {text[same : same + 40]!r}), so no label would "
-        "stand on what the model is asked for; use another template or another prompt version"
+        f"turn {index}: the tokenizer's chat template writes the beginning of the conversation otherwise once"
+        f" it goes on (up to this answer {prompt[same : same + 40]!r}, in the whole"
+        f" {text[same : same + 40]!r}), so no label would stand on what the model is asked for; use another"
+        " template or another prompt version"
     )
 
 

@@ -1,8 +1,8 @@
 """Conversations to token ids and labels, as the original LLaVA 1.5 makes them, to the id.
 
-The templates are in :mod:`llava_ext.data.templates`. Sentinels are LLaVA's: -200 stands for an image, -100 for a label that is
-ignored. What the original does to unusual conversations (empty answers, a literal `</s>`, ...) is done here too: all labels of
-such a sample are masked and ``Encoded.mismatch`` says so.
+The templates are in :mod:`llava_ext.data.templates`. Sentinels are LLaVA's: -200 stands for an image, -100
+for a label that is ignored. What the original does to unusual conversations (empty answers, a literal `</s>`,
+...) is done here too: all labels of such a sample are masked and ``Encoded.mismatch`` says so.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ class Encoded:
     mismatch: bool = False
 
 
-# -- tokens -------------------------------------------------------------------------------------------------------------
+# -- tokens -----------------------------------------------------------------------------------------------
 
 
 def text_ids(tokenizer: Any, text: str) -> list[int]:
     """Ids of one piece of text, with BOS if the tokenizer has one.
 
-    LLaVA was trained with the slow sentencepiece tokenizer, which puts a mark before every chunk, also before one that starts with a
-    space; the fast one of today does not, so such a chunk gets one more space.
+    LLaVA was trained with the slow sentencepiece tokenizer, which puts a mark before every chunk, also before
+    one that starts with a space; the fast one of today does not, so such a chunk gets one more space.
     """
     if marks_once(tokenizer):
         text = text.replace(MARK, " ")
@@ -47,7 +47,9 @@ def text_ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
-    """Ids of a prompt in which each `<image>` becomes -200; each chunk between them is tokenised on its own."""
+    """Ids of a prompt in which each `<image>` becomes -200; each chunk between them is tokenised on its
+    own.
+    """
     chunks = [text_ids(tokenizer, chunk) for chunk in prompt.split(IMAGE_TOKEN)]
     bos = tokenizer.bos_token_id
     has_bos = bool(chunks[0]) and chunks[0][0] == bos
@@ -59,11 +61,13 @@ def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
     return ids
 
 
-# -- pictures -----------------------------------------------------------------------------------------------------------
+# -- pictures ---------------------------------------------------------------------------------------------
 
 
 def image_first(turns: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
-    """Turns of a sample with one image: in each turn all `<image>` are taken out and one is put in front, as LLaVA does."""
+    """Turns of a sample with one image: in each turn all `<image>` are taken out and one is put in front,
+    as LLaVA does.
+    """
     moved = []
     for turn in turns:
         value = turn["value"]
@@ -88,8 +92,9 @@ def place_images(turns: list[dict[str, str]], pictures: int) -> list[dict[str, s
 
 
 def require_pictures(record: Mapping[str, Any], encoded: Encoded) -> None:
-    """Raises :class:`ConversationError` when a sample asks for more pictures than it has. A picture that is not asked for is
-    left out, as LLaVA does."""
+    """Raises :class:`ConversationError` when a sample asks for more pictures than it has. A picture that
+    is not asked for is left out, as LLaVA does.
+    """
     pictures, found = len(image_names(record.get("image"))), encoded.input_ids.count(IMAGE_TOKEN_INDEX)
     if found > pictures:
         raise ConversationError(_picture_mismatch(found, pictures, record["conversations"]))
@@ -100,17 +105,19 @@ def _picture_mismatch(found: int, pictures: int, turns: Sequence[Mapping[str, st
         f"turn {index} ({turn['from']})" for index, turn in enumerate(turns) if IMAGE_TOKEN in turn["value"]
     ]
     return (
-        f"{found} {IMAGE_TOKEN} ({', '.join(places) or 'in no turn'}) for {pictures} picture{'s' * (pictures != 1)}; "
-        f"each picture needs one {IMAGE_TOKEN} (a text that speaks of {IMAGE_TOKEN} is a frequent cause)"
+        f"{found} {IMAGE_TOKEN} ({', '.join(places) or 'in no turn'}) for {pictures}"
+        f" picture{'s' * (pictures != 1)}; each picture needs one {IMAGE_TOKEN} (a text that speaks of"
+        f" {IMAGE_TOKEN} is a frequent cause)"
     )
 
 
-# -- text ---------------------------------------------------------------------------------------------------------------
+# -- text -------------------------------------------------------------------------------------------------
 
 
 def dialogue_text(style: Template, messages: Sequence[tuple[str, str]], system: str | None = None) -> str:
-    """The whole text of (role, message) pairs; an empty message leaves its role open: `ASSISTANT:`. ``system`` replaces the
-    template's own."""
+    """The whole text of (role, message) pairs; an empty message leaves its role open: `ASSISTANT:`.
+    ``system`` replaces the template's own.
+    """
     opening = style.system if system is None else system
     text = opening + style.separators[0] if opening else ""
     for index, (role, message) in enumerate(messages):
@@ -119,7 +126,9 @@ def dialogue_text(style: Template, messages: Sequence[tuple[str, str]], system: 
 
 
 def inference_prompt(question: str, version: str, has_image: bool, tokenizer: Any = None) -> str:
-    """The text that asks ``question``, ending where the answer begins. ``chat`` needs the tokenizer, whose template it is."""
+    """The text that asks ``question``, ending where the answer begins. ``chat`` needs the tokenizer, whose
+    template it is.
+    """
     style = template(version)
     if style.style == "caption":
         return IMAGE_TOKEN if has_image else question
@@ -145,20 +154,22 @@ def end_ids(tokenizer: Any, version: str | None) -> list[int]:
 
 
 def check_template(version: str, tokenizer: Any) -> None:
-    """Raises :class:`ConversationError` for an unknown template, or one that can't be used with this tokenizer."""
+    """Raises :class:`ConversationError` for an unknown template, or one that can't be used with this
+    tokenizer.
+    """
     if template(version).style == "tokenizer":
         chat_of(tokenizer)
 
 
-# -- samples ------------------------------------------------------------------------------------------------------------
+# -- samples ----------------------------------------------------------------------------------------------
 
 
 def encode(record: Mapping[str, Any], tokenizer: Any, version: str, max_length: int) -> Encoded:
     """Ids and labels of one LLaVA record (`conversations`, and an `image` key when it has one).
 
     Args:
-        max_length: the tokenizer's limit; here it cuts text-only dialogues, and decides whether lengths are checked. Samples
-            with an image are cut later, by the collator.
+        max_length: the tokenizer's limit; here it cuts text-only dialogues, and decides whether lengths are
+            checked. Samples with an image are cut later, by the collator.
 
     Raises:
         ConversationError: roles that do not alternate, an unknown role, a caption sample without image, ...
@@ -199,8 +210,8 @@ def _split_system(turns: list[dict[str, str]]) -> tuple[str | None, list[dict[st
 def _encode_caption(turns: list[dict[str, str]], tokenizer: Any, style: Template) -> Encoded:
     if len(turns) != 2 or IMAGE_TOKEN not in turns[0]["value"]:
         raise ConversationError(
-            f"prompt version `plain` needs two turns, the first with {IMAGE_TOKEN}; found {len(turns)} turns, the first "
-            f"{turns[0]['value']!r:.60}; use another prompt version for dialogues"
+            f"prompt version `plain` needs two turns, the first with {IMAGE_TOKEN}; found {len(turns)} turns,"
+            f" the first {turns[0]['value']!r:.60}; use another prompt version for dialogues"
         )
     pictures = IMAGE_TOKEN * turns[0]["value"].count(IMAGE_TOKEN)
     ids = prompt_ids(tokenizer, pictures + turns[1]["value"] + style.separators[0])
@@ -218,7 +229,8 @@ def _alternating(turns: list[dict[str, str]], first: int) -> list[dict[str, str]
     for index, turn in enumerate(turns, first):
         if turn["from"] not in ("human", "gpt"):
             raise ConversationError(
-                f"turn {index}: unknown role {turn['from']!r}; allowed are human and gpt, and system for the first turn"
+                f"turn {index}: unknown role {turn['from']!r}; allowed are human and gpt, and system for the"
+                " first turn"
             )
     if turns[0]["from"] != "human":
         turns, first = turns[1:], first + 1
@@ -272,7 +284,8 @@ def _answer_labels(
 ) -> tuple[list[int], int]:
     """Labels with everything but the answers masked, and how many ids the rounds account for.
 
-    A round is what ends with `</s>`. From the second round on one id less is counted: after `</s>` the role has no mark of its own.
+    A round is what ends with `</s>`. From the second round on one id less is counted: after `</s>` the role
+    has no mark of its own.
     """
     labels, opening, position = list(ids), f" {style.roles[1]}: ", 1
     labels[:1] = [IGNORE_INDEX] * len(labels[:1])

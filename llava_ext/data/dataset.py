@@ -21,13 +21,14 @@ ImageReader = Callable[[bytes, bool], torch.Tensor]
 
 
 class EncodedSamples(Dataset[dict[str, Any]]):
-    """Each item: ``input_ids`` and ``labels`` (lists, -200 for an image), ``images`` (list of ``(3, S, S)``), ``index``.
+    """Each item: ``input_ids`` and ``labels`` (lists, -200 for an image), ``images`` (list of ``(3, S, S)``),
+    ``index``.
 
     Args:
         store: records and image files.
         read_image: file content and tolerance to pixel values.
-        cache_mib: how much of the encoded samples may stay in memory, per process. Nothing is random in an item,
-            so a cached one is the same.
+        cache_mib: how much of the encoded samples may stay in memory, per process. Nothing is random in an
+            item, so a cached one is the same.
 
     Raises:
         TrainingError: a template that can't be used with this tokenizer.
@@ -68,7 +69,9 @@ class EncodedSamples(Dataset[dict[str, Any]]):
         return item
 
     def text(self, index: int) -> Any:
-        """The sample's ids and labels without its images, as :func:`llava_ext.data.conversation.encode` gives them."""
+        """The sample's ids and labels without its images, as :func:`llava_ext.data.conversation.encode`
+        gives them.
+        """
         record = self.store.record(index)
         try:
             encoded = encode(record, self.tokenizer, self.version, self.max_length)
@@ -96,8 +99,8 @@ class EncodedSamples(Dataset[dict[str, Any]]):
         except (OSError, ValueError) as error:
             kind = NoVerdict if _is_of_the_disk(error) else TrainingError
             raise kind(
-                f"{self.describe(index)}: its image can't be used: {error}\n"
-                "Drop the sample or mend the file (a mixture made by the workflow has its damaged images sorted out)."
+                f"{self.describe(index)}: its image can't be used: {error}\nDrop the sample or mend the file"
+                " (a mixture made by the workflow has its damaged images sorted out)."
             ) from error
 
     def describe(self, index: int) -> str:
@@ -122,10 +125,12 @@ def _is_of_the_disk(error: BaseException | None) -> bool:
 
 
 class TrainingCollator:
-    """A collator whose batches also say which samples they hold (``indices``), for messages, and what they hold (``counts``).
+    """A collator whose batches also say which samples they hold (``indices``), for messages, and what they
+    hold (``counts``).
 
-    Counted here, in the dataset workers: on a GPU each number would cost a wait. Padding on the right needs no mask: attention is
-    causal, so no token sees the padding behind it, and without a mask it is computed by the fastest kernels.
+    Counted here, in the dataset workers: on a GPU each number would cost a wait. Padding on the right needs
+    no mask: attention is causal, so no token sees the padding behind it, and without a mask it is computed by
+    the fastest kernels.
     """
 
     def __init__(self, collate: Collator) -> None:

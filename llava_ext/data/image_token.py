@@ -20,7 +20,9 @@ _MARKS_ONCE: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 
 
 def marks_once(tokenizer: Any) -> bool:
-    """True for sentencepiece-like tokenizers that do not put a second mark before a chunk that starts with a space."""
+    """True for sentencepiece-like tokenizers that do not put a second mark before a chunk that starts with
+    a space.
+    """
     if tokenizer not in _MARKS_ONCE:
         pieces = tokenizer.tokenize("a")
         _MARKS_ONCE[tokenizer] = (
@@ -42,14 +44,16 @@ def image_token_id(tokenizer: Any) -> int:
 
 
 def with_marked_images(tokenizer: Any, block: str) -> Any:
-    """As :func:`with_image_token`, and the text behind a picture begins with a word mark, as LLaVA's training has it.
+    """As :func:`with_image_token`, and the text behind a picture begins with a word mark, as LLaVA's training
+    has it.
 
-    LLaVA tokenises the text between pictures piece by piece, and each piece begins with a mark; a tokenizer that sees the whole
-    prompt puts none behind a special token. Here its own normalizer adds the space that becomes the mark, so a prompt has
-    training's ids however it was written.
+    LLaVA tokenises the text between pictures piece by piece, and each piece begins with a mark; a tokenizer
+    that sees the whole prompt puts none behind a special token. Here its own normalizer adds the space that
+    becomes the mark, so a prompt has training's ids however it was written.
 
     Args:
-        block: the text that a processor puts in the place of one picture: `<image>`s, and coordinates among them.
+        block: the text that a processor puts in the place of one picture: `<image>`s, and coordinates among
+            them.
     """
     if not marks_once(tokenizer):
         return with_image_token(tokenizer)
@@ -65,7 +69,9 @@ def with_marked_images(tokenizer: Any, block: str) -> Any:
 
 
 def without_added_ids(tokenizer: Any) -> Any:
-    """As :func:`with_image_token`, and nothing is put around a text: a chat template writes its own first token."""
+    """As :func:`with_image_token`, and nothing is put around a text: a chat template writes its own first
+    token.
+    """
     extended = with_image_token(tokenizer)
     backend = extended.backend_tokenizer
     if backend.num_special_tokens_to_add(is_pair=False) == 0:
@@ -76,7 +82,9 @@ def without_added_ids(tokenizer: Any) -> Any:
 
 
 def _as_stored(tokenizer: Any, backend: Tokenizer) -> Any:
-    """A tokenizer that is read back exactly as its tokenizer.json says; model-specific classes would build their own parts again."""
+    """A tokenizer that is read back exactly as its tokenizer.json says; model-specific classes would build
+    their own parts again.
+    """
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         model_max_length=tokenizer.model_max_length,
@@ -88,15 +96,18 @@ def _as_stored(tokenizer: Any, backend: Tokenizer) -> Any:
 
 
 def name_tokenizer(folder: Path, tokenizer: Any, name: str) -> None:
-    """Writes which class reads a tokenizer that was saved as a general one: transformers 4, and with it LLaVA's own loader, does not
-    know the name that transformers 5 gives it."""
+    """Writes which class reads a tokenizer that was saved as a general one: transformers 4, and with it
+    LLaVA's own loader, does not know the name that transformers 5 gives it.
+    """
     if type(tokenizer) is PreTrainedTokenizerFast:
         path = folder / "tokenizer_config.json"
         write_json(path, json.loads(path.read_text(encoding="utf-8")) | {"tokenizer_class": name})
 
 
 def remove_image_token(tokenizer: Any) -> None:
-    """Takes a special `<image>` token, and the rule that marks what is behind it, out of the tokenizer, in place."""
+    """Takes a special `<image>` token, and the rule that marks what is behind it, out of the tokenizer, in
+    place.
+    """
     description = json.loads(tokenizer.backend_tokenizer.to_str())
     kept = [token for token in description["added_tokens"] if token["content"] != IMAGE_TOKEN]
     if len(kept) == len(description["added_tokens"]) or IMAGE_TOKEN in description["model"].get("vocab", {}):

@@ -1,4 +1,5 @@
-"""Image bytes to pixel values, equal to LLaVA's: `pad` (expand to a square first) or `square` (resize and centre crop).
+"""Image bytes to pixel values, equal to LLaVA's: `pad` (expand to a square first) or `square` (resize and
+centre crop).
 
 Needs Pillow only; JPEGs are decoded by simplejpeg where it is installed, which gives the same pixels sooner.
 """
@@ -30,7 +31,7 @@ class ImageError(ValueError):
     """Bytes that are no readable image, or a preprocessing that is not LLaVA's."""
 
 
-# -- decoding -----------------------------------------------------------------------------------------------------------
+# -- decoding ---------------------------------------------------------------------------------------------
 
 
 def decode(data: bytes | str | Path, tolerant: bool = False) -> Image.Image:
@@ -38,7 +39,8 @@ def decode(data: bytes | str | Path, tolerant: bool = False) -> Image.Image:
 
     Args:
         data: the file's bytes, or its path.
-        tolerant: accept a file that ends too early and fill the rest with gray, as the authors do for all files.
+        tolerant: accept a file that ends too early and fill the rest with gray, as the authors do for all
+            files.
 
     Raises:
         ImageError: the bytes are no image that Pillow can read, or are cut and ``tolerant`` is False.
@@ -56,7 +58,9 @@ def decode(data: bytes | str | Path, tolerant: bool = False) -> Image.Image:
 
 
 def rgb(image: Image.Image) -> Image.Image:
-    """Converted to RGB without compositing: transparency is dropped, as in LLaVA, and its traces in ``info`` with it."""
+    """Converted to RGB without compositing: transparency is dropped, as in LLaVA, and its traces in
+    ``info`` with it.
+    """
     converted = image.convert("RGB")
     converted.info.clear()
     return converted
@@ -79,7 +83,9 @@ class _truncated_files:
 
 
 def _decode_jpeg(data: bytes) -> Image.Image | None:
-    """The JPEG decoded by simplejpeg, or None when Pillow has to do it (other formats, odd colours, damage)."""
+    """The JPEG decoded by simplejpeg, or None when Pillow has to do it (other formats, odd colours,
+    damage).
+    """
     if simplejpeg is None or not data.startswith(b"\xff\xd8\xff"):
         return None
     try:
@@ -91,7 +97,7 @@ def _decode_jpeg(data: bytes) -> Image.Image | None:
         return None
 
 
-# -- preprocessing ------------------------------------------------------------------------------------------------------
+# -- preprocessing ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -101,10 +107,10 @@ class ImagePreprocessor:
     Attributes:
         size: side S of the tower's square input in pixels.
         mean, std: per channel, for values in [0, 1].
-        aspect_ratio: `pad` fills the shorter side with the mean colour and resizes to S; `square` does what the tower's own
-            image processor does, which ``edge`` tells.
-        edge: with `square` the shorter side is resized to so many pixels before the middle is cut out, S if None;
-            0 resizes both sides to S without a crop, whatever the proportions (SigLIP).
+        aspect_ratio: `pad` fills the shorter side with the mean colour and resizes to S; `square` does what
+            the tower's own image processor does, which ``edge`` tells.
+        edge: with `square` the shorter side is resized to so many pixels before the middle is cut out, S if
+            None; 0 resizes both sides to S without a crop, whatever the proportions (SigLIP).
         resample: Pillow's number of the filter (3: bicubic, as LLaVA's; 2: bilinear, SigLIP 2).
     """
 
@@ -133,8 +139,8 @@ class ImagePreprocessor:
         squashed = size.get("height") == size.get("width") == side
         if side is None or side != crop.get("width") or not (edge >= side or (not edge and squashed)):
             raise ImageError(
-                f"the image processor resizes to {size} and crops to {crop}; a square is expected, and a crop that is "
-                "not larger than the shortest edge"
+                f"the image processor resizes to {size} and crops to {crop}; a square is expected, and a crop"
+                " that is not larger than the shortest edge"
             )
         if aspect_ratio is None:
             aspect_ratio = "pad" if getattr(processor, "do_pad", False) else "square"
@@ -148,7 +154,9 @@ class ImagePreprocessor:
         return torch.from_numpy(np.stack([table[channel][pixels[..., channel]] for channel in range(3)]))
 
     def uint8(self, image: Image.Image) -> Tensor:
-        """The resized pixels before normalisation, uint8, (3, S, S): a quarter of the bytes; the model normalises them."""
+        """The resized pixels before normalisation, uint8, (3, S, S): a quarter of the bytes; the model
+        normalises them.
+        """
         return torch.from_numpy(np.ascontiguousarray(self._resized(image).transpose(2, 0, 1)))
 
     def batch(self, images: Sequence[Image.Image]) -> Tensor:
@@ -172,7 +180,8 @@ class ImagePreprocessor:
         width, height = image.size
         side, colour = max(width, height), tuple(int(value * 255) for value in self.mean)
         if width > height:
-            # Pillow resizes rows first, each on its own, so rows of padding need not be resized: same result, less work.
+            # Pillow resizes rows first, each on its own, so rows of padding need not be resized: same result,
+            # less work.
             image, width = image.resize((self.size, height), Image.Resampling(self.resample)), self.size
             canvas = Image.new("RGB", (self.size, side), colour)
             canvas.paste(image, (0, (side - height) // 2))

@@ -1,8 +1,8 @@
 """The records of an annotation file one after the other, with their place in it, in little memory.
 
-An annotation file is a JSON array (LLaVA's own form) or JSON lines. A gigabyte of JSON is never held as Python
-objects: a window of the file is cut at the end of a record, and msgspec, which checks the syntax of every byte,
-splits it into raw records.
+An annotation file is a JSON array (LLaVA's own form) or JSON lines. A gigabyte of JSON is never held as
+Python objects: a window of the file is cut at the end of a record, and msgspec, which checks the syntax of
+every byte, splits it into raw records.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def iterate_records(path: Path, window: int = WINDOW) -> Iterator[RawRecord]:
 def iterate_blocks(path: Path, window: int = WINDOW) -> Iterator[RawRecords]:
     """Yields a file's records in order, many at a time.
 
-    Raises :class:`JsonRecordsError` for broken syntax, naming the record; the records before it were yielded, but
-    for those of the same window.
+    Raises :class:`JsonRecordsError` for broken syntax, naming the record; the records before it were yielded,
+    but for those of the same window.
     """
     with path.open("rb") as stream:
         begin, first = _first_byte(path, stream.fileno())
@@ -63,7 +63,8 @@ def iterate_blocks(path: Path, window: int = WINDOW) -> Iterator[RawRecords]:
             yield from _object_or_lines(path, stream.fileno(), begin)
         else:
             raise JsonRecordsError(
-                f"{path}: begins with {first!r}; it must be a JSON array of records, or one JSON record a line"
+                f"{path}: begins with {first!r}; it must be a JSON array of records, or one JSON record a"
+                " line"
             )
 
 
@@ -83,7 +84,8 @@ def _object_or_lines(path: Path, fd: int, begin: int) -> Iterator[RawRecords]:
     first = os.pread(fd, line_end if line_end >= 0 else 1 << 16, begin)
     if line_end >= 0 and first.strip() == b"{":
         raise JsonRecordsError(
-            f"{path}: is one JSON object, not a list; the records must be an array [...] at the top, or one a line"
+            f"{path}: is one JSON object, not a list; the records must be an array [...] at the top, or one a"
+            " line"
         )
     with os.fdopen(os.dup(fd), "rb", closefd=True) as stream:
         stream.seek(begin)

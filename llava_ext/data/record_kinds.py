@@ -1,7 +1,7 @@
 """The register of what can be odd about a record, with what is done about it. Plain Python.
 
-To add a kind, add an entry here and its check (and fix) to :mod:`llava_ext.data.records`; the config's `policy.records`, the
-mixture's manifest, the report and the table in docs/data.md follow from it.
+To add a kind, add an entry here and its check (and fix) to :mod:`llava_ext.data.records`; the config's
+`policy.records`, the mixture's manifest, the report and the table in docs/data.md follow from it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""What is odd about a record, and the record with it mended; the kinds are in :mod:`llava_ext.data.record_kinds`."""
+"""What is odd about a record, and the record with it mended; the kinds are in
+:mod:`llava_ext.data.record_kinds`.
+"""
 
 from __future__ import annotations
 
@@ -44,8 +46,8 @@ class Finding:
 class Settled:
     """A record after its policy: with the findings, and what is to be done with it as a whole.
 
-    ``action`` is ``fail`` or ``drop`` when any finding says so (``because``), else ``fix`` when the record was changed, else
-    ``keep``.
+    ``action`` is ``fail`` or ``drop`` when any finding says so (``because``), else ``fix`` when the record
+    was changed, else ``keep``.
     """
 
     record: Record
@@ -54,11 +56,13 @@ class Settled:
     because: str = ""
 
 
-# -- checks -------------------------------------------------------------------------------------------------------------
+# -- checks -----------------------------------------------------------------------------------------------
 
 
 def ordinary(record: View) -> bool:
-    """True for a record without a finding, in the form that nearly all have; false says nothing. Made to be fast."""
+    """True for a record without a finding, in the form that nearly all have; false says nothing. Made to
+    be fast.
+    """
     turns, names = record.conversations, image_names(record.image)
     if [turn.speaker for turn in turns] != _ROUNDS.get(len(turns)) or record.images is not None:
         return False
@@ -188,7 +192,7 @@ def _placeholders(view: View) -> list[Finding]:
     return found + ([Finding("placeholder_in_answer", f"turn {answers[0]}")] if answers else [])
 
 
-# -- fixes --------------------------------------------------------------------------------------------------------------
+# -- fixes ------------------------------------------------------------------------------------------------
 
 
 def _plain_path(name: str) -> str:
@@ -201,9 +205,11 @@ def _renamed(record: Record) -> Record:
     turns = renamed["conversations"]
     if isinstance(turns, list):
         renamed["conversations"] = [
-            {_TURN_KEYS.get(key.lower(), key): text for key, text in turn.items()}
-            if isinstance(turn, dict)
-            else turn
+            (
+                {_TURN_KEYS.get(key.lower(), key): text for key, text in turn.items()}
+                if isinstance(turn, dict)
+                else turn
+            )
             for turn in turns
         ]
     return renamed
@@ -323,7 +329,7 @@ def fix_record(record: Record, findings: Sequence[Finding], actions: Mapping[str
     return record
 
 
-# -- policy -------------------------------------------------------------------------------------------------------------
+# -- policy -----------------------------------------------------------------------------------------------
 
 
 def settle(record: Record, actions: Mapping[str, Action]) -> Settled:

@@ -1,4 +1,5 @@
-"""The order in which samples are seen: LLaVA's grouping by modality and length, as a function of (seed, epoch).
+"""The order in which samples are seen: LLaVA's grouping by modality and length, as a function of (seed,
+epoch).
 
 Lengths carry the modality in their sign, as LLaVA's ``modality_lengths`` do: positive with an image, negative
 for text only. A *megabatch* is what all ranks together consume in one optimizer step; grouping never moves a
@@ -21,8 +22,8 @@ STRATEGIES = ("random", "sequential", "group_by_length", "group_by_modality_leng
 def split_to_even_chunks(indices: Sequence[int], lengths: np.ndarray, num_chunks: int) -> list[list[int]]:
     """Splits one sorted megabatch over ``num_chunks`` micro-batches so that their total lengths are close.
 
-    Each sample goes to the chunk with the smallest total that still has room (the first of equals); a megabatch
-    that is not divisible is dealt out like cards.
+    Each sample goes to the chunk with the smallest total that still has room (the first of equals); a
+    megabatch that is not divisible is dealt out like cards.
     """
     if len(indices) % num_chunks != 0:
         return [list(indices[start::num_chunks]) for start in range(num_chunks)]
@@ -42,7 +43,8 @@ def split_to_even_chunks(indices: Sequence[int], lengths: np.ndarray, num_chunks
 def length_grouped_order(
     lengths: np.ndarray, batch_size: int, world_size: int, generator: torch.Generator | None
 ) -> list[int]:
-    """Shuffles, cuts into megabatches, sorts each by length (longest first) and deals it to the micro-batches.
+    """Shuffles, cuts into megabatches, sorts each by length (longest first) and deals it to the
+    micro-batches.
 
     Args:
         lengths: integers of shape ``(samples,)``; negative ones are compared as they are.
@@ -73,8 +75,8 @@ def modality_grouped_order(
 ) -> list[int]:
     """LLaVA's ``group_by_modality_length``: megabatches hold samples of one modality only, in random order.
 
-    What is left over of both modalities is merged, in index order, into the last batch. ``inner`` shuffles the
-    samples of each modality (LLaVA always uses the global generator for that), ``outer`` the megabatches.
+    What is left over of both modalities is merged, in index order, into the last batch. ``inner`` shuffles
+    the samples of each modality (LLaVA always uses the global generator for that), ``outer`` the megabatches.
 
     Raises:
         ValueError: a sample has length zero, so its modality is unknown.

@@ -82,7 +82,8 @@ def count_words(record: RecordView) -> int:
     """Words of all turns, negative without an image: what LLaVA's ``modality_lengths`` gives."""
     text = " " + " ".join([turn.value for turn in record.conversations])
     if text.isascii():
-        # str.split() makes an object a word; on ASCII text, counting the words' beginnings is three times as fast.
+        # str.split() makes an object a word; on ASCII text, counting the words' beginnings is three times as
+        # fast.
         words = text.encode().translate(_SPACE_OR_NOT).count(b" x")
     else:
         words = len(text.split())
@@ -139,7 +140,9 @@ class SampleStore(ABC):
         return len(self.lengths)
 
     def record(self, index: int) -> dict[str, Any]:
-        """The LLaVA record, as the annotation has it; an empty `image` is left out, so that having the key says it all."""
+        """The LLaVA record, as the annotation has it; an empty `image` is left out, so that having the key
+        says it all.
+        """
         decoded = msgspec.json.decode(self.record_bytes(index))
         assert isinstance(decoded, dict)
         if not decoded.get("image", True):
@@ -152,7 +155,9 @@ class SampleStore(ABC):
 
     @abstractmethod
     def image_bytes(self, index: int) -> list[bytes]:
-        """The files of the record's images, in its order. Raises :class:`SamplesError` when one can't be had."""
+        """The files of the record's images, in its order. Raises :class:`SamplesError` when one can't be
+        had.
+        """
 
     @abstractmethod
     def tolerant(self, index: int) -> list[bool]:
@@ -171,7 +176,8 @@ class SampleStore(ABC):
 def open_samples(
     data_path: str | Path, image_folder: str | Path | None = None, tolerant: bool = False
 ) -> SampleStore:
-    """Opens a mixture (its folder, its manifest, or its samples.json), or a plain LLaVA JSON with an image folder.
+    """Opens a mixture (its folder, its manifest, or its samples.json), or a plain LLaVA JSON with an image
+    folder.
 
     ``tolerant`` is for plain JSON only: decode truncated images as far as they go.
     Raises :class:`SamplesError` for files that are absent or do not fit together.
@@ -261,8 +267,8 @@ class MixtureStore(SampleStore):
             raise SamplesError(f"sample {index}: {store.path}: {error}") from None
         if crc32(data) != row["crc32"]:
             raise SamplesError(
-                f"sample {index}: an image in {store.path} is not what the scan saw; the file was changed since: "
-                "scan and merge again"
+                f"sample {index}: an image in {store.path} is not what the scan saw; the file was changed"
+                " since: scan and merge again"
             )
         return data
 

@@ -1,8 +1,8 @@
 """The register of prompt templates: how the turns of a conversation become one text. Plain Python.
 
-To add one, add an entry to :data:`TEMPLATES`; the config's `prompt_version`, `--version`, the encoding of samples, inference prompts
-and exported processors follow from it. Encoding itself is in :mod:`llava_ext.data.conversation` and, for a tokenizer's own
-template, :mod:`llava_ext.data.chat`.
+To add one, add an entry to :data:`TEMPLATES`; the config's `prompt_version`, `--version`, the encoding of
+samples, inference prompts and exported processors follow from it. Encoding itself is in
+:mod:`llava_ext.data.conversation` and, for a tokenizer's own template, :mod:`llava_ext.data.chat`.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ class Template:
 
     Attributes:
         description: one line for help texts and the reference page.
-        style: ``caption``: pictures and their caption, the human's words are dropped. ``dialogue``: ``system`` + separators[0], then
-            for each turn ``role: text`` + a separator (the first after human turns, the second after answers). ``tokenizer``:
-            the chat template that comes with the tokenizer; the other fields are not used.
+        style: ``caption``: pictures and their caption, the human's words are dropped. ``dialogue``:
+            ``system`` + separators[0], then for each turn ``role: text`` + a separator (the first after human
+            turns, the second after answers). ``tokenizer``: the chat template that comes with the tokenizer;
+            the other fields are not used.
         system: the system text of a dialogue without a system turn.
         roles: what the human and the model are called.
         separators: what ends the human's turns and the answers.
@@ -70,10 +71,10 @@ def described() -> str:
     return ", ".join(f"`{name}` for {entry.description}" for name, entry in TEMPLATES.items())
 
 
-# -- Jinja, for transformers' processors -----------------------------------------------------------------------------------
+# -- Jinja, for transformers' processors ------------------------------------------------------------------
 
-# Content as a list of parts or as text with <image> inside becomes the text of training: pictures that lead a turn stand on lines
-# of their own, and the only picture of a conversation leads its turn, as LLaVA's.
+# Content as a list of parts or as text with <image> inside becomes the text of training: pictures that lead a
+# turn stand on lines of their own, and the only picture of a conversation leads its turn, as LLaVA's.
 PICTURES_IN_TEXT = (
     "{%- set ns = namespace(turns=[], pictures=0) -%}"
     "{%- for message in messages -%}"
@@ -99,34 +100,30 @@ PICTURES_IN_TEXT = (
     "{%- set messages = placed.turns -%}"
 )
 
-# Some templates write today's date. A prompt that is another tomorrow is not the one of training, so their clock is stopped, at the
-# day that Llama 3's template has when nobody tells it the date.
+# Some templates write today's date. A prompt that is another tomorrow is not the one of training, so their
+# clock is stopped, at the day that Llama 3's template has when nobody tells it the date.
 STOPPED_CLOCK = (
-    "{%- macro strftime_now(format) -%}"
-    "{{- format.replace('%d', '26').replace('%e', '26').replace('%b', 'Jul').replace('%B', 'July').replace('%m', '07')"
-    ".replace('%Y', '2024').replace('%y', '24').replace('%A', 'Friday').replace('%a', 'Fri').replace('%H', '12')"
-    ".replace('%I', '12').replace('%p', 'PM').replace('%M', '00').replace('%S', '00') -}}"
-    "{%- endmacro -%}"
+    "{%- macro strftime_now(format) -%}{{- format.replace('%d', '26').replace('%e', '26').replace('%b',"
+    " 'Jul').replace('%B', 'July').replace('%m', '07').replace('%Y', '2024').replace('%y',"
+    " '24').replace('%A', 'Friday').replace('%a', 'Fri').replace('%H', '12').replace('%I',"
+    " '12').replace('%p', 'PM').replace('%M', '00').replace('%S', '00') -}}{%- endmacro -%}"
 )
 
 
 def dialogue_jinja(entry: Template) -> str:
-    """A Jinja chat template with which transformers' own processor yields exactly the text of a dialogue's training."""
+    """A Jinja chat template with which transformers' own processor yields exactly the text of a dialogue's
+    training.
+    """
     human, gpt = entry.roles
     after_human, after_gpt = entry.separators
     return (
-        f"{PICTURES_IN_TEXT}{{%- set system = {entry.system!r} -%}}"
-        "{%- if messages and messages[0]['role'] == 'system' -%}"
-        "{%- set system = messages[0]['content'] -%}{%- set messages = messages[1:] -%}{%- endif -%}"
-        f"{{{{- system ~ {after_human!r} if system else '' -}}}}"
-        "{%- for message in messages -%}"
-        "{%- if message['role'] not in ('user', 'assistant') -%}"
-        "{{- raise_exception('allowed roles are user and assistant, and system for the first message; found '"
-        " ~ message['role']) -}}{%- endif -%}"
-        "{%- set human = message['role'] == 'user' -%}"
-        f"{{{{- {human + ':'!r} if human else {gpt + ':'!r} -}}}}"
-        "{%- if message['content'] -%}"
-        f"{{{{- ' ' ~ message['content'] ~ ({after_human!r} if human else {after_gpt!r}) -}}}}"
-        "{%- endif -%}{%- endfor -%}"
-        f"{{%- if add_generation_prompt -%}}{{{{- {gpt + ':'!r} -}}}}{{%- endif -%}}"
+        f"{PICTURES_IN_TEXT}{{%- set system = {entry.system!r} -%}}{{%- if messages and messages[0]['role']"
+        " == 'system' -%}{%- set system = messages[0]['content'] -%}{%- set messages = messages[1:]"
+        f" -%}}{{%- endif -%}}{{{{- system ~ {after_human!r} if system else '' -}}}}{{%- for message in"
+        " messages -%}{%- if message['role'] not in ('user', 'assistant') -%}{{-"
+        " raise_exception('allowed roles are user and assistant, and system for the first message; found ' ~"
+        " message['role']) -}}{%- endif -%}{%- set human = message['role'] == 'user' -%}{{-"
+        f" {human + ':'!r} if human else {gpt + ':'!r} -}}}}{{%- if message['content'] -%}}{{{{- ' ' ~"
+        f" message['content'] ~ ({after_human!r} if human else {after_gpt!r}) -}}}}{{%- endif -%}}{{%- endfor"
+        f" -%}}{{%- if add_generation_prompt -%}}{{{{- {gpt + ':'!r} -}}}}{{%- endif -%}}"
     )

@@ -1,7 +1,7 @@
 """DeepSpeed's checkpoints on another number of processes.
 
-ZeRO splits the optimizer's state by process. DeepSpeed's own converter turns such a checkpoint into one file per
-parameter ("universal"), from which any number of processes takes its parts.
+ZeRO splits the optimizer's state by process. DeepSpeed's own converter turns such a checkpoint into one file
+per parameter ("universal"), from which any number of processes takes its parts.
 
     python -m llava_ext.distributed.elastic CHECKPOINT FOLDER      converts checkpoint-N into FOLDER
 """
@@ -49,13 +49,16 @@ def check_room(checkpoint: Path, target: Path) -> None:
     free = shutil.disk_usage(target).free
     if free < ROOM * size:
         raise NoVerdict(
-            f"{checkpoint}: continuing on another number of processes needs {ROOM * size / 2**30:.1f} GiB for a while, "
-            f"{free / 2**30:.1f} GiB are free in {target}; make room, or continue with as many processes as before"
+            f"{checkpoint}: continuing on another number of processes needs {ROOM * size / 2**30:.1f} GiB for"
+            f" a while, {free / 2**30:.1f} GiB are free in {target}; make room, or continue with as many"
+            " processes as before"
         )
 
 
 def start_conversion(checkpoint: Path, folder: Path) -> subprocess.Popen[str]:
-    """Starts the conversion of ``checkpoint`` into ``folder`` in a process of its own: it needs memory for a while."""
+    """Starts the conversion of ``checkpoint`` into ``folder`` in a process of its own: it needs memory for
+    a while.
+    """
     check_room(checkpoint, folder.parent)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -69,7 +72,9 @@ def start_conversion(checkpoint: Path, folder: Path) -> subprocess.Popen[str]:
 def convert_patiently(
     checkpoint: Path, folder: Path, on_first_rank: Callable[[Any], Any], beat: Callable[[], None]
 ) -> Path:
-    """Converts on the first rank while the others wait, in pieces short enough for any time-out. Every rank must call."""
+    """Converts on the first rank while the others wait, in pieces short enough for any time-out. Every
+    rank must call.
+    """
     running: list[subprocess.Popen[str]] = []
 
     def look() -> int | None:
@@ -92,7 +97,9 @@ def convert_patiently(
 
 
 def load_universal(engine: Any, folder: Path) -> Any:
-    """Gives ``engine`` the state that was converted into ``folder``; returns what DeepSpeed's loader returns."""
+    """Gives ``engine`` the state that was converted into ``folder``; returns what DeepSpeed's loader
+    returns.
+    """
     config = engine._config
     config.load_universal_checkpoint = True
     try:

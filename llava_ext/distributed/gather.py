@@ -24,7 +24,9 @@ def whole(*parameters: Any, write: bool = False) -> AbstractContextManager[Any]:
 
 
 def gather(model: nn.Module, names: set[str], keep: bool) -> dict[str, torch.Tensor]:
-    """Copies of parameters on the CPU, whole, whatever splits them. Every rank must call; those with ``keep`` get them."""
+    """Copies of parameters on the CPU, whole, whatever splits them. Every rank must call; those with
+    ``keep`` get them.
+    """
     found: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
         if name not in names:

@@ -1,7 +1,9 @@
-"""What a training keeps on each GPU from the first step to the last, so that an impossible layout is refused before it starts.
+"""What a training keeps on each GPU from the first step to the last, so that an impossible layout is refused
+before it starts.
 
-Weights, gradients and Adam's two moments; activations come on top and depend on the batch. Always the least that is
-needed: what is not known (another optimizer's state, where an offload keeps its gradients) counts as nothing.
+Weights, gradients and Adam's two moments; activations come on top and depend on the batch. Always the least
+that is needed: what is not known (another optimizer's state, where an offload keeps its gradients) counts as
+nothing.
 """
 
 from __future__ import annotations
@@ -27,13 +29,15 @@ class Layout:
     """How weights lie on the GPUs.
 
     Attributes:
-        split: what ``parts`` processes share: 0 nothing, 2 gradients and optimizer (ZeRO-2), 3 the weights too (ZeRO-3, FSDP).
+        split: what ``parts`` processes share: 0 nothing, 2 gradients and optimizer (ZeRO-2), 3 the weights
+            too (ZeRO-3, FSDP).
         parts: the processes that share.
         weight: bytes of a weight that trains, as the model holds it.
         frozen: bytes of one that does not.
         master: bytes of the optimizer's own copy of a weight, 0 where it is the model's.
         moments: bytes of what the optimizer remembers of a weight.
-        offload: what lies in the CPU's memory: `none`, `optimizer` (and gradients), or `parameters` (everything).
+        offload: what lies in the CPU's memory: `none`, `optimizer` (and gradients), or `parameters`
+            (everything).
     """
 
     split: int = 0
@@ -81,7 +85,8 @@ def _deepspeed_layout(config: Mapping[str, Any], world: int, half: int, moments:
 
 
 def check(model: Any, training: Any, room: int | None = None) -> None:
-    """Refuses a training whose weights, gradients and optimizer alone do not fit on a GPU of ``room`` bytes (this one's).
+    """Refuses a training whose weights, gradients and optimizer alone do not fit on a GPU of ``room`` bytes
+    (this one's).
 
     Raises:
         TrainingError: with both numbers and what needs less.
@@ -94,7 +99,8 @@ def check(model: Any, training: Any, room: int | None = None) -> None:
     needed = layout(training).bytes(trained, count(model.parameters()) - trained)
     if needed > room:
         raise TrainingError(
-            f"out of memory before it starts: weights, gradients and optimizer need {needed / GIB:.1f} GiB on each GPU, which has "
-            f"{room / GIB:.1f} GiB, and activations come on top. Split more (--deepspeed zero2.json, zero3.json, or --fsdp; in the "
-            "workflow's configuration `parallel`), use more GPUs, or offload the optimizer (zero3_offload.json; `offload`)"
+            f"out of memory before it starts: weights, gradients and optimizer need {needed / GIB:.1f} GiB on"
+            f" each GPU, which has {room / GIB:.1f} GiB, and activations come on top. Split more (--deepspeed"
+            " zero2.json, zero3.json, or --fsdp; in the workflow's configuration `parallel`), use more GPUs,"
+            " or offload the optimizer (zero3_offload.json; `offload`)"
         )

@@ -1,7 +1,8 @@
 """What DeepSpeed's offload needs: its Adam for the CPU, compiled safely, and continued exactly.
 
-DeepSpeed compiles that Adam at first use, for the processor it runs on. A build that is killed leaves a lock on which
-every later start waits for ever, and what one processor's build gives may crash on another; both are prevented here.
+DeepSpeed compiles that Adam at first use, for the processor it runs on. A build that is killed leaves a lock
+on which every later start waits for ever, and what one processor's build gives may crash on another; both are
+prevented here.
 """
 
 from __future__ import annotations
@@ -29,12 +30,15 @@ def offloads_optimizer(deepspeed: Mapping[str, Any]) -> bool:
 
 
 def extensions_folder() -> Path:
-    """Where the compiled code for this Python, torch, DeepSpeed and processor lies; $TORCH_EXTENSIONS_DIR if it is set."""
+    """Where the compiled code for this Python, torch, DeepSpeed and processor lies; $TORCH_EXTENSIONS_DIR
+    if it is set.
+    """
     given = os.environ.get("TORCH_EXTENSIONS_DIR")
     if given:
         return Path(given)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    kind = f"py{sys.version_info.major}{sys.version_info.minor}-torch{torch.__version__}-deepspeed{version('deepspeed')}"
+    python = f"py{sys.version_info.major}{sys.version_info.minor}"
+    kind = f"{python}-torch{torch.__version__}-deepspeed{version('deepspeed')}"
     return cache / "llava_ext" / f"{kind}-{platform.machine()}-{_processor()}"
 
 

@@ -14,8 +14,8 @@ from ..errors import NoVerdict
 from . import offload
 
 NO_TRAFFIC = (
-    "the processes of this training can't reach each other (NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME names the network "
-    "to use, NCCL_DEBUG=INFO shows more)"
+    "the processes of this training can't reach each other (NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME names"
+    " the network to use, NCCL_DEBUG=INFO shows more)"
 )
 
 
@@ -43,7 +43,8 @@ def _start_deepspeed(training: Any) -> None:
 
 
 def check_network(device: Any, timeout_s: float) -> None:
-    """One small sum over all processes, before a model is loaded: a network that does not work shows here, and soon.
+    """One small sum over all processes, before a model is loaded: a network that does not work shows here,
+    and soon.
 
     Raises:
         NoVerdict: it fails, takes longer than ``timeout_s`` (with NCCL that ends the process), or is wrong.
@@ -66,7 +67,9 @@ def check_network(device: Any, timeout_s: float) -> None:
 
 
 def finish() -> None:
-    """Closes the process groups when every process has written all; where there are several, ends this one."""
+    """Closes the process groups when every process has written all; where there are several, ends this
+    one.
+    """
     if not _has_group():
         return
     import torch.distributed as dist
@@ -82,8 +85,8 @@ def finish() -> None:
 def exit_with(status: int) -> NoReturn:
     """Ends this process with this exit status; where it is one of several, without Python's last steps.
 
-    They would now and then abort in a thread of the communication library: torchrun would report a training that has
-    finished as failed, and one that said its reason as crashed.
+    They would now and then abort in a thread of the communication library: torchrun would report a training
+    that has finished as failed, and one that said its reason as crashed.
     """
     if _is_one_of_several():
         _exit_at_once(status)

@@ -1,8 +1,10 @@
-"""The rendezvous of a training's processes, before anything is loaded: who is missing or does not fit is said by name.
+"""The rendezvous of a training's processes, before anything is loaded: who is missing or does not fit is said
+by name.
 
-Without this a process that never starts shows as a silent wait of half an hour, and two processes on one GPU as an
-error deep inside NCCL. The rendezvous uses the key-value store that torchrun keeps, so it works whatever the network
-between the GPUs does; started without torchrun, there is none, and the check is left out.
+Without this a process that never starts shows as a silent wait of half an hour, and two processes on one GPU
+as an error deep inside NCCL. The rendezvous uses the key-value store that torchrun keeps, so it works
+whatever the network between the GPUs does; started without torchrun, there is none, and the check is left
+out.
 """
 
 from __future__ import annotations
@@ -52,8 +54,8 @@ def problems(said: Mapping[int, Mapping[str, Any]]) -> list[str]:
     for rank, facts in sorted(said.items()):
         if facts["gpus"] and facts["gpu"] is None:
             found.append(
-                f"rank {rank} on {facts['host']} is process number {facts['local_rank'] + 1} there and sees {facts['gpus']} GPUs: "
-                "start as many processes as GPUs"
+                f"rank {rank} on {facts['host']} is process number {facts['local_rank'] + 1} there and sees"
+                f" {facts['gpus']} GPUs: start as many processes as GPUs"
             )
     with_gpu = {rank: facts for rank, facts in said.items() if facts["gpu"]}
     if 0 < len(with_gpu) < len(said):
@@ -69,8 +71,8 @@ def problems(said: Mapping[int, Mapping[str, Any]]) -> list[str]:
 def _other_versions(said: Mapping[int, Mapping[str, Any]]) -> list[str]:
     first = said[min(said)]
     return [
-        f"{name} is {facts['versions'][name]} for rank {rank} on {facts['host']} and {wanted} for rank {min(said)} on "
-        f"{first['host']}: use one environment for all"
+        f"{name} is {facts['versions'][name]} for rank {rank} on {facts['host']} and {wanted} for rank"
+        f" {min(said)} on {first['host']}: use one environment for all"
         for rank, facts in sorted(said.items())
         for name, wanted in first["versions"].items()
         if facts["versions"][name] != wanted
@@ -78,7 +80,8 @@ def _other_versions(said: Mapping[int, Mapping[str, Any]]) -> list[str]:
 
 
 def wait_for_all(timeout_s: float, on_gpus: bool) -> None:
-    """Waits until every process of the training is there, compares them, and says on how many machines they run.
+    """Waits until every process of the training is there, compares them, and says on how many machines they
+    run.
 
     ``on_gpus`` says whether each is to have a GPU of its own (where there are any).
 
@@ -101,7 +104,8 @@ def wait_for_all(timeout_s: float, on_gpus: bool) -> None:
         store.wait([VERDICT], patience)
     except RuntimeError as error:
         raise NoVerdict(
-            f"nothing was heard of rank 0 within {patience.total_seconds():g} s; the log of the first machine says why"
+            f"nothing was heard of rank 0 within {patience.total_seconds():g} s; the log of the first machine"
+            " says why"
         ) from error
     found = json.loads(store.get(VERDICT))
     if found:
@@ -116,8 +120,9 @@ def _verdict(store: Any, size: int, timeout_s: float) -> list[str]:
         hosts = Counter(facts["host"] for facts in said.values())
         there = ", ".join(f"{count} on {host}" for host, count in sorted(hosts.items()))
         return [
-            f"nothing was heard of rank {', '.join(map(str, missing))} within {timeout_s:g} s; {len(said)} of {size} are there ({there}). "
-            "The logs of the machines that are missing say why; --meeting_timeout_s gives slow ones more time"
+            f"nothing was heard of rank {', '.join(map(str, missing))} within {timeout_s:g} s; {len(said)} of"
+            f" {size} are there ({there}). The logs of the machines that are missing say why;"
+            " --meeting_timeout_s gives slow ones more time"
         ]
     hosts = Counter(facts["host"] for facts in said.values())
     models = sorted({facts["model"] or "CPU" for facts in said.values()})

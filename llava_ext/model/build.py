@@ -1,5 +1,6 @@
-"""``build_model`` puts a fresh projector between a language model and a vision tower; ``checkpoints/stored.py`` reads and writes
-finished checkpoints."""
+"""``build_model`` puts a fresh projector between a language model and a vision tower;
+``checkpoints/stored.py`` reads and writes finished checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -42,13 +43,16 @@ def build_model(
     model_max_length: int = 2048,
     **config_fields: Any,
 ) -> tuple[SpatialLlavaForConditionalGeneration, Any, Any]:
-    """A model from a language model's and a vision tower's folder, with a new projector; its tokenizer and image processor.
+    """A model from a language model's and a vision tower's folder, with a new projector; its tokenizer and
+    image processor.
 
-    The projector is initialised as LLaVA's (PyTorch's own initialisation of linear layers), from torch's current random state. With
-    ``normalize_statistics: auto`` the statistics are measured on the language model here and kept in ``model.config``.
+    The projector is initialised as LLaVA's (PyTorch's own initialisation of linear layers), from torch's
+    current random state. With ``normalize_statistics: auto`` the statistics are measured on the language
+    model here and kept in ``model.config``.
 
     Args:
-        vision_feature_select_strategy: `default` drops the CLS token (LLaVA's `patch`), `full` keeps it (`cls_patch`).
+        vision_feature_select_strategy: `default` drops the CLS token (LLaVA's `patch`), `full` keeps it
+            (`cls_patch`).
         attn_implementation: `eager`, `sdpa` or `flash_attention_2`; None lets transformers choose.
         config_fields: further fields of :class:`SpatialLlavaConfig`, e.g. ``image_aspect_ratio``.
 
@@ -88,7 +92,9 @@ def build_model(
 
 
 def picture_fields(vision_config: Any, image_processor: Any) -> dict[str, Any]:
-    """The fields of our config that say which pictures a tower gets. Raises ``TowerError`` when it cannot take them."""
+    """The fields of our config that say which pictures a tower gets. Raises ``TowerError`` when it cannot
+    take them.
+    """
     pixels = ImagePreprocessor.from_processor(image_processor)
     check_image_size(vision_config, pixels.size)
     return {
@@ -117,7 +123,8 @@ def assembled(config: SpatialLlavaConfig, language: Any, vision: Any) -> Spatial
 def reset_projector(projector: nn.Module) -> None:
     """LLaVA's initialisation: PyTorch's default for linear layers, ones for the normalisation's weight.
 
-    The numbers are drawn on the CPU in float32, so that they depend neither on the device nor on the precision.
+    The numbers are drawn on the CPU in float32, so that they depend neither on the device nor on the
+    precision.
     """
     for module in projector.modules():
         if isinstance(module, nn.Linear):
@@ -131,11 +138,12 @@ def reset_projector(projector: nn.Module) -> None:
 
 
 def resolve_statistics(interventions: Interventions, embedding: nn.Module, vocabulary: int) -> Interventions:
-    """The interventions with ``projector_max_norm`` and ``projector_scale`` filled in, if normalisation is on.
+    """The interventions with ``projector_max_norm`` and ``projector_scale`` filled in, if normalisation is
+    on.
 
-    `auto` sets the clip to the mean Euclidean norm of the language model's token embeddings and the scale to 1: a new projector's
-    tokens (whose weight is ones) then all have exactly the mean norm of text tokens. Rows of zeros and rows that the
-    tokenizer does not use are left out.
+    `auto` sets the clip to the mean Euclidean norm of the language model's token embeddings and the scale to
+    1: a new projector's tokens (whose weight is ones) then all have exactly the mean norm of text tokens.
+    Rows of zeros and rows that the tokenizer does not use are left out.
     """
     if not interventions.normalize_projector:
         return interventions
@@ -146,7 +154,9 @@ def resolve_statistics(interventions: Interventions, embedding: nn.Module, vocab
 
 
 def mean_token_norm(embedding: nn.Module, vocabulary: int) -> float:
-    """Mean Euclidean norm of the used rows of an embedding table; also under ZeRO-3, where every rank must call it."""
+    """Mean Euclidean norm of the used rows of an embedding table; also under ZeRO-3, where every rank must
+    call it.
+    """
     weight: Any = embedding.weight
     with whole(weight):
         # on the CPU: a GPU adds up in another order
@@ -154,6 +164,7 @@ def mean_token_norm(embedding: nn.Module, vocabulary: int) -> float:
         norms = norms[norms > 0]
         if not len(norms) or not torch.isfinite(norms).all():
             raise BuildError(
-                "normalize_statistics: `auto` found no finite, non-zero token embeddings in the language model"
+                "normalize_statistics: `auto` found no finite, non-zero token embeddings in the language"
+                " model"
             )
         return float(norms.double().mean())

@@ -1,7 +1,9 @@
-"""Configuration of LLaVA with interventions: transformers' ``LlavaConfig`` plus the flags, flat, by their names.
+"""Configuration of LLaVA with interventions: transformers' ``LlavaConfig`` plus the flags, flat, by their
+names.
 
-This file and its siblings ``interventions.py``, ``poolings.py``, ``towers.py``, ``projectors.py``, ``modeling_*`` and
-``processing_*`` are copied beside exported checkpoints, so they import nothing else of this package.
+This file and its siblings ``interventions.py``, ``poolings.py``, ``towers.py``, ``projectors.py``,
+``modeling_*`` and ``processing_*`` are copied beside exported checkpoints, so they import nothing else of
+this package.
 """
 
 from __future__ import annotations
@@ -27,8 +29,8 @@ def _flag_fields() -> type:
 class SpatialLlavaConfig(LlavaConfig, _flag_fields()):  # type: ignore[misc]
     """``LlavaConfig`` with LLaVA's projector types and the interventions.
 
-    The fields of :class:`Interventions` are fields here, so that ``config.json`` shows every flag by its name. Building a
-    configuration checks the flags against each other and against the vision tower.
+    The fields of :class:`Interventions` are fields here, so that ``config.json`` shows every flag by its
+    name. Building a configuration checks the flags against each other and against the vision tower.
     """
 
     model_type = "spatial_llava"
@@ -42,7 +44,8 @@ class SpatialLlavaConfig(LlavaConfig, _flag_fields()):  # type: ignore[misc]
     # Pixel statistics, for pixel values that arrive as uint8.
     image_mean: list[float] | None = None
     image_std: list[float] | None = None
-    # Side of the pictures in pixels, where it is not the vision tower's own (DINOv2 takes any multiple of its patches).
+    # Side of the pictures in pixels, where it is not the vision tower's own (DINOv2 takes any multiple of its
+    # patches).
     tower_image_size: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -61,7 +64,9 @@ class SpatialLlavaConfig(LlavaConfig, _flag_fields()):  # type: ignore[misc]
         self.image_seq_length = self.tokens_per_image
 
     def to_dict(self) -> dict[str, Any]:
-        """As in transformers; recent flags only where they are not at their default, as in :meth:`Interventions.to_dict`."""
+        """As in transformers; recent flags only where they are not at their default, as in
+        :meth:`Interventions.to_dict`.
+        """
         left_out = set(FIELD_NAMES) - self.interventions.to_dict().keys()
         return {key: value for key, value in super().to_dict().items() if key not in left_out}
 
@@ -87,7 +92,9 @@ class SpatialLlavaConfig(LlavaConfig, _flag_fields()):  # type: ignore[misc]
 
     @property
     def grid_side(self) -> int:
-        """Patches along one side of the vision tower's square grid; pixels that fill no patch are left out."""
+        """Patches along one side of the vision tower's square grid; pixels that fill no patch are left
+        out.
+        """
         return self.image_side // int(self.vision_config.patch_size)
 
     @property
@@ -121,8 +128,8 @@ class SpatialLlavaConfig(LlavaConfig, _flag_fields()):  # type: ignore[misc]
         before = registered_tower(config.vision_config.model_type).tokens_before(config.vision_config)
         if config.vision_feature_select_strategy == "default" and before != 1:
             raise InterventionError(
-                f"vision_feature_select_strategy: found `default`, which leaves out one token, but this tower has {before} "
-                "before its patches; such a model is not supported, `full` is"
+                "vision_feature_select_strategy: found `default`, which leaves out one token, but this tower"
+                f" has {before} before its patches; such a model is not supported, `full` is"
             )
         fields = {
             key: value
@@ -133,11 +140,14 @@ class SpatialLlavaConfig(LlavaConfig, _flag_fields()):  # type: ignore[misc]
         return cls(**(fields | changes))
 
     def to_stock(self) -> LlavaConfig:
-        """A ``LlavaConfig`` for the same model. Raises ``ValueError`` when transformers' own class could not compute it."""
+        """A ``LlavaConfig`` for the same model. Raises ``ValueError`` when transformers' own class could
+        not compute it.
+        """
         if not self.is_stock:
             raise ValueError(
-                f"projector {self.projector_type} with {', '.join(self.interventions.active) or 'no intervention'} and "
-                f"{self.tokens_before} tokens before the patches is no stock LLaVA model; save it as spatial_llava"
+                f"projector {self.projector_type} with"
+                f" {', '.join(self.interventions.active) or 'no intervention'} and {self.tokens_before}"
+                " tokens before the patches is no stock LLaVA model; save it as spatial_llava"
             )
         own = {
             name for name in type(self).__dataclass_fields__ if name not in LlavaConfig.__dataclass_fields__

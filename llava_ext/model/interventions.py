@@ -1,9 +1,9 @@
 """The opt-in interventions: what each flag is, which values it may have, which flags go together.
 
-Plain standard library: the workflow's config schema, the training command line and the model's configuration are all
-made from :class:`Interventions`, and the file is copied beside exported checkpoints. With every field at its default
-the model is vanilla LLaVA. What a field is to the others (whose value it is, its word in folder names, ...) is its
-:class:`Role`: a new field needs no entry in any other list.
+Plain standard library: the workflow's config schema, the training command line and the model's configuration
+are all made from :class:`Interventions`, and the file is copied beside exported checkpoints. With every field
+at its default the model is vanilla LLaVA. What a field is to the others (whose value it is, its word in
+folder names, ...) is its :class:`Role`: a new field needs no entry in any other list.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any, ClassVar
 
 from .poolings import DEFAULT_POOLING, POOLINGS
 
-# The published code's constants, measured on Vicuna-7B: clip the norm of each token at MAX_NORM, then scale by SCALE.
+# The published code's constants, measured on Vicuna-7B: clip the norm of each token at MAX_NORM, then scale
+# by SCALE.
 VICUNA_7B_MAX_NORM = 1.22
 VICUNA_7B_SCALE = 0.83
 DEFAULT_LAYERS = (12, 16, 20, 24)
@@ -35,14 +36,15 @@ class Role:
     """What a field of :class:`Interventions` is to the others. All that treats fields alike derives from it.
 
     Attributes:
-        flag: the flag without which the value has no effect; None for the flags themselves and for the switch.
+        flag: the flag without which the value has no effect; None for the flags themselves and for the
+            switch.
         is_flag: it is an intervention; off by default.
         needs_grid: a flag that works on a square grid of patches only.
         short: its word in the names of run folders, `{}` standing for the value; None: it has none.
         allowed: the register of its values, where they are names.
         means: its value as the model uses it, where that is not the one that was written.
-        is_recent: records of checkpoints and trainings leave it out at its default, so that they equal those from before
-            the field existed.
+        is_recent: records of checkpoints and trainings leave it out at its default, so that they equal those
+            from before the field existed.
     """
 
     flag: str | None = None
@@ -60,7 +62,9 @@ def _flag(short: str, doc: str, needs_grid: bool = False, is_recent: bool = Fals
 
 
 def _value(default: Any, doc: str, **role: Any) -> Any:
-    """A field with its :class:`Role`; the doc is the command line's help and the schema's description (which pydantic reads)."""
+    """A field with its :class:`Role`; the doc is the command line's help and the schema's description
+    (which pydantic reads).
+    """
     return field(default=default, metadata={"description": doc, "role": Role(**role)})
 
 
@@ -73,25 +77,29 @@ class Interventions:
 
     normalize_projector: bool = _flag(
         "normalize",
-        "Normalise each projected vision token: RMS norm with a learned weight, then clip its Euclidean norm at "
-        "projector_max_norm and multiply by projector_scale, so that vision tokens are as long as text tokens.",
+        "Normalise each projected vision token: RMS norm with a learned weight, then clip its Euclidean norm"
+        " at projector_max_norm and multiply by projector_scale, so that vision tokens are as long as text"
+        " tokens.",
     )
     normalize_statistics: str = _value(
         "vicuna-7b",
-        "Where the two numbers of normalize_projector come from: `vicuna-7b` (the published constants 1.22 and 0.83), "
-        "`auto` (measured: the mean norm of the LLM's own token embeddings), or two numbers `MAX_NORM,SCALE`.",
+        "Where the two numbers of normalize_projector come from: `vicuna-7b` (the published constants 1.22"
+        " and 0.83), `auto` (measured: the mean norm of the LLM's own token embeddings), or two numbers"
+        " `MAX_NORM,SCALE`.",
         flag="normalize_projector",
         means=lambda chosen: None,  # nothing but the two numbers
     )
     projector_max_norm: float | None = _value(
         None,
-        "The resolved clip of normalize_projector. Filled in from normalize_statistics and saved; leave it out.",
+        "The resolved clip of normalize_projector. Filled in from normalize_statistics and saved; leave it"
+        " out.",
         flag="normalize_projector",
         means=lambda chosen: (chosen.fixed_statistics() or (None, None))[0],
     )
     projector_scale: float | None = _value(
         None,
-        "The resolved factor of normalize_projector. Filled in from normalize_statistics and saved; leave it out.",
+        "The resolved factor of normalize_projector. Filled in from normalize_statistics and saved; leave it"
+        " out.",
         flag="normalize_projector",
         means=lambda chosen: (chosen.fixed_statistics() or (None, None))[1],
     )
@@ -102,7 +110,8 @@ class Interventions:
     )
     multilayer_layers: tuple[int, ...] = _value(
         DEFAULT_LAYERS,
-        "Vision layers for use_multilayer_features, counted from 1 (first layer's output) to the number of layers.",
+        "Vision layers for use_multilayer_features, counted from 1 (first layer's output) to the number of"
+        " layers.",
         flag="use_multilayer_features",
         means=lambda chosen: list(chosen.multilayer_layers),
     )
@@ -113,8 +122,8 @@ class Interventions:
     )
     final_spatial_size: int | None = _value(
         None,
-        "Number of vision tokens after compression_after_projection: the square of a divisor of the tower's grid side "
-        "(24 for CLIP-L/336: 1, 4, 9, 16, 36, 64, 144 or 576).",
+        "Number of vision tokens after compression_after_projection: the square of a divisor of the tower's"
+        " grid side (24 for CLIP-L/336: 1, 4, 9, 16, 36, 64, 144 or 576).",
         flag="compression_after_projection",
         short="{}",
     )
@@ -130,8 +139,8 @@ class Interventions:
     )
     twoD_vision_embedding: bool = _flag(
         "2d",
-        "Rotary positions in two dimensions for vision tokens: half of the rotary frequencies turn by the row, "
-        "half by the column.",
+        "Rotary positions in two dimensions for vision tokens: half of the rotary frequencies turn by the"
+        " row, half by the column.",
         needs_grid=True,
     )
     interleave: bool = _flag(
@@ -152,9 +161,10 @@ class Interventions:
     )
     published_behaviour: bool = _value(
         False,
-        "Do what the authors' published code does where it differs from its description, for checkpoints trained with "
-        "it: final_spatial_size is the side, coordinates count on a grid of 24 and follow every 4th token whatever "
-        "interleave_sparsity says, twoD_vision_embedding shares one table per batch. See docs/interventions.md.",
+        "Do what the authors' published code does where it differs from its description, for checkpoints"
+        " trained with it: final_spatial_size is the side, coordinates count on a grid of 24 and follow every"
+        " 4th token whatever interleave_sparsity says, twoD_vision_embedding shares one table per batch. See"
+        " docs/interventions.md.",
         short="published_behaviour",
         means=lambda chosen: chosen.published_behaviour and not chosen.is_vanilla,
     )
@@ -168,7 +178,7 @@ class Interventions:
         if isinstance(statistics, (list, tuple)):
             object.__setattr__(self, "normalize_statistics", ",".join(f"{number:g}" for number in statistics))
 
-    # -- construction ---------------------------------------------------------------------------------------------
+    # -- construction --------------------------------------------------------------------------------------
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], ignore_unknown: bool = False) -> Interventions:
@@ -188,7 +198,7 @@ class Interventions:
     def _is_left_out(self, name: str) -> bool:
         return ROLES[name].is_recent and getattr(self, name) == DEFAULTS[name]
 
-    # -- meaning --------------------------------------------------------------------------------------------------
+    # -- meaning -------------------------------------------------------------------------------------------
 
     @property
     def is_vanilla(self) -> bool:
@@ -228,7 +238,9 @@ class Interventions:
         return self.final_side(grid_side) ** 2 + extra_tokens
 
     def coordinates(self, index: int, side: int) -> tuple[int, int]:
-        """(row, column) that interleave writes after vision token ``index`` (0-based) of a grid with this side."""
+        """(row, column) that interleave writes after vision token ``index`` (0-based) of a grid with this
+        side.
+        """
         return divmod(index, PUBLISHED_GRID_SIDE if self.published_behaviour else side)
 
     def projector_width(self, vision_width: int) -> int:
@@ -254,14 +266,18 @@ class Interventions:
         return numbers
 
     def differences(self, other: Interventions) -> list[str]:
-        """One line for each field in which ``other`` would give a different model: `key: mine against other's`."""
+        """One line for each field in which ``other`` would give a different model: `key: mine against
+        other's`.
+        """
         mine, others = self._meaning(), other._meaning()
         return [
             f"{key}: {mine[key]!r} against {others[key]!r}" for key in FIELD_NAMES if mine[key] != others[key]
         ]
 
     def _meaning(self) -> dict[str, Any]:
-        """What each field does to the model. Values of flags that are off do nothing: None, or a recent field's default."""
+        """What each field does to the model. Values of flags that are off do nothing: None, or a recent
+        field's default.
+        """
         values = {name: DEFAULTS[name] if role.is_recent else None for name, role in ROLES.items()}
         counting = {name: role for name, role in ROLES.items() if self._counts(role)}
         return values | {
@@ -271,7 +287,7 @@ class Interventions:
     def _counts(self, role: Role) -> bool:
         return role.flag is None or bool(getattr(self, role.flag))
 
-    # -- checks ---------------------------------------------------------------------------------------------------
+    # -- checks --------------------------------------------------------------------------------------------
 
     def problems(
         self, grid_side: int | None = None, num_tower_layers: int | None = None, keeps_cls: bool = False
@@ -279,9 +295,11 @@ class Interventions:
         """Every reason why these flags cannot work, as readable lines; empty when they can.
 
         Args:
-            grid_side: patches along one side of the vision tower's grid; None checks only what does not need it.
+            grid_side: patches along one side of the vision tower's grid; None checks only what does not need
+                it.
             num_tower_layers: the vision tower's number of layers; None likewise.
-            keeps_cls: the CLS token goes to the LLM too (`cls_patch`, transformers' `full`), so tokens are no grid.
+            keeps_cls: the CLS token goes to the LLM too (`cls_patch`, transformers' `full`), so tokens are no
+                grid.
         """
         found = self._problems_without_flag() + self._unknown_names()
         found += self._normalize_problems() + self._multilayer_problems(num_tower_layers)
@@ -289,7 +307,8 @@ class Interventions:
         found += self._published_problems()
         if keeps_cls:
             found += [
-                f"{name}: needs a grid of patches, but the CLS token is kept; use mm_vision_select_feature: patch or turn {name} off"
+                f"{name}: needs a grid of patches, but the CLS token is kept; use mm_vision_select_feature:"
+                f" patch or turn {name} off"
                 for name in GRID_FLAGS
                 if getattr(self, name)
             ]
@@ -320,15 +339,16 @@ class Interventions:
     def _unknown_names(self) -> list[str]:
         """Names that are not in their register."""
         return [
-            f"{name}: found {getattr(self, name)!r}; allowed are {', '.join(role.allowed)}; choose one of them"
+            f"{name}: found {getattr(self, name)!r}; allowed are {', '.join(role.allowed)}; choose one of"
+            " them"
             for name, role in ROLES.items()
             if role.allowed is not None and getattr(self, name) not in role.allowed
         ]
 
     def _statistics_problem(self) -> str:
         return (
-            f"normalize_statistics: found {self.normalize_statistics!r}; allowed are `vicuna-7b`, `auto`, or two positive numbers "
-            "`MAX_NORM,SCALE` such as `1.22,0.83`"
+            f"normalize_statistics: found {self.normalize_statistics!r}; allowed are `vicuna-7b`, `auto`, or"
+            " two positive numbers `MAX_NORM,SCALE` such as `1.22,0.83`"
         )
 
     def _normalize_problems(self) -> list[str]:
@@ -341,7 +361,8 @@ class Interventions:
         resolved = (self.projector_max_norm, self.projector_scale)
         if (resolved[0] is None) != (resolved[1] is None):
             found.append(
-                f"projector_max_norm, projector_scale: found {resolved}; give both or, better, use normalize_statistics"
+                f"projector_max_norm, projector_scale: found {resolved}; give both or, better, use"
+                " normalize_statistics"
             )
         elif any(number is not None and not (number > 0 and math.isfinite(number)) for number in resolved):
             found.append(
@@ -369,7 +390,8 @@ class Interventions:
                 else "1 upwards"
             )
             return [
-                f"multilayer_layers: found {list(layers)}; allowed are one or more different layers from {bound}; choose among them"
+                f"multilayer_layers: found {list(layers)}; allowed are one or more different layers from"
+                f" {bound}; choose among them"
             ]
         return []
 
@@ -379,7 +401,8 @@ class Interventions:
             return []
         if size is None:
             return [
-                "final_spatial_size: missing; compression_after_projection needs it; give the number of tokens, e.g. 16 for 4x4"
+                "final_spatial_size: missing; compression_after_projection needs it; give the number of"
+                " tokens, e.g. 16 for 4x4"
             ]
         if not _is_int(size) or size < 1:
             return [
@@ -394,12 +417,13 @@ class Interventions:
             if grid_side is not None:
                 allowed = f"one of {_squares(grid_side)}"
             return [
-                f"final_spatial_size: found {size}, which is no square number (it counts tokens: 16 means 4x4); use {allowed}"
+                f"final_spatial_size: found {size}, which is no square number (it counts tokens: 16 means"
+                f" 4x4); use {allowed}"
             ]
         if grid_side is not None and grid_side % root:
             return [
-                f"final_spatial_size: found {size} = {root}x{root}, but {root} does not divide the vision tower's grid side "
-                f"{grid_side}; use one of {_squares(grid_side)}"
+                f"final_spatial_size: found {size} = {root}x{root}, but {root} does not divide the vision"
+                f" tower's grid side {grid_side}; use one of {_squares(grid_side)}"
             ]
         return []
 
@@ -412,8 +436,9 @@ class Interventions:
         tokens = self._token_count(grid_side)
         if tokens is not None and self.sparsity > tokens:
             return [
-                f"interleave_sparsity: {self.sparsity} vision tokens between coordinates, but an image has only {tokens}, so interleave "
-                f"has no effect; use interleave_sparsity of at most {tokens} or turn interleave off"
+                f"interleave_sparsity: {self.sparsity} vision tokens between coordinates, but an image has"
+                f" only {tokens}, so interleave has no effect; use interleave_sparsity of at most {tokens} or"
+                " turn interleave off"
             ]
         return []
 
@@ -429,7 +454,8 @@ class Interventions:
                 "set published_behaviour: false"
             )
         return found + [
-            f"{first} with {second}: the published code fails with both; set published_behaviour: false, where they work together"
+            f"{first} with {second}: the published code fails with both; set published_behaviour: false,"
+            " where they work together"
             for first, second in PUBLISHED_CONFLICTS
             if getattr(self, first) and getattr(self, second)
         ]
@@ -465,7 +491,9 @@ def description(name: str) -> str:
 
 
 def name_words(values: Mapping[str, Any]) -> list[str]:
-    """The words for a run folder's name: of the flags that are on first, then of values that differ from their default."""
+    """The words for a run folder's name: of the flags that are on first, then of values that differ from
+    their default.
+    """
     on = [key for key, value in values.items() if value is True]
     rest = [key for key, value in values.items() if not isinstance(value, bool)]
     return [

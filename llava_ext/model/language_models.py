@@ -1,7 +1,8 @@
 """The register of language models: what LLaVA must know of a family beyond its transformers class.
 
-A model type that is not listed is taken through :data:`GENERAL` when its class is a plain decoder (checked by structure, see
-:func:`llava_ext.model.parts.check_language_model`). To add a family, add an entry. Plain standard library.
+A model type that is not listed is taken through :data:`GENERAL` when its class is a plain decoder (checked by
+structure, see :func:`llava_ext.model.parts.check_language_model`). To add a family, add an entry. Plain
+standard library.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ class LanguageModel:
 
     Attributes:
         title: its name in messages.
-        padding: tokens that may fill up rows where the tokenizer has no ``<unk>`` and no padding token of its own, the first that
-            the vocabulary has is taken. None of them occurs in a text, because padding is dropped from texts.
+        padding: tokens that may fill up rows where the tokenizer has no ``<unk>`` and no padding token of its
+            own, the first that the vocabulary has is taken. None of them occurs in a text, because padding is
+            dropped from texts.
         turn_ends: tokens that end a turn in this family's chat templates. They are labels, so they never pad.
-        original: ``model_type`` and class of LLaVA's own code for a model around it; None where LLaVA has none.
+        original: ``model_type`` and class of LLaVA's own code for a model around it; None where LLaVA has
+            none.
     """
 
     title: str
@@ -66,7 +69,9 @@ def known_language_models() -> str:
 
 
 def text_model_type(folder: str | Path) -> str | None:
-    """The model type of the language model in a folder: of an LLM, or of the LLM inside a LLaVA checkpoint."""
+    """The model type of the language model in a folder: of an LLM, or of the LLM inside a LLaVA
+    checkpoint.
+    """
     try:
         described = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -79,7 +84,9 @@ def text_model_type(folder: str | Path) -> str | None:
 
 
 def original_text_type(kind: str) -> str | None:
-    """The language model's type that an original LLaVA ``model_type`` stands for (`llava_llama2d`, `llava`); None for others."""
+    """The language model's type that an original LLaVA ``model_type`` stands for (`llava_llama2d`,
+    `llava`); None for others.
+    """
     plain = kind.removesuffix("2d")
     if plain == "llava":
         return "llama"
@@ -89,16 +96,20 @@ def original_text_type(kind: str) -> str | None:
 
 
 def turn_end_ids(tokenizer: Any, entry: LanguageModel) -> set[int]:
-    """Ids of the tokens that end an answer: the tokenizer's end token and those of the family that its vocabulary has."""
+    """Ids of the tokens that end an answer: the tokenizer's end token and those of the family that its
+    vocabulary has.
+    """
     known = tokenizer.get_vocab()
     ends = {known[token] for token in entry.turn_ends if token in known}
     return ends | ({tokenizer.eos_token_id} - {None})
 
 
 def padding_token(tokenizer: Any, entry: LanguageModel) -> str | None:
-    """The token that fills up rows: ``<unk>`` as in LLaVA, else the tokenizer's own, else one of the family's; None for lack of any.
+    """The token that fills up rows: ``<unk>`` as in LLaVA, else the tokenizer's own, else one of the
+    family's; None for lack of any.
 
-    Never a token that ends an answer: padding is dropped from texts, and with it the label that ends the turn.
+    Never a token that ends an answer: padding is dropped from texts, and with it the label that ends the
+    turn.
     """
     known, ends = tokenizer.get_vocab(), turn_end_ids(tokenizer, entry)
     candidates = (tokenizer.unk_token, tokenizer.pad_token, *entry.padding)

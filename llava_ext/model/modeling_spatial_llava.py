@@ -3,7 +3,8 @@
 With all flags off the outputs equal ``LlavaForConditionalGeneration``'s bit for bit. Where each flag acts:
 
     pixel_values -> tower -> [layers: use_multilayer_features] -> [+ x, y channels: add_spatial_coordinates]
-        -> projector -> [normalize_projector] -> [pool: compression_after_projection] -> placeholders in the sequence
+        -> projector -> [normalize_projector] -> [pool: compression_after_projection] -> placeholders in the
+        sequence
     sequence -> rotary positions [twoD_vision_embedding] -> LLM
 
 ``interleave`` acts on the text around the placeholders, so it lives in the collator and the processor.
@@ -42,7 +43,8 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class SpatialProjector(nn.Module):
-    """LLaVA's projector (`linear`, `mlpNx_gelu`), with optional coordinates before and normalisation after it.
+    """LLaVA's projector (`linear`, `mlpNx_gelu`), with optional coordinates before and normalisation after
+    it.
 
     The linear layers are called ``linear_1`` ... ``linear_N``, as in transformers' projector.
     """
@@ -67,7 +69,8 @@ class SpatialProjector(nn.Module):
             statistics = interventions.fixed_statistics()
             if statistics is None:
                 raise ValueError(
-                    "normalize_statistics: `auto` must be measured on an LLM first; build the model with llava_ext.model.build"
+                    "normalize_statistics: `auto` must be measured on an LLM first; build the model with"
+                    " llava_ext.model.build"
                 )
             self.norm = TokenNorm(hidden, *statistics)
 
@@ -82,7 +85,8 @@ class SpatialProjector(nn.Module):
 
 
 class TokenNorm(nn.Module):
-    """RMS norm with a learned weight, then the token's Euclidean norm clipped at ``max_norm`` and scaled by ``scale``.
+    """RMS norm with a learned weight, then the token's Euclidean norm clipped at ``max_norm`` and scaled by
+    ``scale``.
 
     With the initial weight of ones every token gets the norm ``max_norm * scale``. No mean is subtracted.
     """
@@ -117,11 +121,12 @@ class SpatialLlavaModel(LlavaModel):
     def __init__(self, config: SpatialLlavaConfig) -> None:
         super().__init__(config)
         self.multi_modal_projector = SpatialProjector(config)
-        # Called on the vision tokens (images, tokens, hidden) just before they enter the sequence; see diagnostics.py.
+        # Called on the vision tokens (images, tokens, hidden) just before they enter the sequence; see
+        # diagnostics.py.
         self.vision_token_hook: Callable[[Tensor], Tensor] | None = None
         self.post_init()
 
-    # -- vision -----------------------------------------------------------------------------------------------------
+    # -- vision --------------------------------------------------------------------------------------------
 
     def get_image_features(
         self,
@@ -151,7 +156,9 @@ class SpatialLlavaModel(LlavaModel):
         return outputs
 
     def _tower_outputs(self, pixel_values: Tensor, layer: int | None, **kwargs: Any) -> Any:
-        """The tower's outputs with the hidden states that are needed; without a graph when the tower is frozen."""
+        """The tower's outputs with the hidden states that are needed; without a graph when the tower is
+        frozen.
+        """
         layers = self.config.interventions.feature_layers
         wanted: Any = (
             list(layers) if layers else (self.config.vision_feature_layer if layer is None else layer)
@@ -162,7 +169,9 @@ class SpatialLlavaModel(LlavaModel):
             return self.vision_tower(pixel_values, return_dict=True, **kwargs)
 
     def _selected_features(self, outputs: Any, layer: int | None, strategy: str | None) -> Tensor:
-        """(images, patches, channels) of the chosen layer, or of several layers after the tower's final norm."""
+        """(images, patches, channels) of the chosen layer, or of several layers after the tower's final
+        norm.
+        """
         layers = self.config.interventions.feature_layers
         if layers:
             norm = self.vision_tower.get_submodule(self.config.tower.closing_norm)
@@ -182,7 +191,7 @@ class SpatialLlavaModel(LlavaModel):
         )
         return (pixel_values.float() / 255 - mean) / std
 
-    # -- sequence ---------------------------------------------------------------------------------------------------
+    # -- sequence ------------------------------------------------------------------------------------------
 
     @can_return_tuple
     def forward(
@@ -204,19 +213,22 @@ class SpatialLlavaModel(LlavaModel):
 
         Args:
             input_ids: (batch, tokens); the image placeholder may lie outside the LLM's vocabulary.
-            position_ids: (batch, tokens). Given without ``attention_mask`` and cache they mark packed samples: each starts at 0.
-            image_token_counts: (images,), the placeholders of each image when sequences were cut inside an image;
-                None when every image is whole.
+            position_ids: (batch, tokens). Given without ``attention_mask`` and cache they mark packed
+                samples: each starts at 0.
+            image_token_counts: (images,), the placeholders of each image when sequences were cut inside an
+                image; None when every image is whole.
 
         Raises:
-            ValueError: placeholders without pixel values, or numbers of placeholders and vision tokens that differ.
+            ValueError: placeholders without pixel values, or numbers of placeholders and vision tokens that
+                differ.
         """
         is_image: Any = None
         image_tokens: Tensor | None = None
         counts: list[int] = []
         if input_ids is not None and inputs_embeds is None:
             is_image = input_ids == self.config.image_token_id
-            # The placeholder's own row is never used; any valid id keeps an id beyond the vocabulary from indexing it.
+            # The placeholder's own row is never used; any valid id keeps an id beyond the vocabulary from
+            # indexing it.
             inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
         vision = (vision_feature_layer, vision_feature_select_strategy, image_sizes)
         images = self._images(pixel_values, mm_encoder_outputs, *vision)
@@ -240,7 +252,9 @@ class SpatialLlavaModel(LlavaModel):
         return outputs
 
     def _images(self, pixel_values: Tensor | None, encoded: Mapping[str, Any] | None, *vision: Any) -> Any:
-        """Vision tokens of each image, already encoded (by ``generate``) or to be encoded; None without images."""
+        """Vision tokens of each image, already encoded (by ``generate``) or to be encoded; None without
+        images.
+        """
         if encoded and encoded.get("image") is not None:
             return encoded["image"].pooler_output
         return None if pixel_values is None else self.get_image_features(pixel_values, *vision).pooler_output
@@ -251,7 +265,8 @@ class SpatialLlavaModel(LlavaModel):
         kept = whole if counts is None else counts.tolist()
         if len(kept) != len(whole) or any(count > length for count, length in zip(kept, whole, strict=False)):
             raise ValueError(
-                f"image_token_counts: found {kept} for images with {whole} tokens; one number up to that is expected each"
+                f"image_token_counts: found {kept} for images with {whole} tokens; one number up to that is"
+                " expected each"
             )
         return torch.cat([image[:count] for image, count in zip(images, kept, strict=True)]), kept
 
@@ -259,13 +274,15 @@ class SpatialLlavaModel(LlavaModel):
         """The embeddings with vision tokens in the places of the placeholders."""
         if is_image is None or inputs_embeds is None:
             raise ValueError(
-                "pixel values need input_ids with image placeholders; inputs_embeds alone do not show where images go"
+                "pixel values need input_ids with image placeholders; inputs_embeds alone do not show where"
+                " images go"
             )
         placeholders = int(is_image.sum())
         if placeholders != len(image_tokens):
             raise ValueError(
-                f"Image features and image tokens do not match: {placeholders} placeholders in input_ids, {len(image_tokens)} vision "
-                f"tokens ({self.config.tokens_per_image} for a whole image); expand each image with the collator or the processor"
+                f"Image features and image tokens do not match: {placeholders} placeholders in input_ids,"
+                f" {len(image_tokens)} vision tokens ({self.config.tokens_per_image} for a whole image);"
+                " expand each image with the collator or the processor"
             )
         image_tokens = image_tokens.to(inputs_embeds.device, inputs_embeds.dtype)
         return inputs_embeds.masked_scatter(is_image.unsqueeze(-1), image_tokens)
@@ -273,8 +290,8 @@ class SpatialLlavaModel(LlavaModel):
     def _without_images(self, inputs_embeds: Any, is_image: Tensor, past_key_values: Any) -> Tensor:
         """A batch without pixels: refuses placeholders and, in training, keeps the vision path in the graph.
 
-        Every rank of a distributed training must run the same modules in the same order. A zero image goes through tower and
-        projector and none of its tokens is used, so that its gradients are exactly zero.
+        Every rank of a distributed training must run the same modules in the same order. A zero image goes
+        through tower and projector and none of its tokens is used, so that its gradients are exactly zero.
         """
         prefill = past_key_values is None or past_key_values.get_seq_length() == 0
         if prefill and bool(is_image.any()):
@@ -286,7 +303,8 @@ class SpatialLlavaModel(LlavaModel):
             return inputs_embeds
         path = (self.multi_modal_projector, self.vision_tower)
         trains = any(parameter.requires_grad for part in path for parameter in part.parameters())
-        # Ranks that hold only a part of the tower's weights gather them together (ZeRO-3, FSDP), trained or not.
+        # Ranks that hold only a part of the tower's weights gather them together (ZeRO-3, FSDP), trained or
+        # not.
         if not (trains or any(map(_is_split, self.vision_tower.parameters()))):
             return inputs_embeds
         side = self.config.image_side
@@ -295,7 +313,7 @@ class SpatialLlavaModel(LlavaModel):
         flat = torch.cat([inputs_embeds.flatten(0, 1), unused])
         return flat.view_as(inputs_embeds)
 
-    # -- positions --------------------------------------------------------------------------------------------------
+    # -- positions -----------------------------------------------------------------------------------------
 
     @contextmanager
     def _grid_positions(self, is_image: Tensor, counts: list[int]) -> Iterator[None]:
@@ -334,10 +352,10 @@ def _grid_table(
 ) -> RotaryTable:
     """cos and sin, (batch, tokens, head_dim), where vision tokens turn by row and column.
 
-    Text keeps its ordinary position p. A vision token in row r and column c of an image that starts at position s
-    gets the pair (s + r, s + c): rotary frequencies with an even index turn by the first, odd ones by the second.
-    Both halves of a pair of channels turn by the same angle, so that each is a rotation and attention depends on
-    differences only. Every image of every sample is counted on its own.
+    Text keeps its ordinary position p. A vision token in row r and column c of an image that starts at
+    position s gets the pair (s + r, s + c): rotary frequencies with an even index turn by the first, odd ones
+    by the second. Both halves of a pair of channels turn by the same angle, so that each is a rotation and
+    attention depends on differences only. Every image of every sample is counted on its own.
     """
     positions = position_ids.expand(is_image.shape).reshape(-1)
     rows, columns = positions.clone(), positions.clone()
@@ -371,8 +389,8 @@ def _published_table(
 ) -> RotaryTable:
     """The published code's table: one per batch, a grid of 24, no rotation where row and column differ.
 
-    Columns of the batch that hold an image token in any row are t = place - first such place; the first half of the channels
-    turns by t // 24 and the second by t % 24, for all rows alike.
+    Columns of the batch that hold an image token in any row are t = place - first such place; the first half
+    of the channels turns by t // 24 and the second by t % 24, for all rows alike.
 
     Raises:
         ValueError: image tokens lie more than 575 places apart, as in the published code.
@@ -382,8 +400,9 @@ def _published_table(
     offset = where - where[0]
     if int(offset[-1]) >= PUBLISHED_GRID_SIDE**2:
         raise ValueError(
-            f"twoD_vision_embedding with published_behaviour: image tokens lie {int(offset[-1])} positions apart, at most "
-            f"{PUBLISHED_GRID_SIDE**2 - 1} work; set published_behaviour: false or use one image a sample"
+            f"twoD_vision_embedding with published_behaviour: image tokens lie {int(offset[-1])} positions"
+            f" apart, at most {PUBLISHED_GRID_SIDE**2 - 1} work; set published_behaviour: false or use one"
+            " image a sample"
         )
     axes = [torch.div(offset, PUBLISHED_GRID_SIDE, rounding_mode="floor"), offset % PUBLISHED_GRID_SIDE]
     (row_cos, row_sin), (column_cos, column_sin) = (
@@ -426,13 +445,16 @@ class SpatialLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     def save_pretrained(self, *args: Any, save_original_format: bool = False, **kwargs: Any) -> None:
         """As in transformers, but with the names of the modules in memory unless asked otherwise.
 
-        Trainer resumes with ``load_state_dict``, which needs these names; the original format would be ignored silently.
+        Trainer resumes with ``load_state_dict``, which needs these names; the original format would be
+        ignored silently.
         """
         super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
 
 
 def _register_conversions() -> None:
-    """Lets both classes read and write the layout of stock LLaVA checkpoints; without it weights are lost silently."""
+    """Lets both classes read and write the layout of stock LLaVA checkpoints; without it weights are lost
+    silently.
+    """
     pairs = (
         ("spatial_llava", "llava"),
         ("SpatialLlavaForConditionalGeneration", "llava"),

@@ -65,8 +65,9 @@ class BuildError(ValueError):
 def load_tokenizer(folder: str | Path, model_max_length: int = 2048, padding_side: str = "right") -> Any:
     """The folder's tokenizer, set up so that :mod:`llava_ext.data.conversation` gives LLaVA's ids.
 
-    The padding token is `<unk>`, as in LLaVA; where there is none, what :mod:`language_models` says of the family.
-    An `<image>` token that an exported checkpoint's tokenizer has is taken out again: in training the text `<image>` of a sample without image is ordinary text.
+    The padding token is `<unk>`, as in LLaVA; where there is none, what :mod:`language_models` says of the
+    family. An `<image>` token that an exported checkpoint's tokenizer has is taken out again: in training the
+    text `<image>` of a sample without image is ordinary text.
 
     Raises:
         BuildError: no tokenizer there, or one whose padding token would also be a label.
@@ -88,16 +89,19 @@ def load_tokenizer(folder: str | Path, model_max_length: int = 2048, padding_sid
     padding = padding_token(tokenizer, family)
     if padding is None:
         raise BuildError(
-            f"{folder}: the tokenizer has no <unk>, its padding token is {tokenizer.pad_token!r} and its end token "
-            f"{tokenizer.eos_token!r}; padding is dropped from texts, so it must be a token of its own: set pad_token in "
-            f"tokenizer_config.json to one that no text holds (looked for: {', '.join(family.padding)})"
+            f"{folder}: the tokenizer has no <unk>, its padding token is {tokenizer.pad_token!r} and its end"
+            f" token {tokenizer.eos_token!r}; padding is dropped from texts, so it must be a token of its"
+            " own: set pad_token in tokenizer_config.json to one that no text holds (looked for:"
+            f" {', '.join(family.padding)})"
         )
     tokenizer.pad_token = padding
     return tokenizer
 
 
 def tower_config(folder: str | Path) -> Any:
-    """The vision config of a registered tower's folder. Raises :class:`BuildError` with the register for any other."""
+    """The vision config of a registered tower's folder. Raises :class:`BuildError` with the register for
+    any other.
+    """
     try:
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
         config = getattr(config, "vision_config", config)
@@ -139,8 +143,8 @@ def load_tower(folder: str | Path, dtype: torch.dtype | None, attn_implementatio
 def check_language_model(folder: str | Path) -> None:
     """Refuses a language model that the model could not be built around, before any weight is read.
 
-    A registered family passes; any other is built without memory and must be a plain decoder. Of a LLaVA checkpoint its
-    language model is looked at.
+    A registered family passes; any other is built without memory and must be a plain decoder. Of a LLaVA
+    checkpoint its language model is looked at.
 
     Raises:
         BuildError: names what the class lacks, and the registered families.
@@ -163,7 +167,8 @@ def check_language_model(folder: str | Path) -> None:
         )
 
 
-# What a causal language model of transformers does between its head and its logits, or beside them; LLaVA's has no place for it.
+# What a causal language model of transformers does between its head and its logits, or beside them; LLaVA's
+# has no place for it.
 BESIDE_THE_HEAD = (
     "logits_scaling",
     "logit_scale",
@@ -216,6 +221,6 @@ def require_complete(folder: str | Path, info: Mapping[str, Any], unexpected: bo
         if info[kind]:
             names = sorted(str(name) for name in info[kind])
             raise BuildError(
-                f"{folder}: {len(names)} {kind.replace('_', ' ')}, e.g. {', '.join(names[:4])}; the weights do not belong to this "
-                "kind of model, or the files are not all there"
+                f"{folder}: {len(names)} {kind.replace('_', ' ')}, e.g. {', '.join(names[:4])}; the weights"
+                " do not belong to this kind of model, or the files are not all there"
             )

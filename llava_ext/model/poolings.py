@@ -1,7 +1,7 @@
 """REGISTER of poolings: how `compression_after_projection` makes few vision tokens of many.
 
-The configuration reads the names when it is parsed, so torch is imported by the functions that need it. The file is
-copied beside exported checkpoints and imports nothing else of this package.
+The configuration reads the names when it is parsed, so torch is imported by the functions that need it. The
+file is copied beside exported checkpoints and imports nothing else of this package.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class Pooling:
     Attributes:
         name: the value of the field `pooling`.
         doc: what a new token is, for the reference page.
-        pool: (tokens, side) -> tokens, from (images, g * g, hidden) to (images, side * side, hidden), row by row. The side
-            divides g, except with `published_behaviour`, which takes `average` alone.
+        pool: (tokens, side) -> tokens, from (images, g * g, hidden) to (images, side * side, hidden), row by
+            row. The side divides g, except with `published_behaviour`, which takes `average` alone.
     """
 
     name: str
@@ -31,7 +31,9 @@ class Pooling:
 
 
 def average(tokens: Tensor, side: int) -> Tensor:
-    """The mean of each window: (images, g * g, hidden) -> (images, side * side, hidden); windows overlap where g / side is broken."""
+    """The mean of each window: (images, g * g, hidden) -> (images, side * side, hidden); windows overlap
+    where g / side is broken.
+    """
     from torch.nn.functional import adaptive_avg_pool2d
 
     images, count, hidden = tokens.shape

@@ -1,4 +1,6 @@
-"""Processor of checkpoints with interventions: transformers' LLaVA processor that knows how long an image is."""
+"""Processor of checkpoints with interventions: transformers' LLaVA processor that knows how long an image
+is.
+"""
 
 from __future__ import annotations
 

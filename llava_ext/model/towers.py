@@ -1,7 +1,7 @@
 """The register of vision towers: all in which they differ for LLaVA.
 
-To add a tower, add an entry. Plain standard library: the workflow reads it too, and it is copied beside exported checkpoints,
-so it imports nothing of this package.
+To add a tower, add an entry. Plain standard library: the workflow reads it too, and it is copied beside
+exported checkpoints, so it imports nothing of this package.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from typing import Any
 
 
 class TowerError(ValueError):
-    """A vision tower that is not registered or does not fit; the message says what was found and what is allowed."""
+    """A vision tower that is not registered or does not fit; the message says what was found and what is
+    allowed.
+    """
 
 
 @dataclass(frozen=True)
@@ -22,12 +24,15 @@ class Tower:
 
     Attributes:
         title: its name in messages.
-        closing_norm: the module that normalises the last layer's output; `use_multilayer_features` puts each pick through it.
-        processor: transformers' image processor (Pillow) whose defaults complete the folder's settings. It says the size as a
-            shortest edge and a crop (CLIP, DINOv2), or as height and width (SigLIP).
+        closing_norm: the module that normalises the last layer's output; `use_multilayer_features` puts each
+            pick through it.
+        processor: transformers' image processor (Pillow) whose defaults complete the folder's settings. It
+            says the size as a shortest edge and a crop (CLIP, DINOv2), or as height and width (SigLIP).
         class_token: whether a class token stands before the patches.
-        registers: the config's field with the number of register tokens between class token and patches, if there are any.
-        any_size: whether the tower takes pictures of another size than its config's, with interpolated positions.
+        registers: the config's field with the number of register tokens between class token and patches, if
+            there are any.
+        any_size: whether the tower takes pictures of another size than its config's, with interpolated
+            positions.
         original_prefix: of its weights in LLaVA's own layout; None where LLaVA's code has no such tower.
     """
 
@@ -101,8 +106,9 @@ def check_image_size(vision_config: Any, size: int) -> None:
     patch = int(vision_config.patch_size)
     if entry.any_size and size % patch:
         raise TowerError(
-            f"the image processor gives {size} pixels a side, which is no multiple of the {entry.title} tower's patches of {patch}; "
-            f"set crop_size in preprocessor_config.json to {max(1, size // patch) * patch}"
+            f"the image processor gives {size} pixels a side, which is no multiple of the {entry.title}"
+            f" tower's patches of {patch}; set crop_size in preprocessor_config.json to"
+            f" {max(1, size // patch) * patch}"
         )
     if not entry.any_size and size != own:
         raise TowerError(
@@ -116,5 +122,6 @@ def check_select_feature(vision_config: Any, keeps_all: bool) -> None:
     entry = registered_tower(vision_config.model_type)
     if keeps_all and not entry.tokens_before(vision_config):
         raise TowerError(
-            f"mm_vision_select_feature: found cls_patch, but a {entry.title} tower has no class token that could be kept; use patch"
+            f"mm_vision_select_feature: found cls_patch, but a {entry.title} tower has no class token that"
+            " could be kept; use patch"
         )

@@ -1,8 +1,8 @@
 """The command line of ``python -m llava_ext.train``: every flag of LLaVA's own scripts, and ours.
 
 Flags that transformers has renamed or dropped since LLaVA was written are translated (:data:`RENAMED`,
-:data:`WITHOUT_EFFECT`); flags that nothing here understands are errors with a suggestion. The intervention flags
-come from :class:`llava_ext.model.interventions.Interventions`, so each exists once.
+:data:`WITHOUT_EFFECT`); flags that nothing here understands are errors with a suggestion. The intervention
+flags come from :class:`llava_ext.model.interventions.Interventions`, so each exists once.
 """
 
 from __future__ import annotations
@@ -146,7 +146,10 @@ class DataArguments:
     mismatch_bound: float = field(
         default=0.1,
         metadata={
-            "help": "Stop when more than this share of the samples is masked by a tokenization mismatch (1: never).",
+            "help": (
+                "Stop when more than this share of the samples is masked by a tokenization mismatch (1:"
+                " never)."
+            ),
             **NO_INFLUENCE,
         },
     )
@@ -204,7 +207,10 @@ class LlavaTrainingArguments(TrainingArguments):
     loss_normalization: Literal["micro_batch", "token"] = field(
         default="micro_batch",
         metadata={
-            "help": "micro_batch: mean of the micro-batches' means, as LLaVA; token: mean over all tokens of the step."
+            "help": (
+                "micro_batch: mean of the micro-batches' means, as LLaVA; token: mean over all tokens of the"
+                " step."
+            )
         },
     )
     watchdog_minutes: float = field(
@@ -262,7 +268,9 @@ def make_parser() -> HfArgumentParser:
 
 
 def parse(argv: Sequence[str] | None = None) -> Arguments:
-    """Reads and checks the command line. Raises :class:`TrainingError` or ``InterventionError`` with the fix."""
+    """Reads and checks the command line. Raises :class:`TrainingError` or ``InterventionError`` with the
+    fix.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = make_parser()
     if "--help" in argv or "-h" in argv:
@@ -339,8 +347,8 @@ def _check_before(model: ModelArguments, data: DataArguments, namespace: argpars
             raise TrainingError(f"--{name}: found {value!r}; allowed: {', '.join(map(str, values))}")
     if model.attn_implementation == "flash_attention_2" and not is_flash_attn_2_available():
         raise TrainingError(
-            "--attn_implementation: flash_attention_2 needs a CUDA GPU and the package flash-attn, one of which is missing here; "
-            "install it, or use sdpa"
+            "--attn_implementation: flash_attention_2 needs a CUDA GPU and the package flash-attn, one of"
+            " which is missing here; install it, or use sdpa"
         )
     _check_values(model, namespace)
     for name, (value, reason) in FIXED.items():
@@ -358,7 +366,8 @@ def _check_before(model: ModelArguments, data: DataArguments, namespace: argpars
     grouped = [name for name in ("group_by_length", "group_by_modality_length") if getattr(namespace, name)]
     if len(grouped) == 2 or (grouped and namespace.sampling == "sequential"):
         raise TrainingError(
-            f"--{grouped[0]}: contradicts --{grouped[-1] if len(grouped) == 2 else 'sampling sequential'}; give one of them"
+            f"--{grouped[0]}: contradicts --{grouped[-1] if len(grouped) == 2 else 'sampling sequential'};"
+            " give one of them"
         )
     _check_what_trains(model, namespace)
 
@@ -368,28 +377,30 @@ def _check_what_trains(model: ModelArguments, namespace: argparse.Namespace) -> 
     rate = namespace.vision_tower_lr
     if rate is not None and not (namespace.train_vision_tower and rate > 0):
         raise TrainingError(
-            f"--vision_tower_lr {rate}: allowed is a number above 0, together with --train_vision_tower True; "
-            "leave it out for a tower that does not train, or that trains with --learning_rate"
+            f"--vision_tower_lr {rate}: allowed is a number above 0, together with --train_vision_tower True;"
+            " leave it out for a tower that does not train, or that trains with --learning_rate"
         )
     rate = namespace.mm_projector_lr
     if rate is not None and (namespace.freeze_mm_mlp_adapter or not rate > 0):
         raise TrainingError(
-            f"--mm_projector_lr {rate}: allowed is a number above 0, for a projector that trains; leave it out with "
-            "--freeze_mm_mlp_adapter True"
+            f"--mm_projector_lr {rate}: allowed is a number above 0, for a projector that trains; leave it"
+            " out with --freeze_mm_mlp_adapter True"
         )
     tuned, frozen = model.tune_mm_mlp_adapter, namespace.freeze_mm_mlp_adapter
     if tuned and frozen and not namespace.train_vision_tower:
         raise TrainingError(
-            "--freeze_mm_mlp_adapter: contradicts --tune_mm_mlp_adapter, nothing would train; give one of them"
+            "--freeze_mm_mlp_adapter: contradicts --tune_mm_mlp_adapter, nothing would train; give one of"
+            " them"
         )
     if namespace.lora_enable and tuned:
         raise TrainingError(
-            "--lora_enable: contradicts --tune_mm_mlp_adapter, which trains only the projector; give one of them"
+            "--lora_enable: contradicts --tune_mm_mlp_adapter, which trains only the projector; give one of"
+            " them"
         )
     if namespace.lora_enable and model.freeze_backbone:
         raise TrainingError(
-            "--freeze_backbone: does nothing with --lora_enable, whose adapters are all of the LLM that trains; "
-            "leave it out"
+            "--freeze_backbone: does nothing with --lora_enable, whose adapters are all of the LLM that"
+            " trains; leave it out"
         )
 
 

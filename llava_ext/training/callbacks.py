@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 
 def add_callbacks(trainer: LlavaTrainer, arguments: Arguments, watchdog: NoStep) -> Interruption:
-    """Adds them in their order, the metrics first; returns the one that knows whether a signal has stopped the training."""
+    """Adds them in their order, the metrics first; returns the one that knows whether a signal has stopped
+    the training.
+    """
     training, window = arguments.training, arguments.training.watchdog_zero_steps
     board = bool(getattr(training, "own_tensorboard", False))
     interruption = Interruption()

@@ -14,7 +14,8 @@ from ..errors import NoVerdict, say
 LOCK = ".training.lock"
 
 
-# Who holds the lock, in a file of its own: a process loses a lock when it closes any descriptor of the locked file.
+# Who holds the lock, in a file of its own: a process loses a lock when it closes any descriptor of the locked
+# file.
 HOLDER = ".training.holder"
 
 
@@ -24,8 +25,8 @@ _held: list[Any] = []
 def claim(output_dir: Path, patience_s: float = 150.0) -> None:
     """Makes this process the only training in ``output_dir`` for as long as it lives.
 
-    The lock goes with the process, also after kill -9; that of a machine that has died, when the file server's lease ends
-    (NFS: 90 s). A file system without locks is used as it is.
+    The lock goes with the process, also after kill -9; that of a machine that has died, when the file
+    server's lease ends (NFS: 90 s). A file system without locks is used as it is.
 
     Raises:
         NoVerdict: another living process holds it, after waiting ``patience_s`` for it to end.
@@ -48,7 +49,8 @@ def claim(output_dir: Path, patience_s: float = 150.0) -> None:
             time.sleep(0.5)
         except OSError as error:
             say(
-                f"{output_dir}: no locks here ({error}): see to it yourself that no second training starts in it"
+                f"{output_dir}: no locks here ({error}): see to it yourself that no second training starts"
+                " in it"
             )
             break
     _held.append(stream)
@@ -70,7 +72,8 @@ def holder(output_dir: Path) -> str:
 
 
 def check_claim(output_dir: Path) -> None:
-    """Stops this process when the training was given to another one: a machine that was cut off for a while, say.
+    """Stops this process when the training was given to another one: a machine that was cut off for a while,
+    say.
 
     Raises:
         NoVerdict: another process has claimed ``output_dir`` since; nothing must be written there any more.
@@ -78,7 +81,8 @@ def check_claim(output_dir: Path) -> None:
     owner = holder(output_dir)
     if owner and owner != _me():
         raise NoVerdict(
-            f"{output_dir}: {owner} has taken this training over; this process ({_me()}) stops without writing"
+            f"{output_dir}: {owner} has taken this training over; this process ({_me()}) stops without"
+            " writing"
         )
 
 

@@ -20,7 +20,9 @@ PINS = Path(__file__).parents[2] / "envs/requirements.txt"
 
 
 def quiet(argv: Sequence[str]) -> None:
-    """No network when every model is a folder, no bars and repeated warnings in log files. Before libraries are loaded."""
+    """No network when every model is a folder, no bars and repeated warnings in log files. Before
+    libraries are loaded.
+    """
     # once for each call of every rank, otherwise
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -34,7 +36,9 @@ def quiet(argv: Sequence[str]) -> None:
 
 
 def require_transformers(pins: Path = PINS) -> None:
-    """Ends the process with one line where transformers is of another release than the one whose classes are extended here."""
+    """Ends the process with one line where transformers is of another release than the one whose classes
+    are extended here.
+    """
     pinned = re.search(
         r"^transformers==([\w.]+)", pins.read_text(encoding="utf-8") if pins.is_file() else "", re.MULTILINE
     )

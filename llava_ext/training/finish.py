@@ -29,7 +29,9 @@ ADAPTERS = "adapters"
 def conclude(
     trainer: LlavaTrainer, arguments: Arguments, folders: dict[str, Path], interrupted: bool
 ) -> None:
-    """Writes the final weights and ``train_result.json``; after a signal only the latter. Every rank must call."""
+    """Writes the final weights and ``train_result.json``; after a signal only the latter. Every rank must
+    call.
+    """
     output_dir, step = Path(arguments.training.output_dir), trainer.state.global_step
     first = trainer.is_world_process_zero()
     if first:
@@ -58,15 +60,18 @@ def _check_learned(trainer: LlavaTrainer) -> None:
     logged = sum(row.get("supervised_tokens", 0) for row in trainer.state.log_history)
     if not logged + trainer.take_counts()["supervised_tokens"]:
         raise TrainingError(
-            f"not one token of the {trainer.state.global_step} steps carried a label, so nothing was learned and no weights are "
-            "written; the last batch was\n"
+            f"not one token of the {trainer.state.global_step} steps carried a label, so nothing was learned"
+            " and no weights are written; the last batch was\n"
             + "\n".join(trainer.last_samples())
-            + "\nCheck --version, --model_max_length and the answers of the data (python -m llava_ext.statistics)"
+            + "\nCheck --version, --model_max_length and the answers of the data (python -m"
+            " llava_ext.statistics)"
         )
 
 
 def _write_history(trainer: LlavaTrainer, output_dir: Path) -> None:
-    """transformers' history of the steps, beside the files of the result: it holds times, which no digest may hold."""
+    """transformers' history of the steps, beside the files of the result: it holds times, which no digest
+    may hold.
+    """
     temporary = output_dir / f"{states.STAGING}trainer_state.json"
     trainer.state.save_to_json(str(temporary))
     temporary.replace(output_dir / "trainer_state.json")
@@ -92,8 +97,8 @@ def write_final(
     """The stage's result, written to ``folder`` and read back.
 
     Stage 1: ``mm_projector.bin``, ``mm_projector.safetensors`` and ``config.json`` as LLaVA's, and the folder
-    ``vision_tower`` if that was trained; stage 2: a HF checkpoint, and the folder ``adapters``, as LLaVA's LoRA leaves it,
-    where they are to be kept.
+    ``vision_tower`` if that was trained; stage 2: a HF checkpoint, and the folder ``adapters``, as LLaVA's
+    LoRA leaves it, where they are to be kept.
     """
     folder.mkdir(parents=True)
     model = trainer.plain_model

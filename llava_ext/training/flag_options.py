@@ -13,7 +13,9 @@ from .llava_flags import FALSE, TRUE
 
 
 def add_interventions(parser: argparse.ArgumentParser, title: str) -> None:
-    """Adds one option a field, in a group of their own; those that are not given leave nothing in the namespace."""
+    """Adds one option a field, in a group of their own; those that are not given leave nothing in the
+    namespace.
+    """
     group = parser.add_argument_group(title)
     for name, hint in typing.get_type_hints(Interventions).items():
         if name not in DEFAULTS:

@@ -23,7 +23,9 @@ IDENTITY = "run_identity.json"
 
 
 def folder_digest(folder: Path) -> str:
-    """A digest of a model folder that is cheap at any size: JSON whole; of other files size, head and tail."""
+    """A digest of a model folder that is cheap at any size: JSON whole; of other files size, head and
+    tail.
+    """
     whole = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         if not path.is_file() or path.name.startswith(".") or path.suffix in (".md", ".txt"):
@@ -78,8 +80,8 @@ def _said(value: Any) -> Any:
     return None if value is False else value
 
 
-# transformers' arguments that do not determine the result: where things lie, what is logged, how work is spread over
-# processes. Our own say so themselves, in their fields.
+# transformers' arguments that do not determine the result: where things lie, what is logged, how work is
+# spread over processes. Our own say so themselves, in their fields.
 WITHOUT_INFLUENCE = frozenset(
     [
         "output_dir",

@@ -27,7 +27,9 @@ class Interruption(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """A signal that came during a save: what was saved is all there is to do; no further step, no second save."""
+        """A signal that came during a save: what was saved is all there is to do; no further step, no
+        second save.
+        """
         if self._is_due(args, state):
             control.should_training_stop = True
         return control

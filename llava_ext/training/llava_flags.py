@@ -77,7 +77,9 @@ REFUSED = {
 
 
 def split_flags(argv: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """``["--a", "1", "--b=2"]`` -> ``[("a", ["1"]), ("b", ["2"])]``. Dashes inside a name become underscores."""
+    """``["--a", "1", "--b=2"]`` -> ``[("a", ["1"]), ("b", ["2"])]``. Dashes inside a name become
+    underscores.
+    """
     pairs: list[tuple[str, list[str]]] = []
     for token in argv:
         if token.startswith("--"):
@@ -123,8 +125,8 @@ def parts_as_switches(pairs: list[tuple[str, list[str]]]) -> list[tuple[str, lis
     for name, on in meant.items():
         if name in given and is_on(given[name]) != on:
             raise TrainingError(
-                f"--{name} {' '.join(given[name])}: contradicts --mm_tunable_parts {text}, which lists all that "
-                "trains; leave one of them out"
+                f"--{name} {' '.join(given[name])}: contradicts --mm_tunable_parts {text}, which lists all"
+                " that trains; leave one of them out"
             )
     others = [
         pair for pair in pairs if pair[0] != "mm_tunable_parts" and RENAMED.get(pair[0], pair[0]) not in meant
@@ -172,7 +174,8 @@ def translate(argv: Sequence[str], known: Sequence[str], tf32_works: bool) -> tu
         elif (new := RENAMED.get(name, name)) in known:
             if new == "warmup_steps" and name == "warmup_ratio" and float(values[0]) >= 1:
                 raise TrainingError(
-                    f"--warmup_ratio {values[0]}: allowed is a share from 0 to below 1; use --warmup_steps for steps"
+                    f"--warmup_ratio {values[0]}: allowed is a share from 0 to below 1; use --warmup_steps"
+                    " for steps"
                 )
             out += [f"--{new}", *values]
         else:

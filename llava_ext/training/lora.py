@@ -37,8 +37,8 @@ def add_adapters(
 
     Args:
         weights: an adapter folder to start from, ours or LLaVA's; empty starts new ones.
-        in_float32: keep adapters in float32 beside a half-precision model. Not for DeepSpeed, which keeps float32 copies itself
-            and whose ZeRO-3 takes one precision only.
+        in_float32: keep adapters in float32 beside a half-precision model. Not for DeepSpeed, which keeps
+            float32 copies itself and whose ZeRO-3 takes one precision only.
     """
     from peft import LoraConfig, get_peft_model
 

@@ -25,7 +25,8 @@ def fit_machine(argv: list[str], notices: list[str]) -> list[str]:
 
     if not torch.cuda.is_available() and (why := _why_a_gpu_is_wanted(argv)):
         raise NoVerdict(
-            f"{why}, but torch {torch.__version__} can use no GPU here; {_cuda_error()}. --use_cpu True trains on the CPU"
+            f"{why}, but torch {torch.__version__} can use no GPU here; {_cuda_error()}. --use_cpu True"
+            " trains on the CPU"
         )
     cpu = not torch.cuda.is_available() or _given_switch(argv, "use_cpu")
     argv = _fit_fsdp(argv, cpu and torch.cuda.is_available(), notices)
@@ -41,7 +42,9 @@ def fit_machine(argv: list[str], notices: list[str]) -> list[str]:
 
 
 def _why_a_gpu_is_wanted(argv: Sequence[str]) -> str:
-    """In words, or nothing. A machine with GPUs is not meant to compute for days on its CPU because of a driver."""
+    """In words, or nothing. A machine with GPUs is not meant to compute for days on its CPU because of a
+    driver.
+    """
     given = [is_on(values) for name, values in split_flags(argv) if name == "use_cpu"]
     if given:
         return "" if given[-1] else "--use_cpu False"
@@ -62,7 +65,9 @@ def _cuda_error() -> str:
 
 
 def _fit_fsdp(argv: list[str], beside_gpu: bool, notices: list[str]) -> list[str]:
-    """Takes ``--fsdp`` away where nothing can be split: one process, or the CPU of a machine whose GPU torch would use."""
+    """Takes ``--fsdp`` away where nothing can be split: one process, or the CPU of a machine whose GPU
+    torch would use.
+    """
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
     if "--fsdp" not in argv or not (alone or beside_gpu):
         return argv

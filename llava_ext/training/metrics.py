@@ -15,7 +15,9 @@ from .claim import check_claim
 
 
 class Metrics(TrainerCallback):
-    """One JSON object a logging step in ``metrics.jsonl``, the same numbers for TensorBoard, and a line for people."""
+    """One JSON object a logging step in ``metrics.jsonl``, the same numbers for TensorBoard, and a line
+    for people.
+    """
 
     NAMES = (("loss", "loss"), ("learning_rate", "lr"), ("grad_norm", "grad_norm"), ("epoch", "epoch"))
 
@@ -107,7 +109,9 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _board(folder: Path, step: int) -> Any:
-    """A TensorBoard writer that discards what an earlier attempt wrote after ``step``; None where it is not installed."""
+    """A TensorBoard writer that discards what an earlier attempt wrote after ``step``; None where it is
+    not installed.
+    """
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:

@@ -1,4 +1,6 @@
-"""What trains and how: stage freezing and the optimizer's parameter groups, as LLaVA's training code makes them."""
+"""What trains and how: stage freezing and the optimizer's parameter groups, as LLaVA's training code makes
+them.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +30,8 @@ def freeze(
     """Sets ``requires_grad`` as LLaVA's stages do; the vision tower is frozen (see ``vision_tower.py``).
 
     * ``tune_mm_mlp_adapter`` (stage 1): only the projector trains.
-    * ``freeze_backbone``: the LLM's embeddings, layers and final norm are frozen. ``lm_head`` goes on training, as
-      in LLaVA, which freezes ``model.model`` only.
+    * ``freeze_backbone``: the LLM's embeddings, layers and final norm are frozen. ``lm_head`` goes on
+      training, as in LLaVA, which freezes ``model.model`` only.
     * ``freeze_mm_mlp_adapter``: the projector is frozen, whatever the others say.
     """
     for name, parameter in model.named_parameters():
@@ -70,8 +72,8 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """The optimizer's groups: decayed and undecayed, and both again for each part that has its own rate.
 
-    The order is LLaVA's: others decayed, others undecayed, then the same of the projector, then of the tower. Each
-    group carries ``names``, so that a saved optimizer can be read by name.
+    The order is LLaVA's: others decayed, others undecayed, then the same of the projector, then of the tower.
+    Each group carries ``names``, so that a saved optimizer can be read by name.
     """
     undecayed = undecayed_names(model)
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]

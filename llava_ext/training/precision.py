@@ -10,7 +10,9 @@ from .optimizer import TOWER, component
 
 
 def load_dtype(training: Any) -> torch.dtype:
-    """DeepSpeed keeps float32 copies itself; elsewhere the weights that train stay in float32 under autocast."""
+    """DeepSpeed keeps float32 copies itself; elsewhere the weights that train stay in float32 under
+    autocast.
+    """
     if training.deepspeed and training.bf16:
         return torch.bfloat16
     if training.deepspeed and training.fp16:

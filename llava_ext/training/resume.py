@@ -15,13 +15,16 @@ if TYPE_CHECKING:
 
 
 def prepare(trainer: LlavaTrainer, good: states.Checkpoint, watchdog: NoStep) -> None:
-    """Says what continuing changes, converts what another number of processes needs, refuses another engine."""
+    """Says what continuing changes, converts what another number of processes needs, refuses another
+    engine.
+    """
     checkpoint, facts = good.path, good.facts
     then, now = facts.get("world_size"), trainer.args.world_size
     if facts.get("engine") != trainer.engine:
         raise TrainingError(
-            f"{checkpoint}: was saved with {facts.get('engine')}, this run uses {trainer.engine}; continue with the same "
-            "--deepspeed or --fsdp setting (FSDP needs at least two processes), or start in a new --output_dir"
+            f"{checkpoint}: was saved with {facts.get('engine')}, this run uses {trainer.engine}; continue"
+            " with the same --deepspeed or --fsdp setting (FSDP needs at least two processes), or start in a"
+            " new --output_dir"
         )
     say(f"continuing from {checkpoint}" + (f", saved by {then} processes, now {now}" if then != now else ""))
     if then != now and trainer.engine.startswith("deepspeed"):

@@ -82,7 +82,9 @@ def open_output(arguments: Arguments, store: SampleStore, folders: dict[str, Pat
 def make_trainer(
     arguments: Arguments, store: SampleStore, folders: dict[str, Path], checkpoint: Path | None = None
 ) -> LlavaTrainer:
-    """Everything that a run needs, checked before the first step. ``checkpoint``: what it is going to continue from."""
+    """Everything that a run needs, checked before the first step. ``checkpoint``: what it is going to
+    continue from.
+    """
     training = arguments.training
     _check_families(arguments, folders)
     arguments = with_known_statistics(arguments, checkpoint)
@@ -114,7 +116,8 @@ def _check_families(arguments: Arguments, folders: dict[str, Path]) -> None:
 
 
 def with_known_statistics(arguments: Arguments, checkpoint: Path | None) -> Arguments:
-    """`normalize_statistics: auto` is measured once: a run that goes on, and stage 2, keep the numbers of the beginning.
+    """`normalize_statistics: auto` is measured once: a run that goes on, and stage 2, keep the numbers of the
+    beginning.
 
     Measured again in another precision or on another device they would differ in the last digits.
     """
@@ -131,7 +134,9 @@ def with_known_statistics(arguments: Arguments, checkpoint: Path | None) -> Argu
 
 @dataclass(frozen=True)
 class ReadImage:
-    """From an image file's bytes to pixels, ``(3, height, width)``. A class, so that it can be sent to dataset workers."""
+    """From an image file's bytes to pixels, ``(3, height, width)``. A class, so that it can be sent to
+    dataset workers.
+    """
 
     preprocess: ImagePreprocessor
 
@@ -159,7 +164,8 @@ def _check_lengths(samples: EncodedSamples, arguments: Arguments) -> None:
     if arguments.training.group_by_modality_length and (samples.store.lengths == 0).any():
         index = int((samples.store.lengths == 0).argmax())
         raise TrainingError(
-            f"--group_by_modality_length: {samples.describe(index)} has no words, so it can't be grouped; drop it"
+            f"--group_by_modality_length: {samples.describe(index)} has no words, so it can't be grouped;"
+            " drop it"
         )
 
 
@@ -171,8 +177,8 @@ def _check_text(samples: EncodedSamples, arguments: Arguments) -> None:
     found = statistics.survey(samples, statistics.spread(len(samples), data.preflight_samples))
     whole = statistics.total(found)
     say(
-        f"{len(samples)} samples; of {whole.samples} looked at, {whole.supervised_share:.1%} of the tokens are supervised, "
-        f"{whole.mismatches} are masked by a tokenization mismatch"
+        f"{len(samples)} samples; of {whole.samples} looked at, {whole.supervised_share:.1%} of the tokens"
+        f" are supervised, {whole.mismatches} are masked by a tokenization mismatch"
     )
     statistics.check_bounds(found, data.supervised_share_bound, data.mismatch_bound)
 
@@ -218,23 +224,26 @@ def _from_parts(arguments: Arguments, folders: dict[str, Path]) -> tuple[Any, An
         arguments.interventions,
         projector_type=model_args.mm_projector_type,
         vision_feature_layer=model_args.mm_vision_select_layer,
-        vision_feature_select_strategy="full"
-        if model_args.mm_vision_select_feature == "cls_patch"
-        else "default",
+        vision_feature_select_strategy=(
+            "full" if model_args.mm_vision_select_feature == "cls_patch" else "default"
+        ),
         attn_implementation=model_args.attn_implementation,
         dtype=load_dtype(training),
         model_max_length=training.model_max_length,
         image_aspect_ratio=arguments.data.image_aspect_ratio,
         prompt_version=model_args.version,
     )
-    # The seed alone decides a new projector's weights, however many random numbers loading the parts has used.
+    # The seed alone decides a new projector's weights, however many random numbers loading the parts has
+    # used.
     set_seed(training.seed)
     reset_projector(model.model.multi_modal_projector)
     return model, image_processor
 
 
 def _from_checkpoint(arguments: Arguments, folders: dict[str, Path]) -> tuple[Any, Any]:
-    """A whole LLaVA checkpoint; refuses one with other interventions or another projector than the command line says."""
+    """A whole LLaVA checkpoint; refuses one with other interventions or another projector than the command
+    line says.
+    """
     model_args, training, folder = arguments.model, arguments.training, folders["llm"]
     model, _, image_processor = load_model(
         folder,
@@ -252,7 +261,8 @@ def _from_checkpoint(arguments: Arguments, folders: dict[str, Path]) -> tuple[An
     original.check_features(flags, original.vision_features(model.config), model.config, str(folder))
     if model.config.projector_type != model_args.mm_projector_type:
         raise TrainingError(
-            f"--mm_projector_type {model_args.mm_projector_type}: {folder} has {model.config.projector_type}; give that"
+            f"--mm_projector_type {model_args.mm_projector_type}: {folder} has {model.config.projector_type};"
+            " give that"
         )
     model.config.image_aspect_ratio = arguments.data.image_aspect_ratio
     model.config.prompt_version = model_args.version
@@ -260,7 +270,9 @@ def _from_checkpoint(arguments: Arguments, folders: dict[str, Path]) -> tuple[An
 
 
 def load_projector(model: Any, path: Path) -> None:
-    """Puts a saved projector into the model; refuses one of other interventions, naming the keys that differ."""
+    """Puts a saved projector into the model; refuses one of other interventions, naming the keys that
+    differ.
+    """
     projector = tensors.read_projector(path)
     folder = path if path.is_dir() else path.parent
     _check_interventions(model.config, folder / "config.json", path)
@@ -320,13 +332,15 @@ def _check_disk(model: Any, arguments: Arguments) -> None:
             else "one checkpoint and the final weights need"
         )
         raise NoVerdict(
-            f"--output_dir {output_dir}: {free / 2**30:.1f} GiB are free, {saved} about {needed / 2**30:.1f} GiB; make room or "
-            "choose another folder"
+            f"--output_dir {output_dir}: {free / 2**30:.1f} GiB are free, {saved} about {needed / 2**30:.1f}"
+            " GiB; make room or choose another folder"
         )
 
 
 def bytes_to_write(model: Any, arguments: Arguments) -> int:
-    """The least that a training writes: one checkpoint, unless none is asked for, and the final weights in their precision."""
+    """The least that a training writes: one checkpoint, unless none is asked for, and the final weights in
+    their precision.
+    """
     training = arguments.training
     named = list(model.named_parameters())
     layout = memory.layout(training)

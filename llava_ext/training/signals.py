@@ -1,4 +1,5 @@
-"""Signals ahead of a time limit or a preemption: the trainer notes them and saves, its dataset workers go on until then.
+"""Signals ahead of a time limit or a preemption: the trainer notes them and saves, its dataset workers go on
+until then.
 
 Loads nothing heavy, so that a training hears them from its first moment.
 """
@@ -19,7 +20,9 @@ received: list[int] = []
 
 
 def install_handlers() -> None:
-    """Notes SIGTERM and SIGUSR1 instead of dying from them. To be called early: a signal before the first step counts."""
+    """Notes SIGTERM and SIGUSR1 instead of dying from them. To be called early: a signal before the first
+    step counts.
+    """
     if threading.current_thread() is not threading.main_thread():
         return
     for number in SIGNALS:
@@ -36,7 +39,9 @@ def _record(number: int, frame: Any) -> None:
 
 @contextmanager
 def blocked() -> Iterator[None]:
-    """Processes that are started inside, and their threads, get no signal to the whole job from their first moment on."""
+    """Processes that are started inside, and their threads, get no signal to the whole job from their
+    first moment on.
+    """
     resource_tracker.ensure_running()  # it would unblock them when it is started
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {*SIGNALS, signal.SIGINT})
     try:
@@ -46,10 +51,12 @@ def blocked() -> Iterator[None]:
 
 
 def ignore_in_worker() -> None:
-    """For dataset workers: Slurm signals every process of a job, and a batch that a worker owes is needed until the save.
+    """For dataset workers: Slurm signals every process of a job, and a batch that a worker owes is needed
+    until the save.
 
-    SIGTERM from the trainer itself still ends them: Python sends it to the workers that are left at its end, and waits. So does
-    the trainer's death, which torch's own watch over the parent does not see where a fork server is the parent.
+    SIGTERM from the trainer itself still ends them: Python sends it to the workers that are left at its end,
+    and waits. So does the trainer's death, which torch's own watch over the parent does not see where a fork
+    server is the parent.
     """
     ignored = {signal.SIGUSR1, signal.SIGINT}
     for number in ignored:

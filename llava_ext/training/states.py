@@ -1,8 +1,9 @@
 """Checkpoints that are complete or absent, and the run's identity.
 
-A checkpoint is written to ``.saving-checkpoint-N`` by all ranks, which then share the work of listing every file with
-size and CRC-32 and forcing it to the disk; one of them writes ``complete.json`` and renames the folder to ``checkpoint-N``. A folder without a
-valid list is never resumed from, and is never counted when old ones are pruned.
+A checkpoint is written to ``.saving-checkpoint-N`` by all ranks, which then share the work of listing every
+file with size and CRC-32 and forcing it to the disk; one of them writes ``complete.json`` and renames the
+folder to ``checkpoint-N``. A folder without a valid list is never resumed from, and is never counted when old
+ones are pruned.
 """
 
 from __future__ import annotations
@@ -82,8 +83,9 @@ def last_good(
 ) -> Checkpoint | None:
     """The newest checkpoint that is whole. Damaged newer ones are set aside under ``damaged-checkpoint-N``.
 
-    Several ranks share the reading: every rank calls, with its ``share``, with ``on_first``, which does something on the
-    first rank and gives the result to all, and with ``from_all``, which gives the values of all ranks to all.
+    Several ranks share the reading: every rank calls, with its ``share``, with ``on_first``, which does
+    something on the first rank and gives the result to all, and with ``from_all``, which gives the values of
+    all ranks to all.
     """
     while checkpoint := on_first(lambda: next(iter(checkpoints(output_dir)), None)):
         problem = next(filter(None, from_all(checkpoint.problem(share=share))), None)
@@ -122,7 +124,9 @@ def file_names(folder: Path) -> list[str]:
 
 
 def shares(seen: Sequence[Sequence[str]]) -> list[list[str]]:
-    """Deals files to the ranks that see them; ``seen``: each rank's names, largest first. Every file is in one share."""
+    """Deals files to the ranks that see them; ``seen``: each rank's names, largest first. Every file is in
+    one share.
+    """
     dealt: list[list[str]] = [[] for _ in seen]
     for name in dict.fromkeys(name for names in seen for name in names):
         able = [rank for rank, names in enumerate(seen) if name in names]
@@ -133,7 +137,9 @@ def shares(seen: Sequence[Sequence[str]]) -> list[list[str]]:
 def seal(
     folder: Path, target: Path, step: int, files: dict[str, dict[str, Any]] | None = None, **facts: Any
 ) -> None:
-    """Lists what ``folder`` holds (``files``, where it has been listed already), then gives it its final name."""
+    """Lists what ``folder`` holds (``files``, where it has been listed already), then gives it its final
+    name.
+    """
     files = listing(folder, file_names(folder)) if files is None else files
     follow_umask(folder)
     write_json(folder / MARKER, {"step": step, "files": files, **facts})
@@ -168,7 +174,8 @@ def finished(output_dir: Path) -> dict[str, Any] | None:
         path = output_dir / name
         if not path.is_file() or path.stat().st_size != facts:
             say(
-                f"{path}: missing or changed since the training finished; it is made again from the last checkpoint"
+                f"{path}: missing or changed since the training finished; it is made again from the last"
+                " checkpoint"
             )
             return None
     return result

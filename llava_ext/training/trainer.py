@@ -1,4 +1,6 @@
-"""transformers' Trainer with LLaVA's loss, order of samples and parameter groups, and checkpoints that survive kills."""
+"""transformers' Trainer with LLaVA's loss, order of samples and parameter groups, and checkpoints that
+survive kills.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,8 @@ class LlavaTrainer(Trainer):
             if trackers and isinstance(callback, trackers):
                 patches.tolerate_failures(callback)
         if self.args.loss_normalization == "micro_batch":
-            # transformers would weight every token of the step alike; LLaVA averages the micro-batches' means.
+            # transformers would weight every token of the step alike; LLaVA averages the micro-batches'
+            # means.
             self.model_accepts_loss_kwargs = False
         self.sampler: EpochSampler | None = None
         self.last_indices: list[int] = []
@@ -85,7 +88,8 @@ class LlavaTrainer(Trainer):
         self.universal: Path | None = None
 
     def _split_by_layers(self) -> None:
-        """FSDP's units: the classes that the model names as not to be split, unless ``--fsdp_config`` names others.
+        """FSDP's units: the classes that the model names as not to be split, unless ``--fsdp_config`` names
+        others.
 
         CLIP names a class of its text tower, which no LLaVA has and for which accelerate would stop.
         """
@@ -94,7 +98,7 @@ class LlavaTrainer(Trainer):
             present = {type(module).__name__ for module in self.model.modules()}
             plugin.transformer_cls_names_to_wrap = sorted(present & set(self.model._no_split_modules or ()))
 
-    # -- data ---------------------------------------------------------------------------------------------------
+    # -- data ----------------------------------------------------------------------------------------------
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         args = self.args
@@ -123,7 +127,7 @@ class LlavaTrainer(Trainer):
         """Not counted: it walks over all parameters at every step."""
         return 0
 
-    # -- loss ---------------------------------------------------------------------------------------------------
+    # -- loss ----------------------------------------------------------------------------------------------
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -154,7 +158,9 @@ class LlavaTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _keep_predicting(self, head: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        """Hands the LLM's head only the places whose next token is a label: (batch, tokens, hidden) -> (1, labels, hidden)."""
+        """Hands the LLM's head only the places whose next token is a label: (batch, tokens, hidden) -> (1,
+        labels, hidden).
+        """
         if self._predicting is None:
             return args
         chosen = args[0][self._predicting.to(args[0].device)]
@@ -162,7 +168,9 @@ class LlavaTrainer(Trainer):
         return (chosen[None], *args[1:])
 
     def take_counts(self) -> dict[str, float]:
-        """Tokens, text tokens, supervised tokens and samples of all ranks since the last call. Every rank must call."""
+        """Tokens, text tokens, supervised tokens and samples of all ranks since the last call. Every rank
+        must call.
+        """
         counts = torch.tensor([float(value) for value in self.counts.values()], dtype=torch.float64)
         if world_size() > 1:
             counts = counts.to(self.args.device)
@@ -187,7 +195,8 @@ class LlavaTrainer(Trainer):
                 f"the loss is not finite on another rank {where}; stopped before the weights changed"
             )
         raise TrainingError(
-            f"the loss is {float(loss.detach())} {where}; stopped before the weights changed. The samples of this micro-batch:\n"
+            f"the loss is {float(loss.detach())} {where}; stopped before the weights changed. The samples of"
+            " this micro-batch:\n"
             + "\n".join(self.last_samples())
             + "\nLook at these samples, the learning rate and the precision; the last checkpoint is kept."
         )
@@ -196,7 +205,7 @@ class LlavaTrainer(Trainer):
         """The samples of the last micro-batch, one a line."""
         return [f"  {self.describe(index)}" for index in self.last_indices]
 
-    # -- optimizer ----------------------------------------------------------------------------------------------
+    # -- optimizer -----------------------------------------------------------------------------------------
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """As transformers', with LLaVA's groups."""
@@ -211,7 +220,7 @@ class LlavaTrainer(Trainer):
             )
         return self.optimizer
 
-    # -- saving -------------------------------------------------------------------------------------------------
+    # -- saving --------------------------------------------------------------------------------------------
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._save_root or self.args.output_dir)
@@ -245,8 +254,8 @@ class LlavaTrainer(Trainer):
             self.watchdog.beat()
 
     def _list_together(self, folder: Path) -> dict[str, dict[str, Any]]:
-        """Size and CRC of every file of a checkpoint. Each rank reads its share: one alone would need minutes for a
-        large state, in the time between a signal and the job's end.
+        """Size and CRC of every file of a checkpoint. Each rank reads its share: one alone would need minutes
+        for a large state, in the time between a signal and the job's end.
 
         Every rank says which files it sees: on a shared file system a machine may see another's only later.
         """
@@ -289,7 +298,9 @@ class LlavaTrainer(Trainer):
         return "fsdp" if self.is_fsdp_enabled else "ddp"
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """As transformers'; DeepSpeed's engine, which exists by now, is told to leave frozen weights out of its checkpoints."""
+        """As transformers'; DeepSpeed's engine, which exists by now, is told to leave frozen weights out
+        of its checkpoints.
+        """
         engine = getattr(getattr(self.accelerator, "deepspeed_engine_wrapped", None), "engine", None)
         if engine is not None:
             patches.use_checkpointing(engine, self._load_engine)
@@ -308,7 +319,9 @@ class LlavaTrainer(Trainer):
         return loaded
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """As transformers', but with FSDP no second file of all weights: ``save_model`` writes those that train."""
+        """As transformers', but with FSDP no second file of all weights: ``save_model`` writes those that
+        train.
+        """
         if not self.is_fsdp_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
             return
@@ -318,9 +331,11 @@ class LlavaTrainer(Trainer):
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Writes the weights that train, whole, under their names in memory, and the config. Every rank must call.
+        """Writes the weights that train, whole, under their names in memory, and the config. Every rank must
+        call.
 
-        Not with DeepSpeed, whose own files hold them: nobody would read these, and one rank would write 13.5 GB more.
+        Not with DeepSpeed, whose own files hold them: nobody would read these, and one rank would write 13.5
+        GB more.
         """
         model = self.plain_model
         folder = Path(output_dir or self.args.output_dir)
@@ -344,7 +359,8 @@ class LlavaTrainer(Trainer):
         state = load_file(Path(resume_from_checkpoint) / TRAINED)
         missing = set(trainable_names(target)) - state.keys()
         if self.is_fsdp_enabled:
-            # Every rank takes its part of the whole tensors. Imported here: a second that others need not wait.
+            # Every rank takes its part of the whole tensors. Imported here: a second that others need not
+            # wait.
             from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
             whole = StateDictOptions(full_state_dict=True, strict=False)
@@ -353,12 +369,15 @@ class LlavaTrainer(Trainer):
             result = target.load_state_dict(state, strict=False)
         if missing or result.unexpected_keys:
             raise TrainingError(
-                f"{resume_from_checkpoint}: does not fit this model: missing {sorted(missing)[:5]}, "
-                f"unexpected {result.unexpected_keys[:5]}; the training code has changed, start in a new --output_dir"
+                f"{resume_from_checkpoint}: does not fit this model: missing {sorted(missing)[:5]},"
+                f" unexpected {result.unexpected_keys[:5]}; the training code has changed, start in a new"
+                " --output_dir"
             )
 
     def gathered_state(self) -> dict[str, torch.Tensor]:
-        """All weights under their names in memory, whole, on rank 0 (elsewhere empty). Every rank must call."""
+        """All weights under their names in memory, whole, on rank 0 (elsewhere empty). Every rank must
+        call.
+        """
         model = self.plain_model
         state = gather(model, {name for name, _ in model.named_parameters()}, self.args.should_save)
         if not self.args.should_save:

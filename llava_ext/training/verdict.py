@@ -1,4 +1,6 @@
-"""The end of a training that will repeat: its reason stands in ``train_result.json``, so that nobody tries again in vain."""
+"""The end of a training that will repeat: its reason stands in ``train_result.json``, so that nobody tries
+again in vain.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,9 @@ def reason(error: BaseException) -> str | None:
     """Why an error is a verdict, for people; None for one that another attempt may not meet."""
     if isinstance(error, torch.OutOfMemoryError):
         return (
-            f"out of memory on the GPU of rank {os.environ.get('RANK', '0')}: {str(error).splitlines()[0]} "
-            "Lower --per_device_train_batch_size (and raise --gradient_accumulation_steps by as much: the same steps), "
-            "set --gradient_checkpointing True, or split or offload more (--deepspeed, --fsdp)"
+            f"out of memory on the GPU of rank {os.environ.get('RANK', '0')}: {str(error).splitlines()[0]}"
+            " Lower --per_device_train_batch_size (and raise --gradient_accumulation_steps by as much: the"
+            " same steps), set --gradient_checkpointing True, or split or offload more (--deepspeed, --fsdp)"
         )
     if isinstance(error, NoVerdict) or not isinstance(error, (TrainingError, ValueError)):
         return None

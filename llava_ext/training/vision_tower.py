@@ -18,9 +18,9 @@ from .lora import is_adapted
 def train_tower(model: Any) -> None:
     """Lets the tower train, adapters or not, and says which of its weights stay as they are.
 
-    What no gradient can reach (with LLaVA's layer -2 the last layer and the closing norm) is frozen: DDP, FSDP and
-    ZeRO wait for the gradient of every weight that trains. The tower's config then says for good, in LLaVA's word,
-    that its weights are no longer those of the folder it came from.
+    What no gradient can reach (with LLaVA's layer -2 the last layer and the closing norm) is frozen: DDP,
+    FSDP and ZeRO wait for the gradient of every weight that trains. The tower's config then says for good, in
+    LLaVA's word, that its weights are no longer those of the folder it came from.
     """
     whole = model.get_base_model() if is_adapted(model) else model
     tower, config = whole.model.vision_tower, whole.config
@@ -51,7 +51,9 @@ def unreached(config: Any) -> set[str]:
 
 
 def _summary(tower: nn.Module, names: set[str]) -> list[str]:
-    """The same parameters as the largest modules that hold nothing else, and single names where there is none."""
+    """The same parameters as the largest modules that hold nothing else, and single names where there is
+    none.
+    """
     found: list[str] = []
     for path, module in tower.named_modules():
         inside = {f"{path}.{name}" for name, _ in module.named_parameters()}

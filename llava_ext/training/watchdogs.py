@@ -43,8 +43,8 @@ class StuckAtZero(TrainerCallback):
         learned = next((row["step"] for row in logged if abs(row["loss"]) >= 1e-9), 0)
         if state.global_step - learned >= self.limit:
             raise TrainingError(
-                f"the loss has been zero for {state.global_step - learned} steps up to step {state.global_step}; "
-                "the last batch was\n"
+                f"the loss has been zero for {state.global_step - learned} steps up to step"
+                f" {state.global_step}; the last batch was\n"
                 + "\n".join(self.samples())
                 + "\nCheck the learning rate, the labels (python -m llava_ext.statistics) and the precision. "
                 "--watchdog_zero_steps 0 turns this check off."
@@ -52,7 +52,9 @@ class StuckAtZero(TrainerCallback):
 
 
 class FewLabels(TrainerCallback):
-    """Stops when hardly any token of the last ``window`` steps carried a label, wherever in the data that begins."""
+    """Stops when hardly any token of the last ``window`` steps carried a label, wherever in the data that
+    begins.
+    """
 
     def __init__(self, bound: float, window: int, samples: Callable[[], list[str]]) -> None:
         self.bound = bound
@@ -69,20 +71,20 @@ class FewLabels(TrainerCallback):
         supervised, text = (sum(row[name] for row in last) for name in ("supervised_tokens", "text_tokens"))
         if steps >= self.window and supervised < self.bound * text:
             raise TrainingError(
-                f"only {supervised:.0f} of {text:.0f} text tokens carried a label in the last {steps} steps up to step "
-                f"{state.global_step} ({supervised / text:.2%}, --supervised_share_bound: {self.bound:.2%}); "
-                "the last batch was\n"
+                f"only {supervised:.0f} of {text:.0f} text tokens carried a label in the last {steps} steps"
+                f" up to step {state.global_step} ({supervised / text:.2%}, --supervised_share_bound:"
+                f" {self.bound:.2%}); the last batch was\n"
                 + "\n".join(self.samples())
-                + "\nCheck --version and --model_max_length with `python -m llava_ext.statistics`; the last checkpoint "
-                "is kept."
+                + "\nCheck --version and --model_max_length with `python -m llava_ext.statistics`; the last"
+                " checkpoint is kept."
             )
 
 
 class NoStep(TrainerCallback):
     """Ends the process, with every thread's stack in the log, when nothing has gone on for too long.
 
-    It watches from before the processes first talk to each other until the last file is written. A rank that waits
-    for a lost one can't be woken; the last checkpoint is kept and the launcher tries again.
+    It watches from before the processes first talk to each other until the last file is written. A rank that
+    waits for a lost one can't be woken; the last checkpoint is kept and the launcher tries again.
     """
 
     def __init__(self, minutes: float, output_dir: Path) -> None:

@@ -166,7 +166,10 @@ def test_first_use_hashes_of_the_config_give_way_to_the_hubs(work, hub):
 
 def cache_with_the_real_client(work, hub, *names):
     """Fills the client's own cache as any other program of the user does."""
-    code = "import sys, huggingface_hub as h\nfor n in sys.argv[3:]: h.hf_hub_download(sys.argv[1], n, repo_type='dataset', revision=sys.argv[2])"
+    code = (
+        "import sys, huggingface_hub as h\nfor n in sys.argv[3:]: h.hf_hub_download(sys.argv[1], n,"
+        " repo_type='dataset', revision=sys.argv[2])"
+    )
     subprocess.run([sys.executable, "-c", code, hub.repo, hub.commit, *names], env=work.env, check=True)
 
 

@@ -1,4 +1,6 @@
-"""Downloads against a real server with faults: each ends in a verified file or in an error that says what to do."""
+"""Downloads against a real server with faults: each ends in a verified file or in an error that says what
+to do.
+"""
 
 from __future__ import annotations
 
@@ -310,7 +312,9 @@ def test_a_killed_download_goes_on(server, tmp_path):
 
 
 def test_a_full_disk_keeps_what_was_fetched(server, tmp_path):
-    """The kernel refuses to write on: a file size limit gives the same kind of error as a full disk or quota."""
+    """The kernel refuses to write on: a file size limit gives the same kind of error as a full disk or
+    quota.
+    """
     url = server.add("/images.zip", DATA)
 
     def limit():

@@ -218,7 +218,8 @@ def test_final_answers_say_what_to_do(server, tmp_path, patience, status, what_t
 @pytest.mark.parametrize(
     "place",
     ["http://[bad/x?sig=geheim1", "ftp://host/x?sig=geheim1", "http:///x?sig=geheim1",
-     "http://a b/?sig=geheim1", "http://127.0.0.1:99999/?sig=geheim1", "http://" + "a" * 300 + "/?sig=geheim1"],
+     "http://a b/?sig=geheim1", "http://127.0.0.1:99999/?sig=geheim1",
+     "http://" + "a" * 300 + "/?sig=geheim1"],
 )  # fmt: skip
 def test_redirects_to_nowhere_are_a_sentence_without_their_signature(
     server, tmp_path, patience, place, capfd

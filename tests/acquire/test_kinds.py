@@ -27,7 +27,8 @@ def _write(spec: OneRecord, folder: Path) -> dict[str, Any]:
     turns = [{"from": "human", "value": "Say it."}, {"from": "gpt", "value": spec.text}]
     path = folder / "one.json"
     path.write_text(json.dumps([{"id": "1", "conversations": turns}]))
-    return {"annotations": [{"path": path.name, "role": "annotations"}], "files": [describe_file(path, path.name)]}
+    annotations = [{"path": path.name, "role": "annotations"}]
+    return {"annotations": annotations, "files": [describe_file(path, path.name)]}
 
 
 KINDS = {

@@ -1,4 +1,6 @@
-"""Random damage: whatever the bytes, there is an answer or a message, never a traceback, and never wrong data."""
+"""Random damage: whatever the bytes, there is an answer or a message, never a traceback, and never wrong
+data.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Finished checkpoints: stock transformers reads vanilla ones, the code saved beside the weights reads the others."""
+"""Finished checkpoints: stock transformers reads vanilla ones, the code saved beside the weights reads the
+others.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,7 @@ def chat(question: str = QUESTION) -> list[dict]:
     return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
 
 
-# -- the class ----------------------------------------------------------------------------------------------------------------
+# -- the class --------------------------------------------------------------------------------------------
 
 
 def test_with_all_flags_off_it_equals_the_stock_class_bit_for_bit():
@@ -82,7 +84,7 @@ def test_trainer_checkpoints_keep_the_names_in_memory(tmp_path):
     assert load_file(tmp_path / "model.safetensors").keys() == model.state_dict().keys()
 
 
-# -- vanilla ------------------------------------------------------------------------------------------------------------------
+# -- vanilla ----------------------------------------------------------------------------------------------
 
 
 def test_vanilla_is_a_stock_checkpoint(vanilla):
@@ -158,7 +160,7 @@ def state_equal(one, other) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
-# -- interventions ------------------------------------------------------------------------------------------------------------
+# -- interventions ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", FLAGS)
@@ -203,7 +205,8 @@ model, info = AutoModelForImageTextToText.from_pretrained(
     folder, trust_remote_code=True, dtype=torch.float32, output_loading_info=True)
 assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What color is the circle?"}]}]
+question = {"type": "text", "text": "What color is the circle?"}
+chat = [{"role": "user", "content": [{"type": "image"}, question]}]
 text = processor.apply_chat_template(chat, add_generation_prompt=True)
 inputs = processor(images=Image.open(picture), text=text, return_tensors="pt")
 new = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1]:]
@@ -250,7 +253,7 @@ def load_model_only(folder: Path):
     return model, model.config
 
 
-# -- saving -------------------------------------------------------------------------------------------------------------------
+# -- saving -----------------------------------------------------------------------------------------------
 
 
 def test_the_same_weights_are_saved_from_a_gathered_state(tmp_path):
@@ -318,7 +321,9 @@ def test_a_saved_tokenizer_still_gives_training_ids(vanilla):
 
 
 def test_a_new_projector_is_the_same_in_every_precision():
-    """Not drawn in the precision of the engine: DDP keeps float32, DeepSpeed bfloat16, and both start from one projector."""
+    """Not drawn in the precision of the engine: DDP keeps float32, DeepSpeed bfloat16, and both start from
+    one projector.
+    """
     projector = make_model()[0].model.multi_modal_projector
     drawn = {}
     for dtype in (torch.float32, torch.bfloat16):

@@ -1,4 +1,6 @@
-"""Checkpoints between the HF layout and the original one: nothing is lost, nothing is mistaken for something else."""
+"""Checkpoints between the HF layout and the original one: nothing is lost, nothing is mistaken for
+something else.
+"""
 
 from __future__ import annotations
 
@@ -200,7 +202,9 @@ def test_a_stage_1_folder_on_its_base_llm(name, tmp_path):
 
 
 def lora(folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
-    """A folder as LLaVA's LoRA training of peft 0.4 leaves it: pickles, suffixes of names, settings that have gone."""
+    """A folder as LLaVA's LoRA training of peft 0.4 leaves it: pickles, suffixes of names, settings that
+    have gone.
+    """
     stage_1(folder)
     projector = tensors.read_tensors(folder / "mm_projector.bin")
     (folder / "mm_projector.bin").unlink()

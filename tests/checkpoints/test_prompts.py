@@ -1,4 +1,6 @@
-"""A checkpoint's prompts are those of training, whatever the client: stock processors, text typed by hand, pipelines, ours."""
+"""A checkpoint's prompts are those of training, whatever the client: stock processors, text typed by hand,
+pipelines, ours.
+"""
 
 from __future__ import annotations
 
@@ -119,8 +121,13 @@ def test_text_typed_by_hand(saved):
 
 def test_a_whole_conversation_with_a_system_turn_and_several_pictures(saved):
     processor, tokenizer, model, version = saved
-    values = [("system", "Be short."), ("human", "Is <image> like <image>?"), ("gpt", "No."), ("human", "Why?"),
-              ("gpt", "One is red.")]  # fmt: skip
+    values = [
+        ("system", "Be short."),
+        ("human", "Is <image> like <image>?"),
+        ("gpt", "No."),
+        ("human", "Why?"),
+        ("gpt", "One is red."),
+    ]
     turns = [{"from": speaker, "value": value} for speaker, value in values]
     roles = {"system": "system", "human": "user", "gpt": "assistant"}
     text = processor.apply_chat_template([{"role": roles[s], "content": v} for s, v in values])
@@ -166,7 +173,7 @@ def test_every_familys_processor_has_the_ids_of_training(family, tmp_path):
         assert list(processor(images=picture(0), text=text)["input_ids"][0]) == expected
 
 
-# -- checkpoints -----------------------------------------------------------------------------------------------------------
+# -- checkpoints ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module", params=["v1", "chat"])
@@ -246,7 +253,7 @@ def test_a_chat_model_ends_where_the_assistants_turn_does():
     assert ends == tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
 
 
-# -- several pictures and messages, from files to the model ----------------------------------------------------------------
+# -- several pictures and messages, from files to the model -----------------------------------------------
 
 
 def samples_of(folder, records, version="v1"):
@@ -341,7 +348,9 @@ def test_stock_tokenizers_read_the_rule(checkpoint):
 
 
 def test_tokenizers_are_saved_under_names_that_transformers_4_and_llavas_loader_know(checkpoint, tmp_path):
-    """LLaVA's loader asks for Llama's slow tokenizer, also when the layout is made from a finished checkpoint."""
+    """LLaVA's loader asks for Llama's slow tokenizer, also when the layout is made from a finished
+    checkpoint.
+    """
     folder, tokenizer, _, _ = checkpoint
     name = json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"]
     assert name == "PreTrainedTokenizerFast"

@@ -54,48 +54,143 @@ BAD = [
     ("experiments/compress_4/interventions/final_spatial_size", 5, "no square number", "1, 4, 16"),
     ("experiments/compress_4/interventions/final_spatial_size", 9, "does not divide", "1, 4, 16"),
     ("experiments/compress_4/interventions/final_spatial_size", ..., "final_spatial_size", "missing"),
-    ("experiments/vanilla/interventions", {"final_spatial_size": 4}, "without compression_after_projection", "final_spatial"),
-    ("experiments/vanilla/interventions", {"interleave_sparsity": 4}, "without interleave", "interleave: true"),
-    ("experiments/vanilla/interventions", {"interleave": True, "interleave_sparsity": 0}, "interleave_sparsity", "from 1"),
-    ("experiments/vanilla/interventions", {"normalise_projector": True}, "did you mean 'normalize_projector'?", "vanilla"),
+    (
+        "experiments/vanilla/interventions",
+        {"final_spatial_size": 4},
+        "without compression_after_projection",
+        "final_spatial",
+    ),
+    (
+        "experiments/vanilla/interventions",
+        {"interleave_sparsity": 4},
+        "without interleave",
+        "interleave: true",
+    ),
+    (
+        "experiments/vanilla/interventions",
+        {"interleave": True, "interleave_sparsity": 0},
+        "interleave_sparsity",
+        "from 1",
+    ),
+    (
+        "experiments/vanilla/interventions",
+        {"normalise_projector": True},
+        "did you mean 'normalize_projector'?",
+        "vanilla",
+    ),
     ("experiments/vanilla/interventions", {"normalize_projector": "maybe"}, "found 'maybe'", "true or false"),
-    ("experiments/normalize_multilayer/interventions/multilayer_layers", [1, 9], "multilayer_layers", "1 to 4"),
+    (
+        "experiments/normalize_multilayer/interventions/multilayer_layers",
+        [1, 9],
+        "multilayer_layers",
+        "1 to 4",
+    ),
     ("stages/finetune/seed", -1, "found -1", ">= 0"),
     ("stages/finetune/seed", 2**64, "stages.finetune.seed", "< 4294967296"),
     ("mixtures/shapes_pretrain/seed", -1, "mixtures.shapes_pretrain.seed", ">= 0"),
     ("sources/shapes_test/seed", -1, "sources.shapes_test.seed", ">= 0"),
     ("model/projector_type", "identity", "model.projector_type", "no weights to train"),
-    ("experiments/compress_4/interventions/final_spatial_size", 16, "fewer than the 16 tokens", "leave both out"),
-    ("experiments/vanilla/finetune", {"global_batch_size": 48}, "experiments.vanilla.finetune.global_batch_size", "32"),
-    ("experiments/vanilla/finetune", {"train_projector": False, "mm_projector_lr": 1e-4}, "the projector does not train", "leave it out"),
-    ("experiments/vanilla/finetune", {"max_stepz": 4}, "experiments.vanilla.finetune.max_stepz", "'max_steps'"),
+    (
+        "experiments/compress_4/interventions/final_spatial_size",
+        16,
+        "fewer than the 16 tokens",
+        "leave both out",
+    ),
+    (
+        "experiments/vanilla/finetune",
+        {"global_batch_size": 48},
+        "experiments.vanilla.finetune.global_batch_size",
+        "32",
+    ),
+    (
+        "experiments/vanilla/finetune",
+        {"train_projector": False, "mm_projector_lr": 1e-4},
+        "the projector does not train",
+        "leave it out",
+    ),
+    (
+        "experiments/vanilla/finetune",
+        {"max_stepz": 4},
+        "experiments.vanilla.finetune.max_stepz",
+        "'max_steps'",
+    ),
     ("experiments/vanilla/model", {"llm": "tiny_tower"}, "experiments.vanilla.model.llm", "role: llm"),
     ("experiments/vanilla/model", {"projector_type": "mlp2x_glue"}, "mlp2x_glue", "mlp"),
     ("model/vision_tower", "clip", "model.vision_tower", "tiny_tower"),
     ("model/vision_feature_layer", -9, "model.vision_feature_layer", "-5 to 4"),
     ("models/tiny_llm/kind", "shape_llm", "models.tiny_llm.kind", "did you mean 'shapes_llm'?"),
     ("models/tiny_llm/kind", ..., "models.tiny_llm.kind", "shapes_tower"),
-    ("models/vicuna", {"kind": "hub", "role": "llm", "repo": "lmsys/vicuna-7b-v1.5", "revision": "main"}, "models.vicuna.revision", "found 'main'"),
-    ("models/mine", {"kind": "path", "role": "llm", "path": "/no/such/folder"}, "models.mine.path", "config.json"),
+    (
+        "models/vicuna",
+        {"kind": "hub", "role": "llm", "repo": "lmsys/vicuna-7b-v1.5", "revision": "main"},
+        "models.vicuna.revision",
+        "found 'main'",
+    ),
+    (
+        "models/mine",
+        {"kind": "path", "role": "llm", "path": "/no/such/folder"},
+        "models.mine.path",
+        "config.json",
+    ),
     ("sources/mine", {"kind": "path", "images": "/no/such.zip"}, "sources.mine.images", "exists"),
     ("sources/shapes_test/splitt", "x", "sources.shapes_test.splitt", "did you mean 'split'?"),
     ("sources/shapes_captions/damage/truncated", -2, "sources.shapes_captions.damage.truncated", ">= 0"),
-    ("mixtures/shapes_pretrain/parts/0/policy/corrupt", "keeep", "parts[0].policy.corrupt", "did you mean 'keep'?"),
-    ("mixtures/shapes_pretrain/parts/0/policy/records", {"system_trun": "drop"}, "parts[0].policy.records", "did you mean 'system_turn'?"),
-    ("mixtures/shapes_pretrain/parts/0/policy/records", {"video": "fix"}, "video: found 'fix'", "allowed are keep, drop, fail"),
-    ("mixtures/shapes_pretrain/parts/0/annotations", "shapes", "mixtures.shapes_pretrain.parts[0].annotations", "shapes_captions"),
-    ("mixtures/shapes_pretrain/parts/0/images/0/source", "nowhere", "parts[0].images[0].source", "section sources"),
+    (
+        "mixtures/shapes_pretrain/parts/0/policy/corrupt",
+        "keeep",
+        "parts[0].policy.corrupt",
+        "did you mean 'keep'?",
+    ),
+    (
+        "mixtures/shapes_pretrain/parts/0/policy/records",
+        {"system_trun": "drop"},
+        "parts[0].policy.records",
+        "did you mean 'system_turn'?",
+    ),
+    (
+        "mixtures/shapes_pretrain/parts/0/policy/records",
+        {"video": "fix"},
+        "video: found 'fix'",
+        "allowed are keep, drop, fail",
+    ),
+    (
+        "mixtures/shapes_pretrain/parts/0/annotations",
+        "shapes",
+        "mixtures.shapes_pretrain.parts[0].annotations",
+        "shapes_captions",
+    ),
+    (
+        "mixtures/shapes_pretrain/parts/0/images/0/source",
+        "nowhere",
+        "parts[0].images[0].source",
+        "section sources",
+    ),
     ("compute/laptop/nodes", 2, "compute.laptop", "set parallel to ddp"),
     ("compute/laptop/precision", "fp16", "needs a GPU", "precision"),
     ("compute/laptop/offload", "optimizer", "zero2 or zero3", "offload"),
     ("compute/laptop/save_before_end_s", 1790, "leaves 10 s of runtime_min: 30", "raise runtime_min"),
-    ("compute/cluster", {"gpus_per_node": 8, "parallel": "ddp", "gres": "gpu:a100:4"}, "asks for 4 GPUs", "set gres: gpu:a100:8"),
-    ("compute/cluster", {"gpus_per_node": 8, "parallel": "ddp", "gres": "gpu:a100"}, "asks for 1 GPUs", "set gres: gpu:a100:8"),
-    ("compute/cluster", {"gpus_per_node": 1, "packing": True}, "packing: true with attention: sdpa", "set attention: flash_attention_2"),
+    (
+        "compute/cluster",
+        {"gpus_per_node": 8, "parallel": "ddp", "gres": "gpu:a100:4"},
+        "asks for 4 GPUs",
+        "set gres: gpu:a100:8",
+    ),
+    (
+        "compute/cluster",
+        {"gpus_per_node": 8, "parallel": "ddp", "gres": "gpu:a100"},
+        "asks for 1 GPUs",
+        "set gres: gpu:a100:8",
+    ),
+    (
+        "compute/cluster",
+        {"gpus_per_node": 1, "packing": True},
+        "packing: true with attention: sdpa",
+        "set attention: flash_attention_2",
+    ),
     ("compute/laptop/memory", 3, "compute.laptop.memory", "mem_mb"),
     ("evaluation/source", "shapes_tests", "evaluation.source", "did you mean 'shapes_test'?"),
     ("experimentz", {}, "experimentz", "did you mean 'experiments'?"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(
@@ -184,9 +279,9 @@ def test_snakemake_shows_the_message_without_a_traceback(tmp_path):
 
 def test_parsing_loads_nothing_heavy():
     code = (
-        "import sys, pathlib;"
-        "from workflow_scripts.plan.plan import read_plan; read_plan([pathlib.Path('config/config.yaml')]);"
-        "print([m for m in ('torch', 'transformers', 'pyarrow', 'numpy', 'PIL', 'requests') if m in sys.modules])"
+        "import sys, pathlib;from workflow_scripts.plan.plan import read_plan;"
+        " read_plan([pathlib.Path('config/config.yaml')]);print([m for m in ('torch', 'transformers',"
+        " 'pyarrow', 'numpy', 'PIL', 'requests') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert done.stdout.strip() == "[]", done.stderr

@@ -26,10 +26,13 @@ REFUSED = [
     ("time: 1:30\n", "line 1: found 1:30, but YAML reads it as a number in base 60"),
     ("time: 1:30.5\n", "line 1: found 1:30.5, but YAML reads it as a number in base 60"),
     ("experiments:\n  no: {}\n", "line 2: found no, but YAML reads it as true or false"),
-    ("source: on\n", "line 1: found on, but YAML reads it as true or false; write that, or put a name in quotes"),
+    (
+        "source: on\n",
+        "line 1: found on, but YAML reads it as true or false; write that, or put a name in quotes",
+    ),
     ("revision: 2024-01-31\n", "line 1: found 2024-01-31, but YAML reads it as a date; put it in quotes"),
     ("- 1\n", "found list; allowed: the sections of docs/config.md"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("text", "message"), REFUSED)
@@ -51,7 +54,10 @@ def test_everything_that_is_wrong_comes_in_one_message(tmp_path):
 
 def test_what_means_what_it_looks_like_is_read_as_ever(tmp_path):
     """Also what other programs write: JSON, anchors used twice, merged sections, numbers in any spelling."""
-    text = "a: &x {b: 1, c: true}\nd: *x\ne: {<<: *x, b: 2}\nf: ['0600', 'no', \"on\"]\ng: [0, 0.5, -1.0e-3, 1_000, null, ~]\n"
+    text = (
+        "a: &x {b: 1, c: true}\nd: *x\ne: {<<: *x, b: 2}\nf: ['0600', 'no', \"on\"]\ng: [0, 0.5, -1.0e-3,"
+        " 1_000, null, ~]\n"
+    )
     (tmp_path / "my.yaml").write_text(text)
     assert read_yaml(tmp_path / "my.yaml") == yaml.safe_load(text)
     (tmp_path / "my.json").write_text('{"a": [1, 2.5e-3],\n "b": {"c": "no"}}')

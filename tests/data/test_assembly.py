@@ -160,7 +160,7 @@ def test_pixels_may_come_as_uint8():
         )
 
 
-# -- batches without pictures -------------------------------------------------------------------------------------------------
+# -- batches without pictures -----------------------------------------------------------------------------
 
 
 def module_order(model, batch) -> list[str]:
@@ -179,7 +179,9 @@ def module_order(model, batch) -> list[str]:
 
 @pytest.mark.parametrize("names", [(), FLAGS], ids=["vanilla", "all flags"])
 def test_text_only_batches_run_the_same_modules_and_leave_the_projector_alone(names):
-    """Ranks of a distributed training must agree on both; a projector without gradient would hang or crash it."""
+    """Ranks of a distributed training must agree on both; a projector without gradient would hang or crash
+    it.
+    """
     model, tokenizer, images = make_model(flags(*names))
     model.train()
     with_image = module_order(model, make_batch(model, tokenizer, images, [RECORDS[0]]))

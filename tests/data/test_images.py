@@ -66,7 +66,9 @@ def test_without_simplejpeg_pillow_decodes(monkeypatch):
 
 @pytest.mark.parametrize("size", [(64, 48), (48, 64), (56, 56), (200, 31), (33, 500), (1, 1), (2, 3)])
 def test_padding_first_and_resizing_rows_first_are_the_same(size):
-    """The reference pads to a square, then resizes; ours resizes rows of landscape pictures before padding."""
+    """The reference pads to a square, then resizes; ours resizes rows of landscape pictures before
+    padding.
+    """
     image = picture(3).resize(size)
     side, colour = max(size), tuple(int(value * 255) for value in MEAN)
     square = Image.new("RGB", (side, side), colour)

@@ -28,7 +28,11 @@ def talk(question="<image>\nwhat", answer="a cat", **more):
 SEEN = talk(image="a.jpg")
 # kind, a record, what `fix` makes of it (None: there is no fix)
 ODD = [
-    ("other_keys", {"messages": [{"Role": "user", "content": "a"}, {"role": "ASSISTANT", "Content": "b"}]}, talk("a", "b")),
+    (
+        "other_keys",
+        {"messages": [{"Role": "user", "content": "a"}, {"role": "ASSISTANT", "Content": "b"}]},
+        talk("a", "b"),
+    ),
     ("role_names", record(("User", "a"), ("Assistant", "b")), talk("a", "b")),
     ("images_key", talk(images=["a.jpg"]), talk(image=["a.jpg"])),
     ("images_key", talk(image="a.jpg", images=["b.jpg"]), SEEN),
@@ -47,14 +51,25 @@ ODD = [
     ("empty_value", talk("a", ""), None),
     ("placeholder_case", talk("<Image>\nwhat", image="a.jpg"), SEEN),
     ("no_placeholder", talk("what", image="a.jpg"), SEEN),
-    ("fewer_placeholders", talk(image=["a.jpg", "b.jpg"]), talk("<image>\n<image>\nwhat", image=["a.jpg", "b.jpg"])),
-    ("more_placeholders", record(("human", "<image>"), ("gpt", "a"), ("human", "<image>b"), ("gpt", "c"), image="a.jpg"),
-     record(("human", "<image>"), ("gpt", "a"), ("human", "b"), ("gpt", "c"), image="a.jpg")),
-    ("more_placeholders", talk("<image><image><image>", image=["a", "b"]), talk("<image><image>", image=["a", "b"])),
+    (
+        "fewer_placeholders",
+        talk(image=["a.jpg", "b.jpg"]),
+        talk("<image>\n<image>\nwhat", image=["a.jpg", "b.jpg"]),
+    ),
+    (
+        "more_placeholders",
+        record(("human", "<image>"), ("gpt", "a"), ("human", "<image>b"), ("gpt", "c"), image="a.jpg"),
+        record(("human", "<image>"), ("gpt", "a"), ("human", "b"), ("gpt", "c"), image="a.jpg"),
+    ),
+    (
+        "more_placeholders",
+        talk("<image><image><image>", image=["a", "b"]),
+        talk("<image><image>", image=["a", "b"]),
+    ),
     ("repeated_placeholder", talk("<image>a<image>", image="a.jpg"), talk("<image>a", image="a.jpg")),
     ("placeholder_in_answer", talk("what", "this: <image>", image="a.jpg"), None),
     ("text_placeholder", talk(), None),
-]  # fmt: skip
+]
 FIX_ALL = {name: "fix" if kind.fix else kind.default for name, kind in KINDS.items()}
 
 
@@ -100,7 +115,8 @@ def test_what_a_policy_can_not_say(said, message):
         checked_actions(said)
 
 
-# records at random ------------------------------------------------------------------------------------------------------
+# records at random
+# ------------------------------------------------------------------------------------------------------
 
 ROLES = st.sampled_from(["human", "gpt", "human", "gpt", "user", "Assistant", "system", "tool", ""])
 TEXT = st.lists(

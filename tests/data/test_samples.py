@@ -133,7 +133,8 @@ def test_an_empty_image_is_no_image(tmp_path):
     assert store.lengths.tolist() == [-5, -5]
 
 
-# plain LLaVA JSON ---------------------------------------------------------------------------------------------------
+# plain LLaVA JSON
+# ---------------------------------------------------------------------------------------------------
 
 
 def plain(tmp_path, records, **images):

@@ -1,4 +1,6 @@
-"""Prompt templates: ids as the tokenizer's own template gives them, labels on what the assistant writes, several pictures."""
+"""Prompt templates: ids as the tokenizer's own template gives them, labels on what the assistant writes,
+several pictures.
+"""
 
 from __future__ import annotations
 
@@ -88,7 +90,9 @@ def labelled(tokenizer, encoded) -> list[str]:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", [name for name in CONVERSATIONS if name != "spaces around"])
 def test_labels_are_on_the_answers_and_what_ends_them(family, name):
-    """Where the model begins to write differs by family: Mistral's writes a space first, Qwen 3's its empty thoughts."""
+    """Where the model begins to write differs by family: Mistral's writes a space first, Qwen 3's its
+    empty thoughts.
+    """
     tokenizer, record, end = FAMILIES[family](), CONVERSATIONS[name], END[family]
     answers = [turn["value"] for turn in record["conversations"] if turn["from"] == "gpt"]
     expected = [f"{' ' if family == 'mistral' else ''}{answer}{end}" for answer in answers]
@@ -169,7 +173,7 @@ def test_texts_are_cut_and_pictures_are_left_to_the_collator():
     assert len(encode(CONVERSATIONS["a picture"], tokenizer, "chat", 20).input_ids) > 20
 
 
-# -- templates that can't be used ----------------------------------------------------------------------------------------
+# -- templates that can't be used -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -215,7 +219,7 @@ def test_an_unknown_template_is_refused_with_the_list():
     assert all(name in described() for name in TEMPLATES)
 
 
-# -- system turns and roles -----------------------------------------------------------------------------------------------
+# -- system turns and roles -------------------------------------------------------------------------------
 
 
 def test_a_system_turn_replaces_the_text_of_v1():
@@ -253,7 +257,7 @@ def test_turns_that_are_no_conversation_are_named(version, turns, words):
         encode(record, chat_templates.qwen(), version, 2048)
 
 
-# -- pictures --------------------------------------------------------------------------------------------------------------
+# -- pictures ---------------------------------------------------------------------------------------------
 
 
 def test_one_picture_leads_its_turn_as_llavas():

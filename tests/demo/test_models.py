@@ -1,4 +1,6 @@
-"""The demo's models: ordinary folders, a tokenizer that fits LLaVA's masks, a tower that has learned something."""
+"""The demo's models: ordinary folders, a tokenizer that fits LLaVA's masks, a tower that has learned
+something.
+"""
 
 import random
 

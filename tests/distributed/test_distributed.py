@@ -1,7 +1,7 @@
 """Several real processes give what one process gives on the same global batch: DDP, ZeRO-2, ZeRO-3, FSDP2.
 
-With weight decay, a learning rate of the projector's own and clipping: whatever treats parameters differently by name
-or shape must see the whole parameters, however they are split.
+With weight decay, a learning rate of the projector's own and clipping: whatever treats parameters differently
+by name or shape must see the whole parameters, however they are split.
 """
 
 from __future__ import annotations
@@ -83,7 +83,9 @@ def workers(agent: int) -> list[int]:
 
 
 def test_ddp_with_checkpointing_and_a_signal_to_one_rank_then_one_process(data, tmp_path):
-    """All ranks stop after the same step though one got the signal; another number of processes then goes on."""
+    """All ranks stop after the same step though one got the signal; another number of processes then goes
+    on.
+    """
     longer = {"gradient_checkpointing": True, "max_steps": 3 * STEPS}
     run(command_line(2, tmp_path / "alone", data_path=data, **SHORT | longer), tmp_path / "log")
     argv = two(data, tmp_path, **longer)
@@ -116,7 +118,9 @@ def assert_loads_in_stock_transformers(folder: Path):
 
 @pytest.mark.parametrize("config", ["zero2.json", "zero3.json"])
 def test_deepspeed(config, data, alone, tmp_path):
-    """Equal to one process; loads in stock transformers; goes on with the same bits, and on one process within rounding."""
+    """Equal to one process; loads in stock transformers; goes on with the same bits, and on one process
+    within rounding.
+    """
     run(two(data, tmp_path, deepspeed=config), tmp_path / "log", processes=2)
     assert_close(tmp_path / "out", alone)
     assert_loads_in_stock_transformers(tmp_path / "out")
@@ -163,7 +167,9 @@ def test_adapters_with_zero3_in_half_precision(data, tmp_path):
 
 
 def test_measured_statistics_come_along_to_another_engine(tmp_path):
-    """`auto` measures on the language model as the first engine holds it; the second one rounds it otherwise."""
+    """`auto` measures on the language model as the first engine holds it; the second one rounds it
+    otherwise.
+    """
     auto = {"normalize_projector": True, "normalize_statistics": "auto", "max_steps": 2, "save_steps": 1}
     first = command_line(
         1, tmp_path / "first", bf16=True, deepspeed="zero2.json", pretrain_mm_mlp_adapter=None, **auto
@@ -194,7 +200,9 @@ def test_deepspeed_on_more_processes(data, alone, tmp_path):
 
 
 def test_deepspeeds_files_can_not_run_code(data, tmp_path):
-    """DeepSpeed would unpickle whatever its files name; here they may hold tensors and a few known classes."""
+    """DeepSpeed would unpickle whatever its files name; here they may hold tensors and a few known
+    classes.
+    """
     flags = SHORT | {"deepspeed": "zero2.json", "max_steps": 2, "save_steps": 1}
     run(command_line(2, tmp_path / "out", data_path=data, **flags), tmp_path / "log")
     shutil.rmtree(tmp_path / "out/checkpoint-2")
@@ -223,7 +231,9 @@ class Evil:
 
 
 def test_fsdp(data, tmp_path):
-    """Splits the weights; stops at a signal and goes on with fewer processes; equal to one process; loads in stock transformers."""
+    """Splits the weights; stops at a signal and goes on with fewer processes; equal to one process; loads
+    in stock transformers.
+    """
     small = {"per_device_train_batch_size": 2, "loss_normalization": "token"}
     one = tmp_path / "one"
     one.mkdir()

@@ -18,7 +18,9 @@ LLAVA_7B, TOWER = 6.76e9, 0.3e9
 
 
 def test_llava_7b_by_engine():
-    """In 10^9 bytes, by hand: 16 bytes a weight in float32; in half precision 2 + 2 and 12 for the optimizer."""
+    """In 10^9 bytes, by hand: 16 bytes a weight in float32; in half precision 2 + 2 and 12 for the
+    optimizer.
+    """
     ddp = Layout(frozen=2)
     zero2 = Layout(split=2, parts=8, weight=2, frozen=2, master=4)
     zero3 = Layout(split=3, parts=8, weight=2, frozen=2, master=4)

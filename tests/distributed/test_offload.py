@@ -1,4 +1,6 @@
-"""The optimizer in the CPU's memory: the same numbers, the same bits after an interruption, no start that hangs."""
+"""The optimizer in the CPU's memory: the same numbers, the same bits after an interruption, no start that
+hangs.
+"""
 
 from __future__ import annotations
 

@@ -230,7 +230,9 @@ def test_a_task_that_is_not_registered_is_refused_with_the_list():
 
 
 def test_another_kind_of_task_is_an_entry(stock_export, held_out, tmp_path, monkeypatch):
-    """Its own questions, its own idea of what is right: here the questions backwards, and everything is right."""
+    """Its own questions, its own idea of what is right: here the questions backwards, and everything is
+    right.
+    """
     lenient = Task(
         "lenient", lambda source: SHAPES.read(source)[::-1], lambda given, right: True, lambda asked: {}
     )

@@ -1,4 +1,6 @@
-"""Intervals hold the truth as often as they say, and tests raise false alarms no oftener: on simulated answers."""
+"""Intervals hold the truth as often as they say, and tests raise false alarms no oftener: on simulated
+answers.
+"""
 
 import numpy as np
 import pandas as pd

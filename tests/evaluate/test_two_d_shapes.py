@@ -1,4 +1,6 @@
-"""2DS: every answer is checked against the drawn picture, by colours and places alone, and no question has two."""
+"""2DS: every answer is checked against the drawn picture, by colours and places alone, and no question has
+two.
+"""
 
 import io
 import json

@@ -1,7 +1,7 @@
 """`pytest tests/golden --reference FOLDER`: compares everything with the golden vectors in FOLDER.
 
-Without the option it uses the small copy in `data/`, so that a plain clone is tested too (`make_data.py` says what that leaves out).
-At the end the largest difference per recording is printed.
+Without the option it uses the small copy in `data/`, so that a plain clone is tested too (`make_data.py` says
+what that leaves out). At the end the largest difference per recording is printed.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ def root(request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture
 def report_difference(request: pytest.FixtureRequest) -> Callable[[str, float, float], None]:
-    """``report_difference(name, value, bound)``: fails if value > bound (or is NaN) and lists the largest value at the end."""
+    """``report_difference(name, value, bound)``: fails if value > bound (or is NaN) and lists the largest
+    value at the end.
+    """
     seen = request.config.stash[reference.DIFFERENCES]
 
     def report(name: str, value: float, bound: float) -> None:

@@ -1,8 +1,8 @@
 """Makes `data/`, the small copy of a folder of golden vectors: `python tests/golden/make_data.py FOLDER`.
 
-Kept: all texts, both tokenizers, the language model, the first vision tower and what was recorded with it in the configurations
-below, the clipped trainings, sampling orders, generations from stage-1 projectors. Left out: the second tower, the other configurations,
-the finished checkpoint.
+Kept: all texts, both tokenizers, the language model, the first vision tower and what was recorded with it in
+the configurations below, the clipped trainings, sampling orders, generations from stage-1 projectors. Left
+out: the second tower, the other configurations, the finished checkpoint.
 """
 
 from __future__ import annotations

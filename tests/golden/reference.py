@@ -1,4 +1,5 @@
-"""Reading a folder of golden vectors: recordings of the original LLaVA 1.5 code and of the authors' published code.
+"""Reading a folder of golden vectors: recordings of the original LLaVA 1.5 code and of the authors' published
+code.
 
 Nothing here knows a size, a name or a tokenizer: everything is read from the folder's own files.
 """
@@ -37,7 +38,9 @@ def arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 def recordings(root: Path) -> list[dict[str, Any]]:
-    """Every recorded forward pass: the entry of the index with ``which`` (van or fork) and ``flags`` of its configuration."""
+    """Every recorded forward pass: the entry of the index with ``which`` (van or fork) and ``flags`` of
+    its configuration.
+    """
     found = []
     for index in sorted((root / "model").glob("index_*.json")):
         which, content = index.stem.removeprefix("index_"), read(index)
@@ -46,7 +49,9 @@ def recordings(root: Path) -> list[dict[str, Any]]:
 
 
 def largest(ours: Any, theirs: Any) -> float:
-    """The largest absolute difference; infinite for different shapes, 0 for empty arrays or NaN in the same places."""
+    """The largest absolute difference; infinite for different shapes, 0 for empty arrays or NaN in the
+    same places.
+    """
     ours, theirs = np.asarray(ours, dtype=np.float64), np.asarray(theirs, dtype=np.float64)
     if ours.shape != theirs.shape or (np.isnan(ours) != np.isnan(theirs)).any():
         return float("inf")

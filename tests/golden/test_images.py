@@ -12,7 +12,8 @@ from llava_ext.model.parts import load_image_processor
 from . import reference
 
 BOUND = 1e-4
-# The reference takes an array whose first side is 1 or 3 for channels-first (quirk 18): its pixels are garbage, or it raises.
+# The reference takes an array whose first side is 1 or 3 for channels-first (quirk 18): its pixels are
+# garbage, or it raises.
 CONFUSED_HEIGHTS = (1, 3)
 
 
@@ -62,7 +63,9 @@ def test_uint8_pixels_are_the_same_before_normalisation(root, entry):
 
 @pytest.mark.parametrize("mode", ["pad", "square"])
 def test_flat_pictures_of_the_ambiguous_heights(root, mode):
-    """Where the reference is confused the right result is known for a picture of one colour: that colour, and padding."""
+    """Where the reference is confused the right result is known for a picture of one colour: that colour,
+    and padding.
+    """
     from PIL import Image
 
     tower = reference.read(root / "images" / "pixel_values_log.json")[0]["tower"]

@@ -1,8 +1,9 @@
 """Every recorded forward and backward pass: vision features, embeddings, logits, loss, gradients.
 
-The recorded configuration is the published code's; ours reproduces it with ``published_behaviour``. Two flags of that code are no
-flags here: `add_registers` (its registers are cut off again, so it must equal the model without it) and `rearrange_image_features`
-(a fixed permutation of the vision tokens, reproduced with the permutation hook).
+The recorded configuration is the published code's; ours reproduces it with ``published_behaviour``. Two flags
+of that code are no flags here: `add_registers` (its registers are cut off again, so it must equal the model
+without it) and `rearrange_image_features` (a fixed permutation of the vision tokens, reproduced with the
+permutation hook).
 """
 
 from __future__ import annotations
@@ -43,11 +44,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("attempt", found, ids=[entry["config"] for entry in found])
 
 
-# -- from a recording's description to our model -----------------------------------------------------------------------------
+# -- from a recording's description to our model ----------------------------------------------------------
 
 
 def configuration(recording: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The configuration's name and settings; a recording's own name may add suffixes (`_maxlen12`, `_leftpad`, ...)."""
+    """The configuration's name and settings; a recording's own name may add suffixes (`_maxlen12`,
+    `_leftpad`, ...).
+    """
     names = [name for name in recording["configs"] if recording["config"].startswith(name)]
     name = max(names, key=len)
     return name, recording["configs"][name]
@@ -122,7 +125,8 @@ def image_entries(
 ) -> list[torch.Tensor]:
     """The images that the reference was given, one entry per place it consumes.
 
-    Where the recording says that an entry holds crops, which pictures they were is read off the recorded vision features.
+    Where the recording says that an entry holds crops, which pictures they were is read off the recorded
+    vision features.
     """
     batch = reference.arrays(root / "batches" / f"{recording['batch']}__{recording['tower']}.npz")
     images = list(torch.from_numpy(batch["images"]))
@@ -179,7 +183,7 @@ def published_order(settings: dict[str, Any], tokens: int) -> list[int] | None:
     ]
 
 
-# -- the comparison -----------------------------------------------------------------------------------------------------------
+# -- the comparison ---------------------------------------------------------------------------------------
 
 
 def watch(model, seen: dict[str, Any]) -> list[Any]:
@@ -254,10 +258,13 @@ def test_recorded_pass(root, recording, report_difference):
 
 
 def compare_vision(model, seen: dict[str, Any], recorded: dict[str, np.ndarray], compare: Any) -> None:
-    """Vision features before and after the projector. Our batch has no pictures of samples without placeholder."""
+    """Vision features before and after the projector. Our batch has no pictures of samples without
+    placeholder.
+    """
     features, cut = seen["projector_in"], seen["batch"].get("image_token_counts")
     if not seen["used"] or "pixel_values" not in seen["batch"] or len(features) != len(seen["used"]):
-        # A text-only batch (one zero picture keeps the projector in the graph), or pictures that are cut away as a whole.
+        # A text-only batch (one zero picture keeps the projector in the graph), or pictures that are cut away
+        # as a whole.
         assert not seen["used"] or len(cut) < len(seen["used"])
         return
     compare("projector_in", features, recorded["projector_in"][seen["used"]])
@@ -268,7 +275,9 @@ def compare_vision(model, seen: dict[str, Any], recorded: dict[str, np.ndarray],
 
 
 def compare_gradients(model, recorded: dict[str, np.ndarray], compare: Any) -> None:
-    """Gradients of the projector in full, of some weights of the language model, and the norms of all of its weights."""
+    """Gradients of the projector in full, of some weights of the language model, and the norms of all of
+    its weights.
+    """
     projector = {
         key.removeprefix("grad/"): torch.from_numpy(value)
         for key, value in recorded.items()
@@ -317,7 +326,8 @@ def test_what_fails_in_the_published_code_is_refused_or_needs_no_constant(root, 
     settings = reference.read(root / "model" / "index_fork.json")["configs"][attempt["config"]]
     flags = settings["flags"].get("args", {})
     if flags.get("add_registers") or "num_vision_tokens" in flags:
-        return  # neither is a flag here: registers change nothing, and the number of patches comes from the tower
+        # Neither is a flag here: registers change nothing, and the number of patches comes from the tower.
+        return
     chosen = interventions_of(settings)
     with pytest.raises(InterventionError, match="the published code fails"):
         chosen.validate()

@@ -45,7 +45,9 @@ def test_orders_from_the_global_generator(recorded):
 
 
 def test_orders_from_a_given_generator(recorded):
-    """The published sampler shuffles the megabatches with it, and the samples with the global one all the same."""
+    """The published sampler shuffles the megabatches with it, and the samples with the global one all the
+    same.
+    """
     for run, lengths, batch, world, seed in cases(recorded):
         torch.manual_seed(seed + 1)
         assert modality_grouped_order(lengths, batch, world, seeded(seed + 2)) == run["generator_given"]

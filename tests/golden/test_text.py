@@ -118,7 +118,8 @@ def test_coordinate_tokens(root, report_difference):
         row, column = divmod(entry["patch_idx"], COORDINATE_GRID)
         assert entry["text"] == f"{row},{column}"
         published += published_coordinate_ids(tokenizer, row, column) != entry["ids_after_slice"]
-        # Ours are the ids of the bare text; equal wherever the token that the published code drops is the lone word mark.
+        # Ours are the ids of the bare text; equal wherever the token that the published code drops is the
+        # lone word mark.
         if tokenizer.convert_ids_to_tokens(entry["ids"][0]) == MARK:
             wrong += coordinate_ids(tokenizer, row, column) != entry["ids_after_slice"]
     report_difference("text/coordinate_tokens.json: published behaviour", published, 0)
@@ -157,7 +158,9 @@ def test_lengths_for_grouping_count_words(root):
 
 
 def test_chat_template_gives_the_ids_of_training(root):
-    """transformers' own path (chat template, `<image>` as a token) and ours agree on single-image dialogues."""
+    """transformers' own path (chat template, `<image>` as a token) and ours agree on single-image
+    dialogues.
+    """
     from jinja2 import Environment
 
     from llava_ext.data.image_token import image_token_id, with_marked_images

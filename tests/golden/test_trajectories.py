@@ -23,7 +23,8 @@ from . import reference
 pytestmark = pytest.mark.slow
 REPOSITORY = Path(__file__).parents[2]
 LOSS, NORM, WEIGHT = 1e-4, 2e-4, 1e-5
-# Adam moves a weight whose gradient is all rounding error by up to a step, so single weights may differ more than the rest.
+# Adam moves a weight whose gradient is all rounding error by up to a step, so single weights may differ more
+# than the rest.
 SINGLE_WEIGHT = 1e-3
 
 
@@ -38,7 +39,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def command_line(root: Path, name: str, output_dir: Path) -> list[str]:
-    """The recorded flags as they stand, with another output folder; the recording saw the samples in the file's order."""
+    """The recorded flags as they stand, with another output folder; the recording saw the samples in the
+    file's order.
+    """
     flags = dict(reference.read(root / "train" / f"{name}.json")["argv"])
     flags["output_dir"] = output_dir
     adapter = Path(flags["pretrain_mm_mlp_adapter"])
@@ -120,7 +123,8 @@ def test_final_weights(root, outputs, training, report_difference):
         report_difference(
             f"train/{training} parameter norms", abs(ours - norms[key]), LOSS * max(1.0, norms[key])
         )
-    # Nothing is lost on the way: stage 2 writes every recorded parameter, and the vocabulary has its own size again.
+    # Nothing is lost on the way: stage 2 writes every recorded parameter, and the vocabulary has its own size
+    # again.
     if not (outputs / training / "mm_projector.bin").is_file():
         assert set(norms) <= set(state)
 
@@ -151,7 +155,8 @@ def test_optimizer_groups(root, tmp_path, training, monkeypatch):
     assert ours == reference.read(root / "train" / f"{training}.json")["optimizer"]["groups"]
 
 
-# Fields that say where and with what a checkpoint was made, and a constant of the published code that is counted here.
+# Fields that say where and with what a checkpoint was made, and a constant of the published code that is
+# counted here.
 FREE_FIELDS = {
     "_name_or_path",
     "transformers_version",

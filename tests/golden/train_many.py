@@ -1,4 +1,6 @@
-"""Runs several trainings of a JSON list of command lines one after the other, each through ``llava_ext.train.main``."""
+"""Runs several trainings of a JSON list of command lines one after the other, each through
+``llava_ext.train.main``.
+"""
 
 import json
 import sys

@@ -1,4 +1,6 @@
-"""The launcher's parts: the command for each kind of job, who owns a training, when to give up, what a node lacks."""
+"""The launcher's parts: the command for each kind of job, who owns a training, when to give up, what a
+node lacks.
+"""
 
 import json
 import os
@@ -73,10 +75,9 @@ def test_the_flags_are_understood_by_the_training_command(spec, tmp_path):
     training, recipe = found.training, spec["recipe"]
     assert found.interventions.to_dict() | spec["interventions"] == found.interventions.to_dict()
     assert found.interventions.multilayer_layers == (1, 2, 3)
-    for theirs, ours in {"learning_rate": "learning_rate", "weight_decay": "weight_decay", "max_steps": "max_steps", "seed": "seed",
-                         "adam_beta2": "adam_beta2", "mm_projector_lr": "mm_projector_lr", "max_grad_norm": "max_grad_norm",
-                         "model_max_length": "model_max_length", "save_steps": "save_steps"}.items():  # fmt: skip
-        assert getattr(training, theirs) == recipe[ours], theirs
+    rates = ("learning_rate", "weight_decay", "adam_beta2", "mm_projector_lr", "max_grad_norm")
+    for name in (*rates, "max_steps", "seed", "model_max_length", "save_steps"):
+        assert getattr(training, name) == recipe[name], name
     assert training.group_by_modality_length and training.lora_enable and training.lora_r == 8
     assert (
         training.per_device_train_batch_size * training.gradient_accumulation_steps
@@ -178,7 +179,10 @@ def test_what_a_job_asks_for():
 
 # ---------------------------------------------------------------- ownership
 
-SLOW_TO_END = "import signal, sys, time; signal.signal(15, lambda *a: (time.sleep(0.5), sys.exit(0))); print('up', flush=True); time.sleep(60)"
+SLOW_TO_END = (
+    "import signal, sys, time; signal.signal(15, lambda *a: (time.sleep(0.5), sys.exit(0))); print('up',"
+    " flush=True); time.sleep(60)"
+)
 
 
 def owner_file(state, **changes):
@@ -226,7 +230,9 @@ def test_a_living_owner_may_save_before_it_is_replaced(tmp_path):
     "who", [{"host": "elsewhere"}, {"host": "elsewhere", "job": "7"}], ids=["no Slurm", "job"]
 )
 def test_an_owner_that_nobody_can_ask_is_watched(tmp_path, monkeypatch, who):
-    """It is on another machine, and there is no Slurm, or none that answers: it keeps the training while it shows life."""
+    """It is on another machine, and there is no Slurm, or none that answers: it keeps the training while
+    it shows life.
+    """
     monkeypatch.setenv("SLURM_CONF", "/dev/null")
     monkeypatch.setattr(ownership, "SILENCE_S", 1.0)
     monkeypatch.setattr(ownership, "BEAT_S", 0.1)
@@ -273,7 +279,10 @@ def test_a_training_outlives_nobody(tmp_path):
 
 
 def test_signals_to_the_launcher_reach_all_processes_of_a_training(tmp_path):
-    tree = f"import subprocess, sys; sys.exit(subprocess.call([sys.executable, '-c', {SLOW_TO_END!r}], start_new_session=True))"
+    tree = (
+        f"import subprocess, sys; sys.exit(subprocess.call([sys.executable, '-c', {SLOW_TO_END!r}],"
+        " start_new_session=True))"
+    )
     with Training(
         [sys.executable, "-c", tree], dict(os.environ), tmp_path / "log", "x", True, ""
     ) as training:
@@ -318,7 +327,9 @@ def test_attempts_without_progress_are_stopped_and_progress_starts_the_count_aga
 
 
 def test_preemptions_before_the_first_save_are_not_taken_for_a_fault(tmp_path, monkeypatch):
-    """Slurm ends a job and starts it again under the same number; that is let pass many times, but not for ever."""
+    """Slurm ends a job and starts it again under the same number; that is let pass many times, but not for
+    ever.
+    """
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     for _ in range(3 * attempts.REQUEUED_IN_VAIN):
         attempts.refuse_if_stuck(tmp_path, attempts.read_attempts(tmp_path), 3)
@@ -435,9 +446,14 @@ def test_a_deepspeed_file_moves_what_the_config_says_and_no_more(pair):
     zero = json.loads(path.read_text())["zero_optimization"]
     assert f"zero{zero['stage']}" == parallel
     moved = {name for name in ("offload_optimizer", "offload_param") if name in zero}
-    assert moved == {"none": set(), "optimizer": {"offload_optimizer"}, "parameters": {"offload_optimizer", "offload_param"}}[
-        offload
-    ]  # fmt: skip
+    assert (
+        moved
+        == {
+            "none": set(),
+            "optimizer": {"offload_optimizer"},
+            "parameters": {"offload_optimizer", "offload_param"},
+        }[offload]
+    )
 
 
 def test_a_stage_1_is_kept_while_the_stage_2_of_another_configuration_trains_on_it(tmp_path):
@@ -467,7 +483,10 @@ def test_a_run_that_may_still_be_computed_is_not_removed(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- verdicts
 
 
-REASON = "the loss is nan at step 5\nLook at --learning_rate, --normalize_projector and --per_device_train_batch_size"
+REASON = (
+    "the loss is nan at step 5\nLook at --learning_rate, --normalize_projector and"
+    " --per_device_train_batch_size"
+)
 
 
 def test_a_verdict_names_the_keys_of_the_configuration(spec, tmp_path):

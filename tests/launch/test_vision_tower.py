@@ -1,4 +1,6 @@
-"""`train_vision_tower` in a stage's section: the flags, the tower that is handed on, the names of runs without it."""
+"""`train_vision_tower` in a stage's section: the flags, the tower that is handed on, the names of runs
+without it.
+"""
 
 import pytest
 

@@ -92,7 +92,8 @@ def test_the_digest_is_about_content_not_about_storage(tmp_path):
     assert folder.mix(part())["digest"] not in digests
 
 
-# joins --------------------------------------------------------------------------------------------------------------
+# joins
+# ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("root", ["", "images", "deep/er/images"])
@@ -193,7 +194,8 @@ def test_a_fallback_source_gives_what_the_first_lacks_or_has_damaged(folder):
     assert not any(store.tolerant(i)[0] for i in range(3))
 
 
-# policies -----------------------------------------------------------------------------------------------------------
+# policies
+# ----------------------------------------------------------------------------------------------------
 
 BAD = {
     "truncated": jpeg(0)[:-800],
@@ -261,7 +263,8 @@ def test_one_bad_image_of_several_drops_the_record(folder):
     assert store.tolerant(0) == [False, False]
 
 
-# records ------------------------------------------------------------------------------------------------------------
+# records
+# ----------------------------------------------------------------------------------------------------
 
 MALFORMED = [
     ({"id": 1}, "conversations"),
@@ -398,7 +401,8 @@ def test_an_empty_mixture_is_an_error(folder):
         folder.mix(part(samples=0))
 
 
-# choices ------------------------------------------------------------------------------------------------------------
+# choices
+# ----------------------------------------------------------------------------------------------------
 
 
 def ids(folder):
@@ -433,7 +437,8 @@ def test_samples_per_image_source(folder):
     assert {name: c["records"] for name, c in manifest["counts"].items()} == {"one": 2, "two": 3, "notes": 1}
 
 
-# what can be wrong around it ----------------------------------------------------------------------------------------
+# what can be wrong around it
+# ----------------------------------------------------------------------------------------
 
 
 def test_an_archive_that_changed_after_its_scan(folder):

@@ -1,6 +1,7 @@
 """LLaVA-1.5's counts: 1.17 million images in seven archives, 1.22 million records, through scan and merge.
 
-The images are tiny, the counts are real; it takes one or two minutes on two cores. `DATA_SCALE=0.1` runs a tenth.
+The images are tiny, the counts are real; it takes one or two minutes on two cores. `DATA_SCALE=0.1` runs a
+tenth.
 """
 
 from __future__ import annotations
@@ -114,8 +115,20 @@ def test_every_record_is_merged_and_finds_its_image(work, archives, scale, name)
     sources = [f"data/sources/{source}/manifest.json" for source in (name, *(a.source for a in used))]
     scans = [f"data/scans/{archive.source}/manifest.json" for archive in used]
     manifest = f"data/mixtures/{name}/manifest.json"
-    peak = run(work, "merge", "--name", name, "--spec", json.dumps(spec), "--sources", *sources, "--scans", *scans,
-               "--manifest", manifest)  # fmt: skip
+    peak = run(
+        work,
+        "merge",
+        "--name",
+        name,
+        "--spec",
+        json.dumps(spec),
+        "--sources",
+        *sources,
+        "--scans",
+        *scans,
+        "--manifest",
+        manifest,
+    )
     assert peak < 1500
     check_samples(open_samples(work / manifest), used, expected, text_only)
 

@@ -1,6 +1,8 @@
-"""What somebody adds who follows CONTRIBUTING: an entry in a register, nothing else. Here it is made in the test's own file.
+"""What somebody adds who follows CONTRIBUTING: an entry in a register, nothing else. Here it is made in the
+test's own file.
 
-As a program the file registers its entry and trains with the command line's flags: the way in is that of every training.
+As a program the file registers its entry and trains with the command line's flags: the way in is that of
+every training.
 """
 
 from __future__ import annotations
@@ -21,11 +23,13 @@ from llava_ext.training.identity import IDENTITY
 from tests.support.models import make_batch, make_model
 from tests.support.trainings import GOLDEN, command_line, environment, losses
 
-# -- what is added --------------------------------------------------------------------------------------------------
+# -- what is added -----------------------------------------------------------------------------------------
 
 
 def maximum(tokens: Tensor, side: int) -> Tensor:
-    """The largest value of each channel in each window: (images, g * g, hidden) -> (images, side * side, hidden)."""
+    """The largest value of each channel in each window: (images, g * g, hidden) -> (images, side * side,
+    hidden).
+    """
     images, count, hidden = tokens.shape
     step = round(count**0.5) // side
     return tokens.view(images, side, step, side, step, hidden).amax((2, 4)).flatten(1, 2)
@@ -33,7 +37,7 @@ def maximum(tokens: Tensor, side: int) -> Tensor:
 
 MAXIMUM = Pooling("maximum", "the largest value of each channel", maximum)
 
-# -------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 
 # The interventions that a training recorded before there was a choice of poolings.
 EARLIER = {

@@ -1,4 +1,6 @@
-"""The registers: every vision tower with every intervention, every language model's padding, and what is refused."""
+"""The registers: every vision tower with every intervention, every language model's padding, and what is
+refused.
+"""
 
 from types import SimpleNamespace
 
@@ -63,7 +65,7 @@ def tokens_of(model, pixels):
     return torch.stack(model.model.get_image_features(pixels).pooler_output)
 
 
-# ---- vision towers ----------------------------------------------------------------------------------------------
+# ---- vision towers --------------------------------------------------------------------------------------
 
 each_tower = pytest.mark.parametrize("kind", list(TOWERS))
 
@@ -224,7 +226,7 @@ def test_the_workflow_refuses_a_tower_when_it_is_prepared_and_when_the_config_is
     assert tower_facts(SimpleNamespace(models={"dino": model}), "dino") == {"side": 5, "layers": 4}
 
 
-# ---- checkpoints ------------------------------------------------------------------------------------------------
+# ---- checkpoints ----------------------------------------------------------------------------------------
 
 
 @each_tower
@@ -232,7 +234,9 @@ def test_the_workflow_refuses_a_tower_when_it_is_prepared_and_when_the_config_is
 def test_a_vanilla_checkpoint_is_stock_llava_with_the_right_number_of_tokens(
     folders, kind, aspect_ratio, tmp_path
 ):
-    """No code of ours: logits, pixels and placeholders equal training's. Registers are more than stock can drop."""
+    """No code of ours: logits, pixels and placeholders equal training's. Registers are more than stock can
+    drop.
+    """
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
     model, tokenizer, processor = build(folders, kind, llm=folders["qwen2"])
@@ -294,7 +298,7 @@ def test_a_stage_1_projector_of_any_family_comes_back_with_its_parts(folders, tm
         assert torch.equal(weight, again.model.multi_modal_projector.get_parameter(name))
 
 
-# ---- language models --------------------------------------------------------------------------------------------
+# ---- language models ------------------------------------------------------------------------------------
 
 
 def test_qwens_padding_is_its_own_and_what_ends_a_turn_never_pads(tmp_path):

@@ -1,4 +1,6 @@
-"""Every flag reaches the model: its output changes, as described, alone and together with every other flag."""
+"""Every flag reaches the model: its output changes, as described, alone and together with every other
+flag.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,7 @@ def test_each_flag_is_saved_in_the_configuration(name, tmp_path):
     assert getattr(stored, name) is True
 
 
-# -- each flag's meaning ------------------------------------------------------------------------------------------------------
+# -- each flag's meaning ----------------------------------------------------------------------------------
 
 
 def test_normalised_tokens_have_the_mean_norm_of_text_tokens():
@@ -141,7 +143,7 @@ def test_coordinates_run_from_minus_one_to_one():
     assert x[12:].tolist() == x[:4].tolist() and len(set(y[:4].tolist())) == 1
 
 
-# -- positions in two dimensions ----------------------------------------------------------------------------------------------
+# -- positions in two dimensions --------------------------------------------------------------------------
 
 
 def rotary_table(model, batch):
@@ -228,7 +230,7 @@ def test_the_published_table_refuses_what_the_published_code_refuses():
         model(**Collator.for_model(model.config, tokenizer)([far]))
 
 
-# -- refusals -----------------------------------------------------------------------------------------------------------------
+# -- refusals ---------------------------------------------------------------------------------------------
 
 
 def test_a_tower_that_is_too_small_is_refused_before_the_language_model_is_read(tmp_path):

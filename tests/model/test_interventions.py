@@ -36,7 +36,10 @@ def test_defaults_are_vanilla():
     [
         ({"compression_after_projection": True}, "final_spatial_size: missing"),
         ({"compression_after_projection": True, "final_spatial_size": 15}, "no square number"),
-        ({"compression_after_projection": True, "final_spatial_size": 25}, "5 does not divide the vision tower's grid side 24"),
+        (
+            {"compression_after_projection": True, "final_spatial_size": 25},
+            "5 does not divide the vision tower's grid side 24",
+        ),
         ({"compression_after_projection": True, "final_spatial_size": 1024}, "32 does not divide"),
         ({"compression_after_projection": True, "final_spatial_size": 0}, "positive whole numbers"),
         ({"compression_after_projection": True, "final_spatial_size": True}, "positive whole numbers"),
@@ -44,20 +47,32 @@ def test_defaults_are_vanilla():
         ({"interleave_sparsity": 4}, "without interleave"),
         ({"interleave": True, "interleave_sparsity": 0}, "whole numbers from 1"),
         ({"interleave": True, "interleave_sparsity": 577}, "an image has only 576"),
-        ({"interleave": True, "compression_after_projection": True, "final_spatial_size": 1}, "an image has only 1"),
+        (
+            {"interleave": True, "compression_after_projection": True, "final_spatial_size": 1},
+            "an image has only 1",
+        ),
         ({"use_multilayer_features": True, "multilayer_layers": (12, 25)}, "1 to 24"),
         ({"use_multilayer_features": True, "multilayer_layers": ()}, "one or more different layers"),
         ({"use_multilayer_features": True, "multilayer_layers": (3, 3)}, "different layers"),
         ({"multilayer_layers": (1, 2)}, "without use_multilayer_features"),
         ({"normalize_statistics": "auto"}, "without normalize_projector"),
-        ({"normalize_projector": True, "normalize_statistics": "mean"}, "`vicuna-7b`, `auto`, or two positive numbers"),
+        (
+            {"normalize_projector": True, "normalize_statistics": "mean"},
+            "`vicuna-7b`, `auto`, or two positive numbers",
+        ),
         ({"normalize_projector": True, "normalize_statistics": "1.2"}, "two positive numbers"),
         ({"normalize_projector": True, "projector_max_norm": 1.0}, "give both"),
-        ({"normalize_projector": True, "projector_max_norm": -1.0, "projector_scale": 1.0}, "must be positive"),
-        ({"twoD_vision_embedding": True, "compression_after_projection": True, "final_spatial_size": 1}, "no effect with one vision token"),
+        (
+            {"normalize_projector": True, "projector_max_norm": -1.0, "projector_scale": 1.0},
+            "must be positive",
+        ),
+        (
+            {"twoD_vision_embedding": True, "compression_after_projection": True, "final_spatial_size": 1},
+            "no effect with one vision token",
+        ),
         ({"published_behaviour": True}, "no effect without an intervention"),
     ],
-)  # fmt: skip
+)
 def test_wrong_values_are_named_with_the_fix(values, expected):
     with pytest.raises(InterventionError, match="(?s)" + expected):
         Interventions(**values).validate(24, 24)
@@ -221,7 +236,10 @@ def test_statistics_are_numbers_or_names():
 
 def test_the_module_is_plain_python():
     """The Snakefile's config schema imports it at parse time."""
-    code = "import sys, llava_ext.model.interventions; print(sorted({'torch', 'transformers', 'numpy', 'pydantic'} & set(sys.modules)))"
+    code = (
+        "import sys, llava_ext.model.interventions; print(sorted({'torch', 'transformers', 'numpy',"
+        " 'pydantic'} & set(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -31,7 +31,8 @@ from workflow_scripts.launch.step import complete
 
 plan = Plan(load_config(yaml.safe_load(sys.stdin)))
 run = plan.run("polish", "gentle")
-flags = training_flags(complete(plan.training_spec("polish", run.name)), Inputs(*map(Path, "abcd")), Path("out"))
+spec = complete(plan.training_spec("polish", run.name))
+flags = training_flags(spec, Inputs(*map(Path, "abcd")), Path("out"))
 print(json.dumps({{
     "trainings": [[run.stage, run.name, run.experiment] for run in plan.trainings()],
     "runs": plan.checkpoint_spec("gentle")["runs"],
@@ -59,7 +60,9 @@ def test_every_stage_follows_a_parent_that_stands_before_it():
 
 
 def test_an_entry_is_a_stage_of_the_configuration_and_of_the_plan():
-    """Two experiments share the first two stages and differ in the third, which has its own recipe and parent."""
+    """Two experiments share the first two stages and differ in the third, which has its own recipe and
+    parent.
+    """
     done = subprocess.run(
         [sys.executable, "-c", QUESTIONS.format(entry=ENTRY)],
         input=yaml.safe_dump(with_polish()),

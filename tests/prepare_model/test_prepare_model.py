@@ -1,4 +1,6 @@
-"""Model folders are prepared on a copy: weights linked or made safe, the generation config mended, saving proven."""
+"""Model folders are prepared on a copy: weights linked or made safe, the generation config mended, saving
+proven.
+"""
 
 import json
 import os
@@ -25,7 +27,9 @@ BROKEN = {
 
 @pytest.fixture(scope="module")
 def vicuna(tmp_path_factory):
-    """A folder like Vicuna's: two .bin shards, only a sentencepiece tokenizer, a generation config that can't be saved."""
+    """A folder like Vicuna's: two .bin shards, only a sentencepiece tokenizer, a generation config that
+    can't be saved.
+    """
     import sentencepiece
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -38,9 +42,18 @@ def vicuna(tmp_path_factory):
         )
     )
     sentencepiece.SentencePieceTrainer.train(
-        input=str(text), model_prefix=str(folder / "tokenizer"), vocab_size=120, model_type="bpe", byte_fallback=False,
-        unk_id=0, bos_id=1, eos_id=2, pad_id=-1, hard_vocab_limit=False, minloglevel=2,
-    )  # fmt: skip
+        input=str(text),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=120,
+        model_type="bpe",
+        byte_fallback=False,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
     for name in ("text.txt", "tokenizer.vocab"):
         (folder / name).unlink()
     sizes = {
@@ -135,7 +148,9 @@ def test_converted_weights_are_equal(vicuna, tmp_path):
 
 
 def test_weights_stay_in_the_mapped_file_until_they_are_written(tmp_path):
-    """A shard of 10 GB needs no 10 GB of memory; only what shares memory is copied, which safetensors refuses otherwise."""
+    """A shard of 10 GB needs no 10 GB of memory; only what shares memory is copied, which safetensors
+    refuses otherwise.
+    """
     import torch
 
     from workflow_scripts.prepare_model.step import _apart

@@ -1,4 +1,6 @@
-"""The report: everything that is in the manifests, nothing that can run, and no trouble when parts are absent."""
+"""The report: everything that is in the manifests, nothing that can run, and no trouble when parts are
+absent.
+"""
 
 import csv
 import json

@@ -1,4 +1,6 @@
-"""The scan of whole stores: complete, parallel, resumable, incremental; also as a tool for anybody's folder."""
+"""The scan of whole stores: complete, parallel, resumable, incremental; also as a tool for anybody's
+folder.
+"""
 
 from __future__ import annotations
 

@@ -26,8 +26,8 @@ def job(jobs, name):
 def test_every_kind_of_job_with_the_line_that_says_what_it_asks_for(tmp_path):
     profile = written(
         tmp_path,
-        "default-resources:\n  slurm_partition: cpu\n  runtime: 60\n"
-        'set-resources:\n  finetune: {slurm_partition: gpu, mem_mb: "1000 * attempt"}\n  scan:\n    runtime: 2h\n',
+        "default-resources:\n  slurm_partition: cpu\n  runtime: 60\nset-resources:\n  finetune:"
+        ' {slurm_partition: gpu, mem_mb: "1000 * attempt"}\n  scan:\n    runtime: 2h\n',
     )
     jobs = kinds_of_job(read_plan([FULL]), [FULL], profile)
     names = ["scan", "mixture", "pretrain on compute.pretrain_8gpu", "finetune on compute.finetune_8gpu"]
@@ -48,10 +48,14 @@ def test_keys_that_do_not_reach_slurm_are_named_with_the_one_that_does(tmp_path)
     )
     found = [item.line for item in misnamed(profile)]
     assert found == [
-        f"FAIL profile: {profile}, line 2: default-resources.partition does not reach Slurm; "
-        "write `slurm_partition: cpu` instead",
-        f"FAIL profile: {profile}, line 5: set-resources.scan.account does not reach Slurm; "
-        "write `slurm_account: vision` instead",
+        (
+            f"FAIL profile: {profile}, line 2: default-resources.partition does not reach Slurm; "
+            "write `slurm_partition: cpu` instead"
+        ),
+        (
+            f"FAIL profile: {profile}, line 5: set-resources.scan.account does not reach Slurm; "
+            "write `slurm_account: vision` instead"
+        ),
     ]
     assert not list(misnamed(ROOT / "slurm/config.yaml"))
 

@@ -1,4 +1,6 @@
-"""One private Slurm for all tests of this folder, and one folder in which the small configuration went through it."""
+"""One private Slurm for all tests of this folder, and one folder in which the small configuration went
+through it.
+"""
 
 from pathlib import Path
 
@@ -8,7 +10,8 @@ from tests.slurm.sandbox import missing, running
 from tests.support.workspace import Workspace, copy_code
 
 HERE = Path(__file__).parent
-# Real clusters wait longer before the first question; the tests' Snakemake asks every second (quick_snakemake.py).
+# Real clusters wait longer before the first question; the tests' Snakemake asks every second
+# (quick_snakemake.py).
 OPTIONS = ["--profile", "slurm", "--slurm-init-seconds-before-status-checks", "1"]
 
 

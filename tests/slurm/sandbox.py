@@ -1,11 +1,13 @@
-"""A private Slurm on this machine: a controller, two virtual nodes with two fake GPUs each, optionally accounting.
+"""A private Slurm on this machine: a controller, two virtual nodes with two fake GPUs each, optionally
+accounting.
 
     python -m tests.slurm.sandbox                       a shell in which `snakemake --profile slurm` works
     python -m tests.slurm.sandbox --accounting          with slurmdbd and MariaDB, so that sacct works
     python -m tests.slurm.sandbox -- squeue             runs one command and stops
 
-Needs root and Debian's packages slurmctld slurmd slurm-client munge (slurmdbd mariadb-server for accounting). Everything
-runs in a temporary folder on free ports and ends with the sandbox; a Slurm that this machine may have is not touched.
+Needs root and Debian's packages slurmctld slurmd slurm-client munge (slurmdbd mariadb-server for accounting).
+Everything runs in a temporary folder on free ports and ends with the sandbox; a Slurm that this machine may
+have is not touched.
 """
 
 from __future__ import annotations
@@ -84,7 +86,7 @@ class Sandbox:
         for name in [key for key in self.environment if key.startswith("SLURM_") and key != "SLURM_CONF"]:
             del self.environment[name]
 
-    # -- start and stop --------------------------------------------------------------------------------------
+    # -- start and stop ------------------------------------------------------------------------------------
 
     def start(self) -> Sandbox:
         """Starts the daemons and waits until both nodes are idle."""
@@ -116,7 +118,9 @@ class Sandbox:
             device.unlink()
 
     def lose_node(self, name: str) -> None:
-        """What a power cut does: nothing on the node ends in order, and the controller is told that it is gone."""
+        """What a power cut does: nothing on the node ends in order, and the controller is told that it is
+        gone.
+        """
         while found := self._processes_of(name):
             for pid in found:
                 with contextlib.suppress(ProcessLookupError):
@@ -131,7 +135,9 @@ class Sandbox:
         self._wait_for_nodes()
 
     def _processes_of(self, node: str) -> list[int]:
-        """The node's daemons, which write its log, and everything that they started, which is told the node's name."""
+        """The node's daemons, which write its log, and everything that they started, which is told the
+        node's name.
+        """
         log, marks = str(self.folder / f"slurmd.{node}.log"), (f"SLURMD_NODENAME={node}\0", str(self.folder))
         found = []
         for entry in Path("/proc").iterdir():
@@ -182,7 +188,7 @@ class Sandbox:
         )
         return done.stdout.strip() if done.returncode == 0 else ""
 
-    # -- configuration ---------------------------------------------------------------------------------------
+    # -- configuration -------------------------------------------------------------------------------------
 
     def _configure(self) -> None:
         folder = self.folder
@@ -199,7 +205,8 @@ class Sandbox:
             shim.write_text(f'#!/bin/sh\nexport SLURM_CONF={folder}/slurm.conf\nexec {real} "$@"\n')
             shim.chmod(0o755)
         (folder / "gres.conf").write_text(
-            f"NodeName=n1 Name=gpu File={folder}/fakegpu[0-1]\nNodeName=n2 Name=gpu File={folder}/fakegpu[2-3]\n"
+            f"NodeName=n1 Name=gpu File={folder}/fakegpu[0-1]\nNodeName=n2 Name=gpu"
+            f" File={folder}/fakegpu[2-3]\n"
         )
         (folder / "cgroup.conf").write_text("")
         (folder / "slurm.conf").write_text(self._slurm_conf())
@@ -259,7 +266,7 @@ class Sandbox:
             "AccountingStoreFlags": "job_comment",
         }
 
-    # -- accounting ------------------------------------------------------------------------------------------
+    # -- accounting ----------------------------------------------------------------------------------------
 
     def _start_accounting(self) -> None:
         folder, port = self.folder, self.ports[4]
@@ -288,7 +295,10 @@ class Sandbox:
         )
         sql = "create database slurm_acct;"
         for place in ("127.0.0.1", "localhost"):
-            sql += f"create user slurm@'{place}' identified by 'x'; grant all on slurm_acct.* to slurm@'{place}';"
+            sql += (
+                f"create user slurm@'{place}' identified by 'x'; grant all on slurm_acct.* to"
+                f" slurm@'{place}';"
+            )
         subprocess.run([*client, sql], check=True)
         conf = folder / "slurmdbd.conf"
         conf.write_text(
@@ -320,8 +330,8 @@ def running(accounting: bool = False) -> Iterator[Sandbox]:
     lacking = missing(accounting)
     if lacking:
         raise SystemExit(
-            f"error: {', '.join(lacking)} not found; on Debian and Ubuntu: apt-get install slurmctld slurmd slurm-client munge"
-            + (" slurmdbd mariadb-server" if accounting else "")
+            f"error: {', '.join(lacking)} not found; on Debian and Ubuntu: apt-get install slurmctld slurmd"
+            " slurm-client munge" + (" slurmdbd mariadb-server" if accounting else "")
         )
     if os.geteuid() != 0:
         raise SystemExit("error: the sandbox starts its daemons as root; run it in a container or with sudo")

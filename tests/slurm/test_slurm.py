@@ -49,7 +49,8 @@ def test_the_whole_path_goes_through_the_profile(finished_on_slurm, slurm):
     workspace = finished_on_slurm
     assert workspace.json("experiments/compress_4/checkpoint.json")["training"]["finetune"]["step"] == 8
     assert (workspace.folder / "report/index.html").is_file()
-    # Light steps and everything that needs the network run on the login node, the rest in jobs with kept logs.
+    # Light steps and everything that needs the network run on the login node, the rest in jobs with kept
+    # logs.
     for rule, jobs in {
         "scan": 2,
         "mixture": 2,
@@ -382,7 +383,8 @@ def test_a_time_limit_saves_in_time_and_the_next_attempt_continues(finished_on_s
     state = workspace.state("finetune", "long")
     rows = attempts(state)
     assert len(rows) >= 2, "the training was too short to meet its limit"
-    # No checkpoint was due before the limit: what the next attempt starts from was saved because of the signal.
+    # No checkpoint was due before the limit: what the next attempt starts from was saved because of the
+    # signal.
     assert rows[0]["outcome"] == "interrupted"
     assert rows[1]["from_step"] == rows[0]["to_step"] > 0
     assert len(losses(state)) == 1200

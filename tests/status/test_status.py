@@ -30,7 +30,10 @@ from workflow_scripts.status.failures import say_failures
 from workflow_scripts.status.read import all_statuses, read_status
 from workflow_scripts.status.table import Trainings, duration, shorten, table
 
-LOG = "llava_ext: step 3/8\nTraceback (most recent call last):\nerror: an older one\nerror: {}\nand its second line\n"
+LOG = (
+    "llava_ext: step 3/8\nTraceback (most recent call last):\nerror: an older one\nerror: {}\nand its second"
+    " line\n"
+)
 
 
 class Folder:
@@ -162,7 +165,10 @@ def test_a_hang_shows_as_time_since_the_last_step(folder):
 
 
 def test_what_was_raised_is_the_reason_where_there_is_no_message(folder):
-    log = "torch.OutOfMemoryError: CUDA out of memory\ntorch.distributed.elastic.multiprocessing.errors.ChildFailedError: \n"
+    log = (
+        "torch.OutOfMemoryError: CUDA out of"
+        " memory\ntorch.distributed.elastic.multiprocessing.errors.ChildFailedError: \n"
+    )
     assert read_status(folder.ended("vanilla", "failed (1)", log)).reason == log.splitlines()[0]
     assert "failed (-9)" in read_status(folder.ended("normalize", "failed (-9)")).reason
 

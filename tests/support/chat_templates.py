@@ -1,4 +1,6 @@
-"""Chat templates in the public formats of their families, and small byte-level tokenizers that have their special tokens."""
+"""Chat templates in the public formats of their families, and small byte-level tokenizers that have their
+special tokens.
+"""
 
 from __future__ import annotations
 
@@ -19,39 +21,32 @@ CHATML = (
 )
 # Qwen 3: only the last answer has its thoughts.
 THINKING = (
-    "{%- for message in messages %}"
-    "{%- if message['role'] == 'assistant' and loop.last %}"
-    "{{- '<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n' + message['content'].lstrip('\\n') + '<|im_end|>\\n' }}"
-    "{%- else %}{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
-    "{%- endif %}{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+    "{%- for message in messages %}{%- if message['role'] == 'assistant' and loop.last %}{{-"
+    " '<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n' + message['content'].lstrip('\\n') +"
+    " '<|im_end|>\\n' }}{%- else %}{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] +"
+    " '<|im_end|>\\n' }}{%- endif %}{%- endfor %}{%- if add_generation_prompt %}{{-"
+    " '<|im_start|>assistant\\n' }}{%- endif %}"
 )
 # Llama 3.2: today's date in the system turn, contents trimmed.
 LLAMA3 = (
-    "{{- bos_token }}"
-    "{%- if not date_string is defined %}{%- set date_string = strftime_now('%d %b %Y') %}{%- endif %}"
-    "{%- if messages[0]['role'] == 'system' %}"
-    "{%- set system = messages[0]['content'] | trim %}{%- set messages = messages[1:] %}"
-    "{%- else %}{%- set system = '' %}{%- endif %}"
-    "{{- '<|start_header_id|>system<|end_header_id|>\\n\\n' }}"
-    "{{- 'Cutting Knowledge Date: December 2023\\nToday Date: ' + date_string + '\\n\\n' + system + '<|eot_id|>' }}"
-    "{%- for message in messages %}"
-    "{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] | trim }}"
-    "{{- '<|eot_id|>' }}{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}"
+    "{{- bos_token }}{%- if not date_string is defined %}{%- set date_string = strftime_now('%d %b %Y') %}{%-"
+    " endif %}{%- if messages[0]['role'] == 'system' %}{%- set system = messages[0]['content'] | trim %}{%-"
+    " set messages = messages[1:] %}{%- else %}{%- set system = '' %}{%- endif %}{{-"
+    " '<|start_header_id|>system<|end_header_id|>\\n\\n' }}{{- 'Cutting Knowledge Date: December 2023\\nToday"
+    " Date: ' + date_string + '\\n\\n' + system + '<|eot_id|>' }}{%- for message in messages %}{{-"
+    " '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] | trim }}{{-"
+    " '<|eot_id|>' }}{%- endfor %}{%- if add_generation_prompt %}{{-"
+    " '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}"
 )
 # Mistral 7B Instruct v0.2: the system text goes into the first user turn; no generation prompt.
 MISTRAL = (
-    "{%- if messages[0]['role'] == 'system' %}"
-    "{%- set system = messages[0]['content'] %}{%- set turns = messages[1:] %}"
-    "{%- else %}{%- set turns = messages %}{%- endif %}"
-    "{{- bos_token }}{%- for message in turns %}"
-    "{%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{- raise_exception('roles must alternate') }}{%- endif %}"
-    "{%- if message['role'] == 'user' %}"
-    "{%- if loop.first and system is defined %}{{- ' [INST] ' + system + '\\n\\n' + message['content'] + ' [/INST]' }}"
-    "{%- else %}{{- ' [INST] ' + message['content'] + ' [/INST]' }}{%- endif %}"
-    "{%- else %}{{- ' ' + message['content'] + eos_token }}{%- endif %}{%- endfor %}"
+    "{%- if messages[0]['role'] == 'system' %}{%- set system = messages[0]['content'] %}{%- set turns ="
+    " messages[1:] %}{%- else %}{%- set turns = messages %}{%- endif %}{{- bos_token }}{%- for message in"
+    " turns %}{%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{- raise_exception('roles must"
+    " alternate') }}{%- endif %}{%- if message['role'] == 'user' %}{%- if loop.first and system is defined"
+    " %}{{- ' [INST] ' + system + '\\n\\n' + message['content'] + ' [/INST]' }}{%- else %}{{- ' [INST] ' +"
+    " message['content'] + ' [/INST]' }}{%- endif %}{%- else %}{{- ' ' + message['content'] + eos_token }}{%-"
+    " endif %}{%- endfor %}"
 )
 # Mistral v0.3: the system text goes into the *last* user turn.
 MISTRAL_LAST = MISTRAL.replace("loop.first and", "loop.index0 >= turns | length - 2 and")

@@ -1,4 +1,6 @@
-"""Tiny real model folders of every registered family: towers, language models and their tokenizers, with random weights."""
+"""Tiny real model folders of every registered family: towers, language models and their tokenizers, with
+random weights.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +11,14 @@ from typing import Any
 import torch
 
 CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] +"
+    " '<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{%"
+    " endif %}"
 )
 LLAMA3 = (
-    "{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' "
-    "+ message['content'] + '<|eot_id|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+    "{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] +"
+    " '<|end_header_id|>\n\n' + message['content'] + '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt"
+    " %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 TEXTS = [
     "a red circle above a blue square",
@@ -118,7 +121,9 @@ PROCESSORS["dinov2_with_registers"] = PROCESSORS["dinov2"]
 
 
 def make_tower(folder: Path, kind: str, processor: dict[str, Any] | None = None, **changes: Any) -> Path:
-    """A vision tower of transformers' type ``kind`` with random weights in every parameter, and its image processor."""
+    """A vision tower of transformers' type ``kind`` with random weights in every parameter, and its image
+    processor.
+    """
     from transformers import CONFIG_MAPPING, AutoModel
 
     sizes = TOWER_SIZES | ({"intermediate_size": 48} if kind.endswith("vision_model") else {"mlp_ratio": 2})

@@ -52,15 +52,34 @@ def flags(*names: str, **more: Any) -> Interventions:
 
 
 RECORDS = [
-    {"id": "one", "image": "a.png", "conversations": [
-        {"from": "human", "value": "<image>\nWhere is the star?"}, {"from": "gpt", "value": "Above the square."}]},
-    {"id": "text", "conversations": [
-        {"from": "human", "value": "Count to 5."}, {"from": "gpt", "value": "1, 2, 3, 4, 5."},
-        {"from": "human", "value": "Thank you"}, {"from": "gpt", "value": "Hello!"}]},
-    {"id": "long", "image": "b.png", "conversations": [
-        {"from": "human", "value": "What color is the circle?\n<image>"}, {"from": "gpt", "value": "The circle is red."},
-        {"from": "human", "value": "How many objects are there?"}, {"from": "gpt", "value": "2"}]},
-]  # fmt: skip
+    {
+        "id": "one",
+        "image": "a.png",
+        "conversations": [
+            {"from": "human", "value": "<image>\nWhere is the star?"},
+            {"from": "gpt", "value": "Above the square."},
+        ],
+    },
+    {
+        "id": "text",
+        "conversations": [
+            {"from": "human", "value": "Count to 5."},
+            {"from": "gpt", "value": "1, 2, 3, 4, 5."},
+            {"from": "human", "value": "Thank you"},
+            {"from": "gpt", "value": "Hello!"},
+        ],
+    },
+    {
+        "id": "long",
+        "image": "b.png",
+        "conversations": [
+            {"from": "human", "value": "What color is the circle?\n<image>"},
+            {"from": "gpt", "value": "The circle is red."},
+            {"from": "human", "value": "How many objects are there?"},
+            {"from": "gpt", "value": "2"},
+        ],
+    },
+]
 
 
 def picture(seed: int) -> Image.Image:

@@ -1,4 +1,6 @@
-"""The table of docs/reruns.md as tests: what was changed, what runs again. Used on one machine and on Slurm."""
+"""The table of docs/reruns.md as tests: what was changed, what runs again. Used on one machine and on
+Slurm.
+"""
 
 import re
 import sys

@@ -1,4 +1,6 @@
-"""Real HTTP servers with faults: one for plain files, one that speaks the hub's protocol to the real client."""
+"""Real HTTP servers with faults: one for plain files, one that speaks the hub's protocol to the real
+client.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ HTML = b"<!DOCTYPE html>\n<html><head><title>Sign in</title></head><body>Please 
 class Fault:
     """What one request gets instead of the plain answer."""
 
-    kind: str  # status, cut, reset, stall, html, flip, redirect, slow, drip, raw, drip_headers, wrong_range, hang
+    # status, cut, reset, stall, html, flip, redirect, slow, drip, raw, drip_headers, wrong_range, hang
+    kind: str
     value: object = None
     after: int = 0
     headers: dict = field(default_factory=dict)
@@ -184,7 +187,9 @@ def serve(request, resource, head=False, **extra):
 
 
 def send_raw(request, fault):
-    """Bytes as they are (``value``) instead of an answer, or one after the other, ``after`` milliseconds apart."""
+    """Bytes as they are (``value``) instead of an answer, or one after the other, ``after`` milliseconds
+    apart.
+    """
     pieces = [fault.value] if fault.kind == "raw" else [bytes([item]) for item in fault.value]
     for piece in pieces:
         request.wfile.write(piece)

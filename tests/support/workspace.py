@@ -19,7 +19,11 @@ CODE = ("Snakefile", "rules", "workflow_scripts", "llava_ext", "config", "profil
 SMALL = {
     "sources": {
         "captions": {
-            "kind": "shapes", "split": "captions", "pictures": 120, "archive": "zip", "seed": 1,
+            "kind": "shapes",
+            "split": "captions",
+            "pictures": 120,
+            "archive": "zip",
+            "seed": 1,
             "damage": {"truncated": 1, "corrupt": 1, "gif_as_jpg": 1, "empty": 1, "missing": 1},
         },
         # the user's own files, drawn once by the fixture
@@ -28,11 +32,21 @@ SMALL = {
     },
     "mixtures": {
         "pretrain": {
-            "parts": [{"annotations": "captions", "images": [{"source": "captions"}], "policy": {"max_dropped_share": 0.1}}]
+            "parts": [
+                {
+                    "annotations": "captions",
+                    "images": [{"source": "captions"}],
+                    "policy": {"max_dropped_share": 0.1},
+                }
+            ]
         },
         "finetune": {
             "parts": [
-                {"annotations": "questions", "images": [{"prefix": "shapes", "source": "questions"}], "policy": {"max_dropped_share": 0.1}}
+                {
+                    "annotations": "questions",
+                    "images": [{"prefix": "shapes", "source": "questions"}],
+                    "policy": {"max_dropped_share": 0.1},
+                }
             ]
         },
     },
@@ -41,15 +55,31 @@ SMALL = {
         "tower": {"kind": "shapes_tower", "seed": 1, "steps": 5},
     },
     "model": {"llm": "llm", "vision_tower": "tower"},
-    "compute": {"small": {"per_device_batch_size": 8, "cache_pixels_mb": 64, "mem_mb": 2500, "runtime_min": 20}},
+    "compute": {
+        "small": {"per_device_batch_size": 8, "cache_pixels_mb": 64, "mem_mb": 2500, "runtime_min": 20}
+    },
     "stages": {
         "pretrain": {
-            "mixture": "pretrain", "compute": "small", "prompt_version": "plain", "image_aspect_ratio": "square",
-            "learning_rate": 5e-3, "max_steps": 6, "global_batch_size": 8, "model_max_length": 256, "save_steps": 3,
+            "mixture": "pretrain",
+            "compute": "small",
+            "prompt_version": "plain",
+            "image_aspect_ratio": "square",
+            "learning_rate": 5e-3,
+            "max_steps": 6,
+            "global_batch_size": 8,
+            "model_max_length": 256,
+            "save_steps": 3,
         },
         "finetune": {
-            "mixture": "finetune", "compute": "small", "prompt_version": "v1", "group_by_modality_length": True,
-            "learning_rate": 5e-3, "max_steps": 8, "global_batch_size": 8, "model_max_length": 256, "save_steps": 4,
+            "mixture": "finetune",
+            "compute": "small",
+            "prompt_version": "v1",
+            "group_by_modality_length": True,
+            "learning_rate": 5e-3,
+            "max_steps": 8,
+            "global_batch_size": 8,
+            "model_max_length": 256,
+            "save_steps": 4,
         },
     },
     "experiments": {
@@ -58,7 +88,7 @@ SMALL = {
         "compress_4": {"interventions": {"compression_after_projection": True, "final_spatial_size": 4}},
     },
     "evaluation": {"source": "test", "pictures": 6, "examples": 2},
-}  # fmt: skip
+}
 
 
 def draw_questions(folder, pictures=120):

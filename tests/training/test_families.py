@@ -1,4 +1,6 @@
-"""Other families than CLIP + Vicuna, end to end: both stages on the demo's data, killed and resumed, exported, loaded by others."""
+"""Other families than CLIP + Vicuna, end to end: both stages on the demo's data, killed and resumed,
+exported, loaded by others.
+"""
 
 import json
 import shutil
@@ -59,7 +61,9 @@ def data(tmp_path_factory):
 
 
 def train(stage, output_dir, data, **changes):
-    """Four steps, a checkpoint every two; then from the second's checkpoint again, as after a kill: equal to the bit."""
+    """Four steps, a checkpoint every two; then from the second's checkpoint again, as after a kill: equal
+    to the bit.
+    """
     annotations, pictures = data
     flags = {
         "data_path": annotations,

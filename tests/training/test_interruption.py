@@ -151,7 +151,9 @@ def test_dataset_workers_do_not_outlive_a_killed_trainer(tmp_path, context):
 
 @pytest.mark.parametrize("error", ["RuntimeError", "errors.TrainingError"])
 def test_an_error_ends_the_dataset_workers_too(tmp_path, error):
-    """They do not heed signals from outside; without an end from the trainer it would wait for them for ever."""
+    """They do not heed signals from outside; without an end from the trainer it would wait for them for
+    ever.
+    """
     workers = {"dataloader_num_workers": 2, "dataloader_persistent_workers": True}
     argv = command_line(2, tmp_path / "out", **workers)
     then = f"from llava_ext import errors; raise {error}('it broke')"
@@ -251,7 +253,10 @@ def test_a_full_disk_during_a_save_loses_nothing(tmp_path, uninterrupted):
     """A quota that the second checkpoint does not fit into; then the same command goes on."""
     argv = command_line(2, tmp_path / "out")
     # The first save succeeds; then files may not grow beyond a few kB, as on a full disk.
-    full = "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))"
+    full = (
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (100_000,"
+        " 100_000))"
+    )
     done = run_with("states.seal", full, argv, tmp_path)
     assert done.returncode == 1
     assert "checkpoint-8: could not be saved" in done.stderr and "checkpoint-4" in done.stderr

@@ -1,4 +1,6 @@
-"""What a training does with its data and its flags: each test is a real one, of a few steps, through the command line."""
+"""What a training does with its data and its flags: each test is a real one, of a few steps, through the
+command line.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,7 @@ def changed(ours, theirs):
     return {name for name, tensor in theirs.items() if not torch.equal(ours[name], tensor)}
 
 
-# -- what trains -------------------------------------------------------------------------------------------------
+# -- what trains ------------------------------------------------------------------------------------------
 
 
 def test_stage_1_changes_the_projector_only(tmp_path, train_here):
@@ -186,7 +188,9 @@ def test_a_projector_of_another_layer_of_the_tower_is_refused(tmp_path, train_he
 
 
 def test_adapters_that_are_kept_load_with_peft_and_convert(tmp_path, train_here, monkeypatch):
-    """By the names of the language model alone, on the base that they name; with LLaVA's files beside them."""
+    """By the names of the language model alone, on the base that they name; with LLaVA's files beside
+    them.
+    """
     ok(train_here(short(2, tmp_path, lora_enable=True, lora_merge=False, lora_r=4, learning_rate=1e-2)))
     folder = tmp_path / "adapters"
     base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
@@ -246,7 +250,7 @@ def test_adapters_train_on(tmp_path, train_here):
     )
 
 
-# -- loss --------------------------------------------------------------------------------------------------------
+# -- loss -------------------------------------------------------------------------------------------------
 
 
 def test_packing_gives_the_same_losses(tmp_path, train_here):
@@ -302,7 +306,7 @@ def test_caching_samples_changes_nothing(tmp_path, train_here):
     assert losses(tmp_path / "plain") == losses(tmp_path / "cached")
 
 
-# -- flags reach the result --------------------------------------------------------------------------------------
+# -- flags reach the result -------------------------------------------------------------------------------
 
 
 def test_a_checkpoint_of_the_published_interventions_describes_itself(tmp_path, train_here):
@@ -371,7 +375,7 @@ def test_metrics_of_every_step(tmp_path, train_here):
     assert list((tmp_path / "tensorboard").glob("events.*"))
 
 
-# -- data that can't be used -------------------------------------------------------------------------------------
+# -- data that can't be used ------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -431,7 +435,9 @@ def test_too_few_labels_stop_before_training(tmp_path, train_here):
 
 
 def test_too_few_labels_stop_wherever_in_the_data_they_begin(tmp_path, train_here):
-    """The look before training may have missed them: here it is switched off, and the bound is one that no data keep."""
+    """The look before training may have missed them: here it is switched off, and the bound is one that no
+    data keep.
+    """
     flags = {"preflight_samples": 0, "supervised_share_bound": 0.5, "watchdog_zero_steps": 2, "max_steps": 6}
     text = stopped(
         train_here(short(2, tmp_path / "out", save_strategy="steps", save_steps=1, **flags)),
@@ -485,7 +491,7 @@ def test_a_batch_without_labels_changes_nothing(tmp_path, samples, train_here):
     assert result(tmp_path / "out")["metrics"]["batches_without_labels"] == 1
 
 
-# -- ends that will repeat ---------------------------------------------------------------------------------------
+# -- ends that will repeat --------------------------------------------------------------------------------
 
 
 def verdict(folder):
@@ -552,7 +558,9 @@ def test_a_training_that_another_process_holds_gets_no_verdict(tmp_path, train_h
 
 @pytest.mark.slow
 def test_a_start_that_hangs_is_ended_too(tmp_path):
-    """The model lies on a disk that does not answer: no step is ever due, and yet it stops with the reason."""
+    """The model lies on a disk that does not answer: no step is ever due, and yet it stops with the
+    reason.
+    """
     shutil.copytree(GOLDEN / "llm", tmp_path / "llm")
     (tmp_path / "llm/config.json").unlink()
     os.mkfifo(tmp_path / "llm/config.json")

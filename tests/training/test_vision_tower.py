@@ -50,7 +50,7 @@ def a_model():
     return build_model(LLM, CLIP)[0]
 
 
-# -- the command line --------------------------------------------------------------------------------------------
+# -- the command line -------------------------------------------------------------------------------------
 
 
 def switches(text: str) -> dict[str, list[str]]:
@@ -117,7 +117,7 @@ def test_a_training_from_before_the_flag_existed_goes_on(tmp_path):
         check_identity(tmp_path, now | {"train_vision_tower": True})
 
 
-# -- what trains -------------------------------------------------------------------------------------------------
+# -- what trains ------------------------------------------------------------------------------------------
 
 
 def test_what_the_vision_tokens_do_not_use_can_not_train():
@@ -191,7 +191,7 @@ def test_a_tower_that_trains_stays_in_float32(tmp_path):
     assert {p.dtype for p in model.model.language_model.parameters()} == {torch.bfloat16}
 
 
-# -- both stages through the command line ------------------------------------------------------------------------
+# -- both stages through the command line -----------------------------------------------------------------
 
 
 def trained(outcome: tuple[int, str]) -> str:
@@ -241,7 +241,9 @@ def test_a_projector_is_not_joined_with_another_tower_than_it_was_trained_with(s
 
 
 def test_the_original_layout_keeps_a_trained_tower_both_ways(tmp_path, train_here):
-    """LLaVA reads the tower inside a checkpoint when `unfreeze_mm_vision_tower` stands in its config, and so do we."""
+    """LLaVA reads the tower inside a checkpoint when `unfreeze_mm_vision_tower` stands in its config, and
+    so do we.
+    """
     trained(train_here(command_line(2, tmp_path / "two", **SHORT | TRAINED)))
     tower = tower_of(tmp_path / "two")
     assert moved(tower)
@@ -293,7 +295,7 @@ def test_adapters_of_the_llm_beside_a_tower_that_trains_whole(tmp_path, train_he
     assert not any(info.values()) and stock.config.vision_config.unfreeze_mm_vision_tower
 
 
-# -- interruptions -----------------------------------------------------------------------------------------------
+# -- interruptions ----------------------------------------------------------------------------------------
 
 FINAL = {1: ("mm_projector.safetensors", "vision_tower/model.safetensors"), 2: ("model.safetensors",)}
 
@@ -322,7 +324,9 @@ def test_an_interrupted_training_ends_with_the_same_bits(stage, number, tmp_path
     ids=["zero2", "zero3", "fsdp", "ddp"],
 )
 def test_two_processes_equal_one_and_one_continues(engine, tmp_path):
-    """With a batch of texts on one process while the other has pictures; both parts with rates of their own."""
+    """With a batch of texts on one process while the other has pictures; both parts with rates of their
+    own.
+    """
     records = json.loads((GOLDEN / "train" / "stage2.json").read_text())
     pictures = [record for record in records if "image" in record]
     texts = [record for record in records if "image" not in record]

@@ -122,7 +122,9 @@ def test_a_verdict_is_not_retried_and_a_changed_setting_clears_it(tmp_path):
 
 
 def test_attempts_without_progress_stop_with_the_log(workspace):
-    """A training that dies without a reason is tried a few times and then refused, with the place of its log."""
+    """A training that dies without a reason is tried a few times and then refused, with the place of its
+    log.
+    """
     workspace.config["setup"] = "export PYTHONPATH=$PWD/dying"
     (workspace.folder / "dying").mkdir()
     (workspace.folder / "dying/sitecustomize.py").write_text(

@@ -1,4 +1,6 @@
-"""The whole workflow on a machine whose only way out is counted: not one packet leaves, not even a question for a name."""
+"""The whole workflow on a machine whose only way out is counted: not one packet leaves, not even a
+question for a name.
+"""
 
 import os
 import shutil
@@ -11,8 +13,9 @@ import pytest
 from tests.support.workspace import Workspace
 from workflow_scripts.launch.preflight import importable
 
-# A network of its own: loopback, and one cable that every other address is reached by. Nothing of the kernel's own may
-# be counted: no IPv6, no ARP. Names are asked for over the cable too; the hosts file is what every Linux brings.
+# A network of its own: loopback, and one cable that every other address is reached by. Nothing of the
+# kernel's own may be counted: no IPv6, no ARP. Names are asked for over the cable too; the hosts file is what
+# every Linux brings.
 NETWORK = """
 set -e
 ip link set lo up
@@ -87,17 +90,26 @@ def test_nothing_is_sent_from_the_first_picture_to_the_report(tmp_path, monkeypa
         monkeypatch.delenv(name)
     workspace = Workspace(tmp_path / "w").draw()
     config = workspace.config
-    config["compute"]["two"] = {**config["compute"]["small"], "per_device_batch_size": 4, "processes_per_node": 2, "parallel": "ddp"}  # fmt: skip
+    config["compute"]["two"] = {
+        **config["compute"]["small"],
+        "per_device_batch_size": 4,
+        "processes_per_node": 2,
+        "parallel": "ddp",
+    }
     config["stages"]["finetune"]["compute"] = "two"
     config["experiments"] = {"vanilla": {}}
     # those of them that are installed
     config["stages"]["finetune"]["report_to"] = [
         name for name in ("tensorboard", "wandb", "trackio") if importable(name)
     ]
-    # Snakemake's plugin asks an installed Slurm at its start, which without this looks for its controller by name.
+    # Snakemake's plugin asks an installed Slurm at its start, which without this looks for its controller by
+    # name.
     environment = workspace.environment() | {"SLURM_CONF": "/dev/null", "TRACKIO_DIR": str(tmp_path)}
     done, sent = alone(tmp_path / "network", *workspace.command(), cwd=workspace.folder, env=environment)
     assert done.returncode == 0, done.stdout[-6000:]
-    assert workspace.json("experiments/vanilla/checkpoint.json") and (workspace.folder / "report/index.html").is_file()  # fmt: skip
+    assert (
+        workspace.json("experiments/vanilla/checkpoint.json")
+        and (workspace.folder / "report/index.html").is_file()
+    )
     assert len(list(workspace.folder.glob("runs/finetune/*/*/tensorboard/events.*"))) == 1
     assert sent == 0

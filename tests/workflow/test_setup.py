@@ -1,4 +1,6 @@
-"""What a site wants to happen before every step: `config: {setup: ...}` of its profile, through the real Snakefile."""
+"""What a site wants to happen before every step: `config: {setup: ...}` of its profile, through the real
+Snakefile.
+"""
 
 import os
 import signal
@@ -57,7 +59,10 @@ def test_a_setup_that_fails_ends_the_step_and_is_shown(workspace):
 
 @pytest.mark.parametrize("setup", ["", "export A=1; true"])
 def test_the_step_replaces_the_shell_so_that_signals_reach_it(tmp_path, setup):
-    told = "import os, signal; signal.signal(15, lambda *a: os._exit(75)); print(os.getpid(), flush=True); signal.pause()"
+    told = (
+        "import os, signal; signal.signal(15, lambda *a: os._exit(75)); print(os.getpid(), flush=True);"
+        " signal.pause()"
+    )
     (tmp_path / "python").write_text(f"#!/bin/sh\nexec {sys.executable} -c '{told}'\n")
     (tmp_path / "python").chmod(0o755)
     line = f"set -euo pipefail; {command(str(tmp_path / 'python'), ROOT, setup)} --log log step"

@@ -1,7 +1,7 @@
 """W&B and trackio, where they are installed: what they keep of a training that was interrupted and went on.
 
-It is the signal of a time limit that interrupts it. A kill loses what a tracker has not written yet: seconds in trackio, a
-block of its file in W&B; `metrics.jsonl` has it.
+It is the signal of a time limit that interrupts it. A kill loses what a tracker has not written yet: seconds
+in trackio, a block of its file in W&B; `metrics.jsonl` has it.
 """
 
 import json

@@ -1,4 +1,6 @@
-"""What a server's answer means: is it the file, a part of it, the same version, and what to do where it is none."""
+"""What a server's answer means: is it the file, a part of it, the same version, and what to do where it is
+none.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,8 @@ import requests
 
 RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 524})
 LOGIN = (
-    "the server asks for a login or a signature: put the login into ~/.netrc, or write the URL with a ${NAME} "
-    "whose value you export"
+    "the server asks for a login or a signature: put the login into ~/.netrc, or write the URL with a ${NAME}"
+    " whose value you export"
 )
 GONE = "the file is not there (any more); check the URL"
 # The hub says in a header which of its reasons it is.
@@ -109,8 +111,8 @@ def web_advice() -> dict[int, str]:
 def hub_advice(repo: str, page: str, revision: str) -> dict[int, str]:
     """The same for a repository of a hub."""
     login = (
-        f"set HF_TOKEN to a valid token that may read {repo}; where the repository is gated, accept its terms on "
-        f"{page} first"
+        f"set HF_TOKEN to a valid token that may read {repo}; where the repository is gated, accept its terms"
+        f" on {page} first"
     )
     gone = f"{repo} has no such file at revision {revision}; check `path` and `revision`"
     return {401: login, 403: login, 404: gone, 410: gone}

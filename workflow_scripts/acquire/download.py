@@ -1,8 +1,9 @@
 """Fetches big files over HTTP so that what arrives is whole, verified, of one version, and fetched once.
 
-Data stream into `NAME.part`; a connection that breaks, stalls or is refused for a while is resumed from there,
-by this process or by the next one after a crash. The hash is computed while the data stream in. Only a file of
-the right size and hash gets its name, and beside it `.NAME.provenance.json` remembers where it came from.
+Data stream into `NAME.part`; a connection that breaks, stalls or is refused for a while is resumed from
+there, by this process or by the next one after a crash. The hash is computed while the data stream in. Only a
+file of the right size and hash gets its name, and beside it `.NAME.provenance.json` remembers where it came
+from.
 """
 
 from __future__ import annotations
@@ -112,9 +113,8 @@ class _Fetch:
         return (
             f"{self.wanted.name} could not be fetched:\n"
             + "\n".join(failures)
-            + f"\n  {kept}run the same command "
-            "again to go on, add another URL to the source's config, or fetch the file by other means and name "
-            "it under `local` (or as a source of kind path)"
+            + f"\n  {kept}run the same command again to go on, add another URL to the source's config, or"
+            " fetch the file by other means and name it under `local` (or as a source of kind path)"
         )
 
     def _disk_trouble(self, error: OSError) -> str:

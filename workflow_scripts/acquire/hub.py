@@ -1,8 +1,8 @@
 """Files of Hugging Face repositories: what the hub says about them, where they are cached, how to fetch them.
 
-huggingface_hub answers what a repository has (revision, size, hash) and finds its cache; the transfer itself is
-:mod:`workflow_scripts.acquire.download`'s, which resumes after a crash and verifies hashes, as the client does not.
-HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN, HF_HOME and HF_HUB_CACHE mean what they mean for the client.
+huggingface_hub answers what a repository has (revision, size, hash) and finds its cache; the transfer itself
+is :mod:`workflow_scripts.acquire.download`'s, which resumes after a crash and verifies hashes, as the client
+does not. HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN, HF_HOME and HF_HUB_CACHE mean what they mean for the client.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ class Repository:
         if len(found) != 1:
             known = ", ".join(c.commit_id[:12] for c in commits[:5])
             raise UserError(
-                f"revision: {self.revision!r} is {'no' if not found else 'more than one'} commit of {self.repo}; the "
-                f"newest are {known}. Pin one of them in full"
+                f"revision: {self.revision!r} is {'no' if not found else 'more than one'} commit of"
+                f" {self.repo}; the newest are {known}. Pin one of them in full"
             )
         return found[0]
 
@@ -138,20 +138,26 @@ class Repository:
                     voice.set_activity(f"waiting {seconds:.0f} s to ask {self.endpoint} again ({why})")
                     pause(seconds)
         raise UserError(
-            f"{self.shown}: {self.endpoint} can't be reached ({why}); check the network and HF_ENDPOINT, or name a copy "
-            "that you have under `local`"
+            f"{self.shown}: {self.endpoint} can't be reached ({why}); check the network and HF_ENDPOINT, or"
+            " name a copy that you have under `local`"
         )
 
     def _refused(self, error: HfHubHTTPError) -> tuple[str, float | None]:
-        """What to say about a busy hub, and how long it wants to wait. Raises :class:`UserError` for a final no."""
+        """What to say about a busy hub, and how long it wants to wait. Raises :class:`UserError` for a
+        final no.
+        """
         from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
         status = error.response.status_code if error.response is not None else 0
         finals: dict[type[HfHubHTTPError], str] = {
-            GatedRepoError: f"its owner asks for agreement to terms; accept them on {self.page}, set HF_TOKEN",
+            GatedRepoError: (
+                f"its owner asks for agreement to terms; accept them on {self.page}, set HF_TOKEN"
+            ),
             RevisionNotFoundError: "there is no such revision; pin an existing commit",
-            RepositoryNotFoundError: f"there is no such repository at {self.endpoint}, or it is private and needs "
-            "HF_TOKEN; check `repo` and `repo_type`",
+            RepositoryNotFoundError: (
+                f"there is no such repository at {self.endpoint}, or it is private and needs "
+                "HF_TOKEN; check `repo` and `repo_type`"
+            ),
         }
         for kind, message in finals.items():
             if isinstance(error, kind):
@@ -215,8 +221,8 @@ class Repository:
 
 
 OFFLINE = (
-    "HF_HUB_OFFLINE is set and the file is neither here nor in the hub's cache; unset it, or fetch the file on a "
-    "machine with a network first (the acquire and prepare steps run on the login node)"
+    "HF_HUB_OFFLINE is set and the file is neither here nor in the hub's cache; unset it, or fetch the file"
+    " on a machine with a network first (the acquire and prepare steps run on the login node)"
 )
 
 
@@ -273,8 +279,8 @@ def _checked_with_config(repository: Repository, file: HubFile) -> Wanted:
     ]
     if differs and file.trust == "publisher":
         raise UserError(
-            f"{repository.shown}, {file.path}: the hub has another file than the config expects: {', '.join(differs)}; "
-            "check `revision`, or correct the config if the new file is what you want"
+            f"{repository.shown}, {file.path}: the hub has another file than the config expects:"
+            f" {', '.join(differs)}; check `revision`, or correct the config if the new file is what you want"
         )
     if differs:
         say(f"warning: {file.path}: the hub has {', '.join(differs)}")
@@ -311,7 +317,8 @@ def fetch_snapshot(
     choose: Callable[[list[str]], list[str]] = list,
     patience: Patience | None = None,
 ) -> tuple[str, list[tuple[Path, dict[str, Any]]]]:
-    """Makes a repository's files that ``choose`` picks available: the commit, and each file with its provenance.
+    """Makes a repository's files that ``choose`` picks available: the commit, and each file with its
+    provenance.
 
     Files of the client's cache are used where they are; the others are fetched into ``folder``.
     """

@@ -1,8 +1,8 @@
 """Files that are already on this machine: what they are, and what recognises their content.
 
-A file of up to 2 GiB is hashed. A larger archive is identified by its size and the hash of its table of contents,
-which for a zip has the CRC32 of every member; hashing 27 GB on every look would cost minutes. A folder is
-identified by the names, sizes and times of its images.
+A file of up to 2 GiB is hashed. A larger archive is identified by its size and the hash of its table of
+contents, which for a zip has the CRC32 of every member; hashing 27 GB on every look would cost minutes. A
+folder is identified by the names, sizes and times of its images.
 """
 
 from __future__ import annotations
@@ -48,13 +48,15 @@ def describe_folder(path: Path, shown: str, content: bool = False) -> dict[str, 
 
 
 def describe_archive(path: Path, shown: str, sha256: str | None) -> dict[str, Any]:
-    """An archive: hashed when it is small or a hash is to be verified, else known by its table of contents."""
+    """An archive: hashed when it is small or a hash is to be verified, else known by its table of
+    contents.
+    """
     if sha256 is not None or path.stat().st_size <= HASHED_UP_TO:
         entry = describe_file(path, shown)
         if sha256 is not None and entry["sha256"] != sha256:
             raise UserError(
-                f"{path}: its sha256 is {entry['sha256']}, but {sha256} is expected; the file is damaged or another "
-                "version: replace it, or correct the hash in the config"
+                f"{path}: its sha256 is {entry['sha256']}, but {sha256} is expected; the file is damaged or"
+                " another version: replace it, or correct the hash in the config"
             )
         return entry
     kind = detect_type(path)

@@ -47,7 +47,9 @@ class Patience:
         return min(1.0, self.answer_s / 4)
 
     def pause(self, failures: int, asked: float | None) -> float:
-        """Seconds to wait after so many failures in a row: what the server asks for, but not less than ours."""
+        """Seconds to wait after so many failures in a row: what the server asks for, but not less than
+        ours.
+        """
         own = min(self.backoff_s * 2 ** max(0, failures - 1), self.max_backoff_s)
         return max(own * (0.5 + random.random() / 2), asked or 0.0)
 

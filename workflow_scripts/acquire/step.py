@@ -1,6 +1,7 @@
 """Makes one source: fetches it, draws it, or looks at what is already there, and describes it in a manifest.
 
-python -m workflow_scripts.acquire --name N --spec '<JSON of the source>' --manifest data/sources/N/manifest.json
+python -m workflow_scripts.acquire --name N --spec '<JSON of the source>' --manifest
+data/sources/N/manifest.json
 """
 
 from __future__ import annotations

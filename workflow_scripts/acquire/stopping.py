@@ -1,7 +1,8 @@
-"""Work that ends at once when it is told to, whatever it waits for: a slow name server, a silent host, a pause.
+"""Work that ends at once when it is told to, whatever it waits for: a slow name server, a silent host, a
+pause.
 
-The work is done in threads that nobody has to wait for. What they wrote stays: a download that ends between any
-two instructions is continued by the next one.
+The work is done in threads that nobody has to wait for. What they wrote stays: a download that ends between
+any two instructions is continued by the next one.
 """
 
 from __future__ import annotations
@@ -81,7 +82,8 @@ def _end(number: int, task: Task[T]) -> NoReturn:
     STOP.set()
     task.thread.join(0.5)  # most end now; who is stuck in a name server's answer is left behind
     say(
-        f"stopped by {signal.Signals(number).name}; what was fetched is kept, and the same command goes on from it"
+        f"stopped by {signal.Signals(number).name}; what was fetched is kept, and the same command goes on"
+        " from it"
     )
     raise SystemExit(128 + number)
 

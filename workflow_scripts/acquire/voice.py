@@ -24,8 +24,8 @@ def say(text: str) -> None:
 class Voice:
     """Speaks for one file, from a `with` block's beginning to its end.
 
-    At least every ``every_s`` seconds a line (on a terminal: a bar) says what goes on. The same thread hangs up on
-    servers that keep a connection open without coming to the point, see :meth:`expect`.
+    At least every ``every_s`` seconds a line (on a terminal: a bar) says what goes on. The same thread hangs
+    up on servers that keep a connection open without coming to the point, see :meth:`expect`.
     """
 
     def __init__(self, name: str, every_s: float = 30.0, tick_s: float = 1.0) -> None:

@@ -12,7 +12,9 @@ from workflow_scripts.archives.members import NO_CRC, STORED, Listing, accept
 
 
 def _walk(root: Path, below: str, listing: Listing) -> Iterator[tuple[str, os.stat_result]]:
-    """Yields (name, stat) in the order of names; links to files inside the folder are followed, others noted."""
+    """Yields (name, stat) in the order of names; links to files inside the folder are followed, others
+    noted.
+    """
     with os.scandir(root / below if below else root) as entries:
         ordered = sorted(entries, key=lambda entry: entry.name)
     for entry in ordered:
@@ -26,7 +28,9 @@ def _walk(root: Path, below: str, listing: Listing) -> Iterator[tuple[str, os.st
 
 
 def _link_is_fine(root: Path, entry: os.DirEntry[str]) -> bool:
-    """A linked file inside the folder is an image like another; what leads out of the folder is not followed."""
+    """A linked file inside the folder is an image like another; what leads out of the folder is not
+    followed.
+    """
     target = Path(os.path.realpath(entry.path))
     return target.is_file() and target.is_relative_to(os.path.realpath(root))
 

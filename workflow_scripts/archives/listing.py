@@ -34,8 +34,8 @@ def detect_type(path: Path) -> StoreType:
     for magic, (kind, tool) in COMPRESSED.items():
         if head.startswith(magic):
             raise UserError(
-                f"{path}: a {kind}-compressed archive can't be read by offset; unpack it once with `{tool}` and "
-                "name the result (a tar, or a folder) instead"
+                f"{path}: a {kind}-compressed archive can't be read by offset; unpack it once with `{tool}`"
+                " and name the result (a tar, or a folder) instead"
             )
     if head[:4] in (b"PK\3\4", b"PK\5\6", b"PK\6\6") or path.suffix.lower() == ".zip":
         return "zip"

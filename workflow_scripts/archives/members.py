@@ -92,8 +92,9 @@ class Listing:
 def safe_name(raw: str) -> str | None:
     """The member's name with ``/`` between folders, or ``None`` when it would leave the folder.
 
-    Refused: absolute names, drive letters, ``..``, control characters, names that are no text. Nothing is ever written by these names,
-    but they end up in annotations, reports and other people's extraction scripts.
+    Refused: absolute names, drive letters, ``..``, control characters, names that are no text. Nothing is
+    ever written by these names, but they end up in annotations, reports and other people's extraction
+    scripts.
     """
     name = raw.replace("\\", "/")
     if name.startswith("/") or _DRIVE.match(name) or any(ord(c) < 32 or ord(c) == 127 for c in name):
@@ -141,7 +142,9 @@ def accept(listing: Listing, raw: str) -> str | None:
 
 
 def drop_duplicates(listing: Listing) -> None:
-    """Keeps the last of equal names, as extraction would; notes names that some file systems can't tell apart."""
+    """Keeps the last of equal names, as extraction would; notes names that some file systems can't tell
+    apart.
+    """
     last = {name: row for row, name in enumerate(listing.names)}
     if len(last) < len(listing.names):
         for row, name in enumerate(listing.names):

@@ -16,8 +16,8 @@ BLOCK = 512
 
 def _cut(path: Path, why: str, complete: int) -> UserError:
     return UserError(
-        f"{path}: {why}; {complete} members before that are complete. The tar is cut or damaged, most often by a "
-        "download that broke off: delete it and fetch it again"
+        f"{path}: {why}; {complete} members before that are complete. The tar is cut or damaged, most often"
+        " by a download that broke off: delete it and fetch it again"
     )
 
 
@@ -89,7 +89,9 @@ def list_tar(path: Path) -> Listing:
 
 
 def _check_end(path: Path, offset: int, walk: _Walk) -> None:
-    """``tarfile`` takes a damaged header for the end; a real end is a block of zeros, or the end of the file."""
+    """``tarfile`` takes a damaged header for the end; a real end is a block of zeros, or the end of the
+    file.
+    """
     with path.open("rb") as stream:
         stream.seek(offset)
         block = stream.read(BLOCK)

@@ -1,7 +1,7 @@
 """The central directory of a zip, read with ``struct``.
 
-``zipfile`` takes five seconds and 320 MB for the half million members of LLaVA-Pretrain's images.zip; this takes
-a second, and also gives what reading by offset needs. Format: PKWARE's APPNOTE 6.3.10.
+``zipfile`` takes five seconds and 320 MB for the half million members of LLaVA-Pretrain's images.zip; this
+takes a second, and also gives what reading by offset needs. Format: PKWARE's APPNOTE 6.3.10.
 """
 
 from __future__ import annotations

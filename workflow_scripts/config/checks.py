@@ -97,7 +97,9 @@ def check_models(config: Config, experiments: list[Experiment]) -> Iterator[Prob
 
 
 def check_stages(config: Config, experiments: list[Experiment]) -> Iterator[Problem]:
-    """Stages name mixtures and jobs that exist, and their batches can be divided; each place is named once."""
+    """Stages name mixtures and jobs that exist, and their batches can be divided; each place is named
+    once.
+    """
     seen: set[str] = set()
     for experiment in experiments:
         spec: Any = config.experiments[experiment.name]
@@ -129,14 +131,17 @@ def _check_stage(config: Config, stage: StageSpec, kind: Stage, where: str) -> I
         yield Problem(
             f"{where}.global_batch_size",
             stage.global_batch_size,
-            f"a multiple of {together} = {compute.processes} process(es) x {compute.per_device_batch_size} samples "
-            f"(compute.{stage.compute})",
-            f"change compute.{stage.compute}.per_device_batch_size or its number of GPUs, not the global batch: it decides the result",
+            f"a multiple of {together} = {compute.processes} process(es) x {compute.per_device_batch_size}"
+            f" samples (compute.{stage.compute})",
+            f"change compute.{stage.compute}.per_device_batch_size or its number of GPUs, not the global"
+            " batch: it decides the result",
         )
 
 
 def tower_facts(config: Config, name: str) -> dict[str, int | None]:
-    """What is known about a tower before it is fetched: ``side`` of its patch grid and number of ``layers``."""
+    """What is known about a tower before it is fetched: ``side`` of its patch grid and number of
+    ``layers``.
+    """
     model = config.models.get(name)
     size, patch = getattr(model, "image_size", None), getattr(model, "patch_size", None)
     layers = getattr(model, "layers", None)

@@ -1,4 +1,6 @@
-"""How a training is computed: machines, parallelism, precision. Only `precision` changes results on purpose."""
+"""How a training is computed: machines, parallelism, precision. Only `precision` changes results on
+purpose.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +15,17 @@ LEAST_TRAINING_S = 30
 
 
 def split_gres(gres: str) -> tuple[str, int]:
-    """A Slurm request in its kind and its number: `gpu:a100:8` -> (`gpu:a100`, 8), `gpu:a100` -> (`gpu:a100`, 1)."""
+    """A Slurm request in its kind and its number: `gpu:a100:8` -> (`gpu:a100`, 8), `gpu:a100` ->
+    (`gpu:a100`, 1).
+    """
     kind, _, count = gres.rpartition(":")
     return (kind, int(count)) if kind and count.isdigit() else (gres, 1)
 
 
 class ComputeSpec(StrictModel):
-    """A kind of job: what it asks for and how it spreads. Site values (partition, account) belong in `slurm/`."""
+    """A kind of job: what it asks for and how it spreads. Site values (partition, account) belong in
+    `slurm/`.
+    """
 
     nodes: Positive = 1
     """Machines in one job."""
@@ -28,7 +34,9 @@ class ComputeSpec(StrictModel):
     processes_per_node: Positive | None = None
     """Processes on each machine; one per GPU when left out, and 1 without GPUs."""
     per_device_batch_size: Positive = 16
-    """Samples that one process computes at a time. Gradient accumulation follows from the stage's global batch."""
+    """Samples that one process computes at a time. Gradient accumulation follows from the stage's global
+    batch.
+    """
     cpus: Positive = 1
     """CPUs on each machine."""
     mem_mb: Positive = 4000
@@ -66,13 +74,16 @@ class ComputeSpec(StrictModel):
     save_before_end_s: Annotated[int, Field(ge=30)] = 120
     """How many seconds before its time limit a Slurm job is told to save; large states need more."""
     attempts: Positive = 4
-    """How often a training may be started before the workflow gives up. Each attempt continues the one before, so a
-    training that needs 40 hours under a limit of 8 needs at least 5 (and some to spare for preemptions)."""
+    """How often a training may be started before the workflow gives up. Each attempt continues the one
+    before, so a training that needs 40 hours under a limit of 8 needs at least 5 (and some to spare for
+    preemptions).
+    """
     max_stuck_attempts: Positive = 3
     """After how many failed attempts in a row without any progress no further one is started."""
     try_again: Count = 0
-    """Raise it by one to have a training tried again that was given up, after a mend that the configuration does not show
-    (a disk, a driver). Whatever else is changed does the same."""
+    """Raise it by one to have a training tried again that was given up, after a mend that the
+    configuration does not show (a disk, a driver). Whatever else is changed does the same.
+    """
 
     @property
     def processes(self) -> int:
@@ -93,7 +104,8 @@ class ComputeSpec(StrictModel):
             )
         if self.parallel == "none" and self.processes > 1:
             raise ValueError(
-                f"parallel is none, but there are {self.processes} processes; set parallel to ddp, zero2, zero3 or fsdp"
+                f"parallel is none, but there are {self.processes} processes; set parallel to ddp, zero2,"
+                " zero3 or fsdp"
             )
         if self.offload != "none" and self.parallel not in ("zero2", "zero3"):
             raise ValueError(f"offload: {self.offload} needs parallel: zero2 or zero3, found {self.parallel}")
@@ -106,8 +118,9 @@ class ComputeSpec(StrictModel):
         left = self.runtime_min * 60 - self.save_before_end_s
         if left < LEAST_TRAINING_S:
             raise ValueError(
-                f"save_before_end_s: {self.save_before_end_s} leaves {max(left, 0)} s of runtime_min: {self.runtime_min} to train "
-                f"in, at least {LEAST_TRAINING_S} are needed; lower it or raise runtime_min"
+                f"save_before_end_s: {self.save_before_end_s} leaves {max(left, 0)} s of runtime_min:"
+                f" {self.runtime_min} to train in, at least {LEAST_TRAINING_S} are needed; lower it or raise"
+                " runtime_min"
             )
         kind, count = split_gres(self.gres or "gpu")
         if self.gres and self.gpus_per_node and count != self.gpus_per_node:
@@ -127,8 +140,8 @@ class ComputeSpec(StrictModel):
                     )
         if self.packing and self.attention != "flash_attention_2" and self.gpus_per_node:
             raise ValueError(
-                f"packing: true with attention: {self.attention} computes every pair of tokens of a row, most of them in vain; "
-                "set attention: flash_attention_2, or packing: false"
+                f"packing: true with attention: {self.attention} computes every pair of tokens of a row, most"
+                " of them in vain; set attention: flash_attention_2, or packing: false"
             )
         if self.attention == "flash_attention_2" and self.precision == "fp32":
             raise ValueError("attention: flash_attention_2 needs precision: bf16 or fp16, found fp32")

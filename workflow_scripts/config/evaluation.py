@@ -33,7 +33,9 @@ class EvaluationSpec(StrictModel):
     permute_seed: int = 0
     """Seed of the permutation of the vision tokens; each question gets its own permutation."""
     blank_colour: tuple[Level, Level, Level] = (122, 116, 104)
-    """Red, green and blue (0 to 255) of the blank picture; the default is the mean of CLIP's training pictures."""
+    """Red, green and blue (0 to 255) of the blank picture; the default is the mean of CLIP's training
+    pictures.
+    """
     batch_size: int = Field(default=128, ge=1)
     """Questions answered at once."""
     max_new_tokens: int = Field(default=8, ge=1, le=256)

@@ -31,8 +31,9 @@ RecordActions = Annotated[
 
 
 class Policy(StrictModel):
-    """What happens to a record whose image is not in order. `keep` trains on what can be decoded, `drop` leaves
-    the record out and says so in the mixture's report, `fail` stops before anything is trained."""
+    """What happens to a record whose image is not in order. `keep` trains on what can be decoded, `drop`
+    leaves the record out and says so in the mixture's report, `fail` stops before anything is trained.
+    """
 
     truncated: Literal["keep", "drop", "fail"] = "keep"
     """The file ends early; `keep` fills the rest with gray, as LLaVA's LOAD_TRUNCATED_IMAGES does."""
@@ -53,8 +54,9 @@ class Policy(StrictModel):
     duplicate_ids: Literal["keep", "drop", "fail"] = "keep"
     """The same `id` again (LLaVA's own files have many); `drop` keeps the first."""
     records: RecordActions = Field(default_factory=dict)
-    """What happens to records whose turns or placeholders are odd, by kind of finding: `fix`, `keep`, `drop` or
-    `fail`; the kinds with their default actions are in docs/data.md."""
+    """What happens to records whose turns or placeholders are odd, by kind of finding: `fix`, `keep`,
+    `drop` or `fail`; the kinds with their default actions are in docs/data.md.
+    """
     max_dropped_share: Share = 0.01
     """More dropped records than this share of the part is an error."""
 
@@ -63,8 +65,10 @@ class ImageMapping(StrictModel):
     """Where the images are whose path in the annotations begins with `prefix`."""
 
     prefix: str = ""
-    """Beginning of the path, whole folders: `coco/train2017` takes coco/train2017/1.jpg; empty takes everything.
-    The longest matching prefix wins; the same prefix again is a fallback for images that are missing or bad."""
+    """Beginning of the path, whole folders: `coco/train2017` takes coco/train2017/1.jpg; empty takes
+    everything. The longest matching prefix wins; the same prefix again is a fallback for images that are
+    missing or bad.
+    """
     source: Name
     """The source that has them."""
     root: str = "auto"

@@ -21,15 +21,19 @@ class PreparedModel(StrictModel):
     role: Role
     """What the model is used as: `llm` or `vision_tower`."""
     patch_do_sample: bool = True
-    """Set `do_sample: true` in the prepared copy's `generation_config.json` where it has a temperature or top_p
-    without it: otherwise saving fails after stage 2."""
+    """Set `do_sample: true` in the prepared copy's `generation_config.json` where it has a temperature or
+    top_p without it: otherwise saving fails after stage 2.
+    """
     image_size: Positive | None = None
-    """Side of the vision tower's pictures in pixels, as its image processor gives them. Stated here, flags like `final_spatial_size` are checked against
-    the tower's grid before anything is downloaded."""
+    """Side of the vision tower's pictures in pixels, as its image processor gives them. Stated here, flags
+    like `final_spatial_size` are checked against the tower's grid before anything is downloaded.
+    """
     patch_size: Positive | None = None
     """Side of the vision tower's patches in pixels."""
     layers: Positive | None = None
-    """Number of the vision tower's layers; stated here, the layer picks are checked before anything is downloaded."""
+    """Number of the vision tower's layers; stated here, the layer picks are checked before anything is
+    downloaded.
+    """
 
 
 class HubModel(PreparedModel):
@@ -73,7 +77,8 @@ ModelSpec = Annotated[HubModel | PathModel | ShapesLlm | ShapesTower, Field(disc
 def _trainable(value: object) -> object:
     if value == "identity":
         raise ValueError(
-            "linear or mlpNx_gelu (mlp2x_gelu is LLaVA's): identity has no weights to train; choose one of them"
+            "linear or mlpNx_gelu (mlp2x_gelu is LLaVA's): identity has no weights to train; choose one of"
+            " them"
         )
     return value
 

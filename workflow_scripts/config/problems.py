@@ -1,4 +1,6 @@
-"""What is wrong with a configuration, for people: the key in the file, what was found, what is allowed, the fix."""
+"""What is wrong with a configuration, for people: the key in the file, what was found, what is allowed,
+the fix.
+"""
 
 from __future__ import annotations
 

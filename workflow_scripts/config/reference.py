@@ -1,7 +1,8 @@
 """Writes what is generated from the typed configuration: the JSON schema and the reference page.
 
-`python -m workflow_scripts.config.reference` writes both; `--check` only says whether they are up to date. Editors
-that read a `# yaml-language-server: $schema=` line complete and check configuration files with the schema.
+`python -m workflow_scripts.config.reference` writes both; `--check` only says whether they are up to date.
+Editors that read a `# yaml-language-server: $schema=` line complete and check configuration files with the
+schema.
 """
 
 from __future__ import annotations
@@ -22,15 +23,17 @@ SCHEMA, PAGE, FLAGS_PAGE = "config/schema.json", "docs/config.md", "docs/interve
 TABLE_BEGIN, TABLE_END = "<!-- written by `make docs` -->\n", "<!-- end of what `make docs` writes -->\n"
 INTRODUCTION = """# Configuration reference
 
-This page is generated from the typed configuration (`workflow_scripts/config/`); `make docs` writes it again. A key
-that is not listed here is an error. `config/config.yaml` is the demo, `config/llava-v1.5-7b.yaml` the full scale;
-`snakemake -n --configfile FILE` checks a file and shows what it would do.
+This page is generated from the typed configuration (`workflow_scripts/config/`); `make docs` writes it
+again. A key that is not listed here is an error. `config/config.yaml` is the demo,
+`config/llava-v1.5-7b.yaml` the full scale; `snakemake -n --configfile FILE` checks a file and shows what
+it would do.
 
 Relative paths are relative to the working folder.
 
-What YAML reads differently from what it looks like is refused with its line: the same key twice, `0600` (octal), `1:30`
-(base 60), `yes`, `no`, `on`, `off` (booleans), dates without quotes. `python -m workflow_scripts.plan --configfile FILE`
-also names the line of a syntax error, which Snakemake's own reader does not.
+What YAML reads differently from what it looks like is refused with its line: the same key twice, `0600`
+(octal), `1:30` (base 60), `yes`, `no`, `on`, `off` (booleans), dates without quotes. `python -m
+workflow_scripts.plan --configfile FILE` also names the line of a syntax error, which Snakemake's own
+reader does not.
 """
 
 
@@ -93,7 +96,10 @@ def _section(name: str, schema: dict[str, Any]) -> Iterator[str]:
     yield "| key | type | default | meaning |\n| --- | --- | --- | --- |"
     for key, field in schema.get("properties", {}).items():
         meaning = " ".join(field.get("description", "").split()).replace("|", "\\|")
-        yield f"| `{key}` | {type_name(field)} | {_default(key, field, schema.get('required', []))} | {meaning} |"
+        yield (
+            f"| `{key}` | {type_name(field)} | {_default(key, field, schema.get('required', []))} |"
+            f" {meaning} |"
+        )
 
 
 def reference_page() -> str:

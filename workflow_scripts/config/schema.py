@@ -16,7 +16,9 @@ from workflow_scripts.sources import SourceSpec
 
 
 class Config(StrictModel):
-    """A configuration file, read by `snakemake --configfile`. Relative paths are relative to the working folder."""
+    """A configuration file, read by `snakemake --configfile`. Relative paths are relative to the working
+    folder.
+    """
 
     sources: dict[Name, SourceSpec]
     """Where images and annotations come from, by name."""
@@ -35,10 +37,13 @@ class Config(StrictModel):
     evaluation: EvaluationSpec | None = None
     """What is measured on the finished checkpoints; left out, nothing is."""
     python: str | None = None
-    """The interpreter of the jobs. Left out: the one that runs Snakemake, or `python` inside conda and containers."""
+    """The interpreter of the jobs. Left out: the one that runs Snakemake, or `python` inside conda and
+    containers.
+    """
     setup: str = ""
-    """Shell commands on one line that run before every step, inside its job (and its container): `module load cuda/12.4`.
-    For the profile of a site, see docs/slurm.md; a change reruns nothing."""
+    """Shell commands on one line that run before every step, inside its job (and its container): `module
+    load cuda/12.4`. For the profile of a site, see docs/slurm.md; a change reruns nothing.
+    """
 
     @field_validator("setup")
     @classmethod
@@ -47,7 +52,7 @@ class Config(StrictModel):
         found = sorted(set(value) & set("'\"$`\\\n"))
         if found:
             raise ValueError(
-                f"{value!r} has {' '.join(map(repr, found))}: quotes, $, ` and \\ and line breaks don't reach a job as they "
-                "are; write the commands into a file and set setup to: source FILE"
+                f"{value!r} has {' '.join(map(repr, found))}: quotes, $, ` and \\ and line breaks don't reach"
+                " a job as they are; write the commands into a file and set setup to: source FILE"
             )
         return value

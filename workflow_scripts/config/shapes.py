@@ -74,8 +74,8 @@ class ShapesSource(Source):
             )
         if self.text_only and self.split != "questions":
             raise ValueError(
-                f"text_only: {self.text_only} records without a picture are only possible with split: questions, "
-                f"not with split: {self.split}; remove text_only or change the split"
+                f"text_only: {self.text_only} records without a picture are only possible with split:"
+                f" questions, not with split: {self.split}; remove text_only or change the split"
             )
         return self
 
@@ -116,7 +116,9 @@ class ShapesLlm(StrictModel):
 
 
 class ShapesTower(StrictModel):
-    """A tiny CLIP vision tower, pre-trained for seconds to tell the demo's shapes, colours and places apart."""
+    """A tiny CLIP vision tower, pre-trained for seconds to tell the demo's shapes, colours and places
+    apart.
+    """
 
     kind: Literal["shapes_tower"] = "shapes_tower"
     role: Literal["vision_tower"] = "vision_tower"
@@ -140,7 +142,9 @@ class ShapesTower(StrictModel):
     patch_size: int = Field(default=14, ge=4)
     """Side of a patch in pixels."""
     position_std: float = Field(default=0.5, gt=0)
-    """Standard deviation of the position embeddings: with CLIP's 0.02 so small a tower carries no position."""
+    """Standard deviation of the position embeddings: with CLIP's 0.02 so small a tower carries no
+    position.
+    """
 
     @model_validator(mode="after")
     def _check(self) -> Self:

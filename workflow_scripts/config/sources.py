@@ -63,8 +63,8 @@ def _file_name(value: str) -> str:
     """A file's name in the source's folder, where our own files are too."""
     if value == "manifest.json" or OUR_FILES.fullmatch(value.rsplit("/", 1)[-1]):
         raise ValueError(
-            f"{value!r} is the name of one of the workflow's own files in the source's folder; give it another "
-            "`name` (a file of a hub has none: name a copy under `local`)"
+            f"{value!r} is the name of one of the workflow's own files in the source's folder; give it"
+            " another `name` (a file of a hub has none: name a copy under `local`)"
         )
     return value
 
@@ -82,7 +82,9 @@ Paths = Annotated[tuple[str, ...], BeforeValidator(_one_or_more)]
 
 
 class RemoteFile(StrictModel):
-    """What is known of a file before it is fetched; kinds add where it is, and ``name``, its path on the disk."""
+    """What is known of a file before it is fetched; kinds add where it is, and ``name``, its path on the
+    disk.
+    """
 
     role: Role
     """`images` (an archive, at most one a source), `annotations` (LLaVA JSON or JSON lines) or `other`."""
@@ -93,8 +95,9 @@ class RemoteFile(StrictModel):
     sha256: Sha256 = None
     """Hash; verified while the file streams in."""
     trust: Literal["publisher", "first_use"] = "publisher"
-    """`publisher`: another hash is an error. `first_use`: the hash was read from a copy that somebody uploaded
-    again, so that another one is recorded with a warning."""
+    """`publisher`: another hash is an error. `first_use`: the hash was read from a copy that somebody
+    uploaded again, so that another one is recorded with a warning.
+    """
 
 
 class HubFile(RemoteFile):
@@ -115,8 +118,9 @@ class UrlFile(RemoteFile):
     """A file on a web server."""
 
     url: Urls
-    """Where it is; several URLs are mirrors, tried in order. A signature or key in it is written as `${NAME}` and
-    taken from the environment when the file is fetched."""
+    """Where it is; several URLs are mirrors, tried in order. A signature or key in it is written as
+    `${NAME}` and taken from the environment when the file is fetched.
+    """
     name: FileName = ""
     """Name on the disk; by default the last part of the first URL."""
 
@@ -146,7 +150,9 @@ class LocalFiles(StrictModel):
         return images + [("annotations", path) for path in self.annotations]
 
     def files(self) -> list[str]:
-        """All of them, but for folders of images: a rule can declare them as inputs, so a replaced one is noticed."""
+        """All of them, but for folders of images: a rule can declare them as inputs, so a replaced one is
+        noticed.
+        """
         paths = [(key, Path(path).expanduser()) for key, path in self.paths()]
         return [str(path) for key, path in paths if key != "images" or not path.is_dir()]
 

@@ -53,7 +53,9 @@ class StageSpec(StrictModel):
     """Name of the kind of job (section `compute`)."""
     prompt_version: Annotated[PromptVersion, Field(description=f"Prompt template: {described()}.")]
     image_aspect_ratio: Literal["square", "pad"] = "pad"
-    """`square`: as the tower's image processor does (CLIP and DINOv2 crop, SigLIP squeezes; LLaVA's stage 1). `pad`: pad to a square with the mean colour (stage 2)."""
+    """`square`: as the tower's image processor does (CLIP and DINOv2 crop, SigLIP squeezes; LLaVA's stage
+    1). `pad`: pad to a square with the mean colour (stage 2).
+    """
     learning_rate: Rate
     """Peak learning rate."""
     mm_projector_lr: Rate | None = None
@@ -63,8 +65,9 @@ class StageSpec(StrictModel):
     max_steps: Positive | None = None
     """Optimizer steps. Give either this or `epochs`."""
     global_batch_size: Positive
-    """Samples in one optimizer step, over all GPUs. It is what counts for the result, so it stays when the number of
-    GPUs changes; accumulation follows from it."""
+    """Samples in one optimizer step, over all GPUs. It is what counts for the result, so it stays when the
+    number of GPUs changes; accumulation follows from it.
+    """
     warmup_ratio: Share = 0.03
     """Share of the steps in which the learning rate rises."""
     scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup", "cosine_with_min_lr"] = (
@@ -90,7 +93,9 @@ class StageSpec(StrictModel):
     train_projector: bool = True
     """Train the projector. `false` freezes it in stage 2 (LLaVA's `freeze_mm_mlp_adapter`)."""
     train_vision_tower: bool = False
-    """Train the vision tower too, as far as gradients reach it. Stage 2 begins with the tower that stage 1 has trained."""
+    """Train the vision tower too, as far as gradients reach it. Stage 2 begins with the tower that stage 1
+    has trained.
+    """
     vision_tower_learning_rate: Rate | None = None
     """Another learning rate for the vision tower; only with `train_vision_tower`."""
     lora: LoraSpec | None = None
@@ -100,18 +105,22 @@ class StageSpec(StrictModel):
     save_total_limit: Positive = 2
     """Saved states that are kept; the last complete one is never deleted."""
     keep_states: bool = False
-    """Keep the saved states (optimizer and all) of a finished training. They are many times as large as its weights and only
-    needed to continue it, so they are deleted once the final weights are written and verified."""
+    """Keep the saved states (optimizer and all) of a finished training. They are many times as large as
+    its weights and only needed to continue it, so they are deleted once the final weights are written and
+    verified.
+    """
     logging_steps: Positive = 1
     """Metrics are written every so many steps."""
     loss_normalization: Literal["micro_batch", "token"] = "micro_batch"
-    """`micro_batch`: the mean of the micro-batches' means, as LLaVA; `token`: the mean over all supervised tokens of the
-    step, which does not depend on the number of GPUs."""
+    """`micro_batch`: the mean of the micro-batches' means, as LLaVA; `token`: the mean over all supervised
+    tokens of the step, which does not depend on the number of GPUs.
+    """
     min_supervised_share: Share = 0.01
     """Training stops before it starts when fewer than this share of the tokens carry a label."""
     max_mismatch_share: Share = 0.05
-    """Training stops before it starts when more than this share of the samples has no supervised token because
-    the template and the tokenizer disagree ("tokenization mismatch")."""
+    """Training stops before it starts when more than this share of the samples has no supervised token
+    because the template and the tokenizer disagree ("tokenization mismatch").
+    """
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
     """Where metrics go besides `metrics.jsonl`."""
 
@@ -122,13 +131,13 @@ class StageSpec(StrictModel):
             raise ValueError(f"give either epochs or max_steps, found {found}")
         if self.vision_tower_learning_rate is not None and not self.train_vision_tower:
             raise ValueError(
-                f"vision_tower_learning_rate: found {self.vision_tower_learning_rate}, but the tower does not train; "
-                "set train_vision_tower: true, or leave it out"
+                f"vision_tower_learning_rate: found {self.vision_tower_learning_rate}, but the tower does not"
+                " train; set train_vision_tower: true, or leave it out"
             )
         if self.mm_projector_lr is not None and not self.train_projector:
             raise ValueError(
-                f"mm_projector_lr: found {self.mm_projector_lr}, but the projector does not train; leave it out, or set "
-                "train_projector: true"
+                f"mm_projector_lr: found {self.mm_projector_lr}, but the projector does not train; leave it"
+                " out, or set train_projector: true"
             )
         if (self.scheduler == "cosine_with_min_lr") != (self.min_lr_rate is not None):
             raise ValueError(

@@ -10,10 +10,11 @@ from workflow_scripts.config.sources import Source
 
 
 class TwoDShapesSource(Source):
-    """Pictures of 2 to 6 coloured shapes at random places, six questions each: 2DS of arXiv 2503.17349, drawn here.
+    """Pictures of 2 to 6 coloured shapes at random places, six questions each: 2DS of arXiv 2503.17349, drawn
+    here.
 
-    Each picture is asked about colour, shape, and both together; each once by place (`absolute`) and once by the place
-    of one shape to another (`relative`). Equal specs give equal bytes.
+    Each picture is asked about colour, shape, and both together; each once by place (`absolute`) and once by
+    the place of one shape to another (`relative`). Equal specs give equal bytes.
     """
 
     kind: Literal["two_d_shapes"] = "two_d_shapes"

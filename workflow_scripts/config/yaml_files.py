@@ -13,7 +13,8 @@ from workflow_scripts.io import UserError
 
 Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 TAG = "tag:yaml.org,2002:"
-# (what YAML takes it for, what it looks like, what to do): plain scalars that people write and mean otherwise.
+# (what YAML takes it for, what it looks like, what to do): plain scalars that people write and mean
+# otherwise.
 SURPRISES = (
     (
         "int",

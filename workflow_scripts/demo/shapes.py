@@ -110,7 +110,9 @@ def random_scene(rng: random.Random, two: bool) -> Scene:
 def polygon(
     centre: tuple[float, float], radius: float, count: int, inner: float = 1.0
 ) -> list[tuple[float, float]]:
-    """The corners of a regular polygon that stands upright; ``inner`` < 1 pulls every second one in: a star."""
+    """The corners of a regular polygon that stands upright; ``inner`` < 1 pulls every second one in: a
+    star.
+    """
     points = []
     for i in range(count):
         angle = 2 * math.pi * i / count - math.pi / 2
@@ -120,7 +122,9 @@ def polygon(
 
 
 def _draw_thing(draw: ImageDraw.ImageDraw, thing: Thing, rng: random.Random, side: int) -> None:
-    """Draws into a canvas of ``side`` pixels, with random size, place and shade, inside the thing's quadrant."""
+    """Draws into a canvas of ``side`` pixels, with random size, place and shade, inside the thing's
+    quadrant.
+    """
     half = side / 2
     radius = half * rng.uniform(0.34, 0.46)
     row, column = thing.quadrant.split()

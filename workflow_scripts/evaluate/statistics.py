@@ -3,11 +3,12 @@
 Everything here works on *rows*, a table with one row a question, as predictions are stored:
 
     question   names the question, the same for every checkpoint
-    picture    the picture it asks about; questions about one picture are not independent, so it is the cluster
-    score      1 for a right answer, 0 for a wrong one, or a share between them (VQAv2)
+    picture    the picture it asks about; questions about one picture are not independent, so it is the
+    cluster score      1 for a right answer, 0 for a wrong one, or a share between them (VQAv2)
 
-Intervals are percentile intervals of a bootstrap over pictures (``scipy.stats.bootstrap``), tests are McNemar's exact
-test (``statsmodels``) or, where scores are shares, a sign-flip permutation test over pictures.
+Intervals are percentile intervals of a bootstrap over pictures (``scipy.stats.bootstrap``), tests are
+McNemar's exact test (``statsmodels``) or, where scores are shares, a sign-flip permutation test over
+pictures.
 """
 
 from __future__ import annotations
@@ -95,7 +96,8 @@ def difference(rows: pd.DataFrame, baseline: pd.DataFrame, settings: Settings | 
 def permutation_sensitivity(
     normal: pd.DataFrame, permuted: pd.DataFrame, settings: Settings | None = None
 ) -> Estimate:
-    """PSI = (accuracy - accuracy with permuted vision tokens) / accuracy (arXiv 2503.17349), with its interval.
+    """PSI = (accuracy - accuracy with permuted vision tokens) / accuracy (arXiv 2503.17349), with its
+    interval.
 
     Args:
         permuted: may hold each question several times, once a seed; the mean of a question's scores counts.
@@ -113,7 +115,9 @@ def permutation_sensitivity(
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values of several tasks, adjusted so that 5 % is the chance of *any* false alarm among them (Holm)."""
+    """p-values of several tasks, adjusted so that 5 % is the chance of *any* false alarm among them
+    (Holm).
+    """
     if not len(p_values):
         return []
     return [float(value) for value in multipletests(p_values, method="holm")[1]]
@@ -141,7 +145,7 @@ def _detectable_effect(pictures: int, alpha: float, power: float) -> float:
     return float(np.squeeze(found))
 
 
-# ---- the parts --------------------------------------------------------------------------------------------------
+# ---- the parts ------------------------------------------------------------------------------------------
 
 
 def _checked(rows: pd.DataFrame, what: str) -> pd.DataFrame:
@@ -210,7 +214,9 @@ def _ratio(
 def _unanimous(
     value: float, pictures: int, confidence: float, bounds: tuple[float, float]
 ) -> tuple[float, float]:
-    """The interval where all pictures agree, so that resampling shows no spread: Wilson's for their number."""
+    """The interval where all pictures agree, so that resampling shows no spread: Wilson's for their
+    number.
+    """
     low, _ = proportion_confint(pictures, pictures, alpha=1 - confidence, method="wilson")
     slack = 1.0 - float(low)
     return max(bounds[0], value - slack), min(bounds[1], value + slack)

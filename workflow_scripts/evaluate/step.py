@@ -40,7 +40,7 @@ MOST_BYTES = 1 << 28
 CONDITIONS = ("normal", "permuted", "blank")
 
 
-# ---- the source -------------------------------------------------------------------------------------------------
+# ---- the source -----------------------------------------------------------------------------------------
 
 
 def first_pictures(questions: Sequence[Question], number: int | None) -> list[Question]:
@@ -52,7 +52,8 @@ def first_pictures(questions: Sequence[Question], number: int | None) -> list[Qu
 def read_pictures(source: Path, names: Sequence[str]) -> dict[str, bytes]:
     """The pictures' file bytes by their name in the annotations.
 
-    A name may begin with folders that the archive does not have (`coco/train2017/1.jpg` for `train2017/1.jpg`).
+    A name may begin with folders that the archive does not have (`coco/train2017/1.jpg` for
+    `train2017/1.jpg`).
     """
     images = read_json(source)["images"]
     if images is None:
@@ -81,7 +82,7 @@ def _picture(reader: StoreReader, listing: Listing, row: int, path: Path) -> byt
         raise UserError(f"{path}: {listing.names[row]}: {error}; make the source again") from None
 
 
-# ---- the checkpoint -----------------------------------------------------------------------------------------------
+# ---- the checkpoint -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -99,13 +100,15 @@ def check_code(folder: Path, files: dict[str, str]) -> None:
         name = path.relative_to(folder).as_posix()
         if files.get(name) != sha256(path):
             raise UserError(
-                f"{path}: not the file that the export wrote, so it is not run; delete the export's manifest and "
-                "export again"
+                f"{path}: not the file that the export wrote, so it is not run; delete the export's manifest"
+                " and export again"
             )
 
 
 def load_checkpoint(manifest: Path) -> Checkpoint:
-    """Loads the exported HF folder with transformers alone; code saved beside the weights is checked first."""
+    """Loads the exported HF folder with transformers alone; code saved beside the weights is checked
+    first.
+    """
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 
@@ -133,9 +136,11 @@ def load_checkpoint(manifest: Path) -> Checkpoint:
 
 @contextmanager
 def private_module_cache() -> Iterator[None]:
-    """Code saved beside weights is copied into a cache before it is imported. This gives the process a cache of its own.
+    """Code saved beside weights is copied into a cache before it is imported. This gives the process a cache
+    of its own.
 
-    Evaluations run side by side, and all exported folders have the same name. Only works before transformers is imported.
+    Evaluations run side by side, and all exported folders have the same name. Only works before transformers
+    is imported.
     """
     with tempfile.TemporaryDirectory(prefix="modules-") as folder:
         os.environ["HF_MODULES_CACHE"] = folder
@@ -146,7 +151,8 @@ def private_module_cache() -> Iterator[None]:
 def permuted_tokens(model: Any, seeds: Sequence[int] | None) -> Iterator[None]:
     """While it lasts, image i's vision tokens come in the random order of ``seeds[i]``; None changes nothing.
 
-    Models with interventions offer a hook behind their last vision step; in the stock model that is the projector.
+    Models with interventions offer a hook behind their last vision step; in the stock model that is the
+    projector.
     """
     if seeds is None:
         yield
@@ -178,7 +184,7 @@ def permuted_tokens(model: Any, seeds: Sequence[int] | None) -> Iterator[None]:
             handle.remove()
 
 
-# ---- asking -------------------------------------------------------------------------------------------------------
+# ---- asking ---------------------------------------------------------------------------------------------
 
 
 def prompt_batch(processor: Any, questions: Sequence[Question], pictures: Sequence[Image.Image]) -> Any:
@@ -248,7 +254,7 @@ def permutation_seed(seed: int, question: Question) -> int:
     return int(digest([seed, question.name], 12), 16)
 
 
-# ---- counting -----------------------------------------------------------------------------------------------------
+# ---- counting -------------------------------------------------------------------------------------------
 
 
 def accuracies(task: Task, questions: Sequence[Question], answers: Sequence[str]) -> dict[str, float]:

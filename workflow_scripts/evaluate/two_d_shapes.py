@@ -1,9 +1,10 @@
 """Draws 2DS, the paper's benchmark of spatial questions, and reads it, drawn here or published.
 
-A row of the table is a picture: `entry_id`, `test_category`, `image_filename`, `objects` and `qa_pairs`, a list of
-`question`, `answer`, `qa_category`. Six strata: {colour, shape, both} x {absolute, relative}, one question each a picture.
-Within a picture all colours and all shapes differ, and whatever a question turns on is so by a margin that can be seen,
-so no question has two answers. Half of the relative questions of each stratum are answered by yes.
+A row of the table is a picture: `entry_id`, `test_category`, `image_filename`, `objects` and `qa_pairs`, a
+list of `question`, `answer`, `qa_category`. Six strata: {colour, shape, both} x {absolute, relative}, one
+question each a picture. Within a picture all colours and all shapes differ, and whatever a question turns on
+is so by a margin that can be seen, so no question has two answers. Half of the relative questions of each
+stratum are answered by yes.
 """
 
 from __future__ import annotations
@@ -45,8 +46,10 @@ KINDS = ("absolute", "relative")
 STRATA = tuple(f"{subject}_{kind}" for subject in SUBJECTS for kind in KINDS)
 # Chance of a guess, by stratum.
 CHANCE = {
-    name: {"color_absolute": 1 / len(COLOURS), "shape_absolute": 1 / len(SHAPES)}.get(
-        name, 0.5 if name.endswith("relative") else 1 / (len(COLOURS) * len(SHAPES))
+    name: (
+        {"color_absolute": 1 / len(COLOURS), "shape_absolute": 1 / len(SHAPES)}.get(
+            name, 0.5 if name.endswith("relative") else 1 / (len(COLOURS) * len(SHAPES))
+        )
     )
     for name in STRATA
 }
@@ -58,7 +61,9 @@ COLUMNS = ("entry_id", "test_category", "image_filename", "objects", "qa_pairs")
 
 @dataclass(frozen=True)
 class Thing:
-    """A shape with the place of its centre, in shares of the picture's side: (0, 0) is the top left corner."""
+    """A shape with the place of its centre, in shares of the picture's side: (0, 0) is the top left
+    corner.
+    """
 
     shape: str
     colour: str
@@ -84,7 +89,7 @@ class Question:
     answer: str
 
 
-# ---- scenes -----------------------------------------------------------------------------------------------------
+# ---- scenes ---------------------------------------------------------------------------------------------
 
 
 def random_things(rng: random.Random) -> list[Thing]:
@@ -114,7 +119,9 @@ def lies_on_side(first: Thing, side: str, second: Thing) -> bool | None:
 
 
 def ask(things: Sequence[Thing], stratum: str, side: str, yes: bool, rng: random.Random) -> Question | None:
-    """A question of a stratum about a side, answered by yes where it can be and ``yes`` is set; None if there is none."""
+    """A question of a stratum about a side, answered by yes where it can be and ``yes`` is set; None if
+    there is none.
+    """
     subject, kind = stratum.rsplit("_", 1)
     return (
         _absolute(things, subject, side) if kind == "absolute" else _relative(things, subject, side, yes, rng)
@@ -166,7 +173,7 @@ def make_scene(index: int, seed: int) -> Scene:
             return Scene(f"{index:06d}", tuple(things), found)
 
 
-# ---- pictures ---------------------------------------------------------------------------------------------------
+# ---- pictures -------------------------------------------------------------------------------------------
 
 
 def draw_scene(scene: Scene, size: int) -> Image.Image:
@@ -195,7 +202,7 @@ def _draw_thing(draw: ImageDraw.ImageDraw, thing: Thing, side: int) -> None:
         draw.polygon(polygon((x, y), 1.1 * radius, corners, inner), fill=fill)
 
 
-# ---- files ------------------------------------------------------------------------------------------------------
+# ---- files ----------------------------------------------------------------------------------------------
 
 
 def row_of(scene: Scene) -> dict[str, Any]:
@@ -241,7 +248,8 @@ def _record(row: dict[Any, Any], pair: dict[str, Any], number: int) -> dict[str,
 def generate(spec: TwoDShapesSource, folder: Path) -> dict[str, Any]:
     """Draws a source into ``folder``; returns the content of its manifest.
 
-    Writes the pictures, `questions.parquet` in the published form, and `test.json`, the same questions as LLaVA records.
+    Writes the pictures, `questions.parquet` in the published form, and `test.json`, the same questions as
+    LLaVA records.
     """
     folder.mkdir(parents=True, exist_ok=True)
     scenes = [make_scene(index, spec.seed) for index in range(spec.pictures)]

@@ -1,8 +1,10 @@
 """Exports a finished training for others: a clean HF folder and the original LLaVA layout.
 
-    python -m workflow_scripts.export --spec JSON --trained runs/finetune/R/manifest.json --manifest runs/export/R/manifest.json
+    python -m workflow_scripts.export --spec JSON --trained runs/finetune/R/manifest.json --manifest
+    runs/export/R/manifest.json
 
-The HF folder holds hard links to the training's final files, so it costs no space and outlives the trainer's state.
+The HF folder holds hard links to the training's final files, so it costs no space and outlives the trainer's
+state.
 """
 
 from __future__ import annotations
@@ -36,8 +38,8 @@ def export_hf(trained: Path, target: Path) -> dict[str, str]:
         link(state / name, staging / name)
         if sha256(staging / name) != content["files"][name]:
             raise UserError(
-                f"{state / name}: has changed since the training finished; put the file back, or delete {trained} and "
-                f"{state} to train again"
+                f"{state / name}: has changed since the training finished; put the file back, or delete"
+                f" {trained} and {state} to train again"
             )
     shutil.copyfile(state / "provenance.json", staging / "provenance.json")
     shutil.rmtree(target, ignore_errors=True)

@@ -1,7 +1,7 @@
 """Keeps Snakemake's Slurm plugin from guessing an account where the site names none.
 
-Its guess calls `sacct` with arguments that `sacct` refuses, on every cluster, and warns three times. Without an account on
-the command line `sbatch` uses the user's default one, which is what a guess could find at best.
+Its guess calls `sacct` with arguments that `sacct` refuses, on every cluster, and warns three times. Without
+an account on the command line `sbatch` uses the user's default one, which is what a guess could find at best.
 """
 
 from __future__ import annotations

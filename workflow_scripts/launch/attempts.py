@@ -56,7 +56,9 @@ def saved_step(state: Path) -> int:
 def split_requeued(
     attempts: list[dict[str, Any]], job: str
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Attempts that ended by themselves, and those that Slurm ended and put back (the next one has the same job)."""
+    """Attempts that ended by themselves, and those that Slurm ended and put back (the next one has the
+    same job).
+    """
     following = [row.get("job") for row in attempts[1:]] + [job] * bool(attempts)
     ended: list[dict[str, Any]] = []
     requeued: list[dict[str, Any]] = []
@@ -69,10 +71,12 @@ def split_requeued(
 def refuse_if_stuck(
     state: Path, attempts: list[dict[str, Any]], allowed: int, cause: str = "", mend: str = ""
 ) -> None:
-    """Raises UserError when the last ``allowed`` attempts of the same ``cause`` failed without saving anything new.
+    """Raises UserError when the last ``allowed`` attempts of the same ``cause`` failed without saving
+    anything new.
 
-    ``cause``: a digest of settings and code; when it changes, the count starts again. ``mend``: what else starts it again.
-    Preemptions are no fault of the training; of them `REQUEUED_IN_VAIN` times as many are let pass.
+    ``cause``: a digest of settings and code; when it changes, the count starts again. ``mend``: what else
+    starts it again. Preemptions are no fault of the training; of them `REQUEUED_IN_VAIN` times as many are
+    let pass.
     """
     step = saved_step(state)
     same = [row for row in attempts if row.get("cause", cause) == cause]
@@ -90,9 +94,10 @@ def _is_in_vain(row: Mapping[str, Any], step: int) -> bool:
 def _stuck(state: Path, last: Sequence[Mapping[str, Any]], step: int, mend: str) -> str:
     causes = ", ".join(str(row.get("outcome", "killed")) for row in last[-5:])
     return (
-        f"{state}: the last {len(last)} attempts ({causes}) saved nothing beyond step {step}, so no further one is started. "
-        f"The last one's log: {state / last[-1].get('log', '')}. Mend the cause (memory? time limit or the time between "
-        f"preemptions shorter than save_steps?) and start again: a changed setting or code starts the count again; {mend}"
+        f"{state}: the last {len(last)} attempts ({causes}) saved nothing beyond step {step}, so no further"
+        f" one is started. The last one's log: {state / last[-1].get('log', '')}. Mend the cause (memory?"
+        " time limit or the time between preemptions shorter than save_steps?) and start again: a changed"
+        f" setting or code starts the count again; {mend}"
     )
 
 
@@ -131,7 +136,9 @@ def begin(
 
 
 def end(state: Path, row: Mapping[str, Any], outcome: str) -> None:
-    """Records how an attempt ended: `finished`, `interrupted` (saved, to be continued), `verdict` or `failed (STATUS)`."""
+    """Records how an attempt ended: `finished`, `interrupted` (saved, to be continued), `verdict` or
+    `failed (STATUS)`.
+    """
     append(
         state,
         {"attempt": row["attempt"], "ended": time.time(), "outcome": outcome, "to_step": saved_step(state)},

@@ -53,8 +53,8 @@ def accumulation(stage: StageSpec, compute: ComputeSpec) -> int:
     together = compute.processes * compute.per_device_batch_size
     if stage.global_batch_size % together:
         raise UserError(
-            f"global_batch_size {stage.global_batch_size} can't be divided by {together} "
-            f"({compute.processes} processes x {compute.per_device_batch_size} samples); change per_device_batch_size"
+            f"global_batch_size {stage.global_batch_size} can't be divided by {together} ({compute.processes}"
+            f" processes x {compute.per_device_batch_size} samples); change per_device_batch_size"
         )
     return stage.global_batch_size // together
 
@@ -111,9 +111,9 @@ def _recipe_flags(stage: StageSpec) -> dict[str, Any]:
         "weight_decay": stage.weight_decay,
         "warmup_ratio": stage.warmup_ratio,
         "lr_scheduler_type": stage.scheduler,
-        "lr_scheduler_kwargs": None
-        if stage.min_lr_rate is None
-        else json.dumps({"min_lr_rate": stage.min_lr_rate}),
+        "lr_scheduler_kwargs": (
+            None if stage.min_lr_rate is None else json.dumps({"min_lr_rate": stage.min_lr_rate})
+        ),
         "adam_beta1": stage.adam_beta1,
         "adam_beta2": stage.adam_beta2,
         "max_grad_norm": stage.max_grad_norm,
@@ -134,7 +134,9 @@ def _recipe_flags(stage: StageSpec) -> dict[str, Any]:
 
 
 def _tracking_flags(spec: Mapping[str, Any], stage: StageSpec, output_dir: Path) -> dict[str, Any]:
-    """Names in W&B and trackio; trackio goes on in the run of the same name, so other data make another name."""
+    """Names in W&B and trackio; trackio goes on in the run of the same name, so other data make another
+    name.
+    """
     if not {"wandb", "trackio"} & set(stage.report_to):
         return {}
     return {"project": PROJECT, "run_name": f"{spec['stage']}-{spec['run']}-{output_dir.name}"}
@@ -147,7 +149,9 @@ def _compute_flags(stage: StageSpec, compute: ComputeSpec) -> dict[str, Any]:
         "bf16": True if compute.precision == "bf16" else None,
         "fp16": True if compute.precision == "fp16" else None,
         "tf32": True if compute.tf32 else None,
-        "use_cpu": not compute.gpus_per_node,  # False: stops where no GPU can be used, instead of computing for days
+        "use_cpu": (
+            not compute.gpus_per_node
+        ),  # False: stops where no GPU can be used, instead of computing for days
         "attn_implementation": compute.attention,
         "gradient_checkpointing": True if compute.gradient_checkpointing else None,
         "pack": True if compute.packing else None,
@@ -200,7 +204,8 @@ def srun(nodes: int, cpus: int) -> list[str]:
 
 
 def tracking_environment(spec: Mapping[str, Any], state: Path, started: float) -> dict[str, str]:
-    """What W&B is told where the user's environment says nothing: all attempts are one run, written beside the training.
+    """What W&B is told where the user's environment says nothing: all attempts are one run, written beside
+    the training.
 
     The id changes with ``started``, the first attempt's time: W&B takes no id again whose run was deleted.
     """

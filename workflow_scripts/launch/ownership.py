@@ -1,8 +1,9 @@
 """One training, one owner: who computes a run, whether it is still alive, and how it is taken over.
 
-After a crash of Snakemake its jobs go on; the same training is then started again while the old one runs. The new
-one asks the old one to save, waits until it is gone, and continues from what it saved. Where nobody can be asked (another
-machine without Slurm, or inside a container without its commands) a former owner that shows no life is taken for dead.
+After a crash of Snakemake its jobs go on; the same training is then started again while the old one runs. The
+new one asks the old one to save, waits until it is gone, and continues from what it saved. Where nobody can
+be asked (another machine without Slurm, or inside a container without its commands) a former owner that shows
+no life is taken for dead.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ SILENCE_S = 150.0
 
 
 def process_start(pid: int) -> str | None:
-    """When a process started (clock ticks since boot), so that a reused pid is not taken for it; None when it is dead."""
+    """When a process started (clock ticks since boot), so that a reused pid is not taken for it; None when
+    it is dead.
+    """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -83,7 +86,9 @@ class Ownership:
         self.released = threading.Event()
 
     def claim(self) -> None:
-        """Becomes the owner, after the former one has saved and ended. Raises UserError when it can't be reached."""
+        """Becomes the owner, after the former one has saved and ended. Raises UserError when it can't be
+        reached.
+        """
         if self.path.is_file():
             other = read_json(self.path)
             if not self._is_me(other):
@@ -176,7 +181,9 @@ class Ownership:
 
 
 def alive(owner: Mapping[str, Any]) -> bool | None:
-    """Whether an owner computes: on this machine by its process, elsewhere by its Slurm job; None when nobody here can say."""
+    """Whether an owner computes: on this machine by its process, elsewhere by its Slurm job; None when
+    nobody here can say.
+    """
     if owner.get("host") == socket.gethostname():
         pairs = ((owner.get("pid"), owner.get("start")), (owner.get("trainer"), owner.get("trainer_start")))
         return any(

@@ -1,7 +1,8 @@
-"""Checks on every machine of a job before a model is loaded: GPUs, versions, trackers, shared paths, the first machine's name.
+"""Checks on every machine of a job before a model is loaded: GPUs, versions, trackers, shared paths, the
+first machine's name.
 
-`python -m workflow_scripts.launch.preflight --expect JSON` runs on each machine and writes what it found beside the
-training's state; the launcher reads the answers and names the machine that fails.
+`python -m workflow_scripts.launch.preflight --expect JSON` runs on each machine and writes what it found
+beside the training's state; the launcher reads the answers and names the machine that fails.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ def versions() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Gpus:
-    """The GPUs that torch can use in a process of this environment, by name; ``why``: the reason where there is none."""
+    """The GPUs that torch can use in a process of this environment, by name; ``why``: the reason where
+    there is none.
+    """
 
     names: tuple[str, ...] = ()
     bf16: bool = False
@@ -65,10 +68,11 @@ print(json.dumps(found))
 
 
 def visible_gpus(timeout_s: float = 180.0) -> Gpus:
-    """Asks torch in a process of its own, which holds no memory of a GPU afterwards and may hang on a sick one.
+    """Asks torch in a process of its own, which holds no memory of a GPU afterwards and may hang on a sick
+    one.
 
-    A driver's list would not do: the driver may be too old for this torch, torch may be built for the CPU, and a job may
-    hold a part of a GPU (MIG).
+    A driver's list would not do: the driver may be too old for this torch, torch may be built for the CPU,
+    and a job may hold a part of a GPU (MIG).
     """
     try:
         done = subprocess.run(
@@ -104,7 +108,8 @@ def gpu_problems(wanted: int, precision: str) -> list[str]:
         limited = "" if visible is None else f", CUDA_VISIBLE_DEVICES={visible}"
         why = f": {gpus.why}" if gpus.why else ""
         return [
-            f"{len(gpus.names)} GPUs are visible, {wanted} are needed ({gpus.build}{why}; {gpus_of_driver()}{limited})"
+            f"{len(gpus.names)} GPUs are visible, {wanted} are needed ({gpus.build}{why};"
+            f" {gpus_of_driver()}{limited})"
         ]
     if precision == "bf16" and not gpus.bf16:
         return [f"precision: bf16 can't be computed by {gpus.names[0]}; set precision: fp16"]
@@ -112,7 +117,9 @@ def gpu_problems(wanted: int, precision: str) -> list[str]:
 
 
 def importable(package: str) -> bool:
-    """Whether a package is installed, without loading it. A folder of its name is none: W&B makes one where it runs."""
+    """Whether a package is installed, without loading it. A folder of its name is none: W&B makes one
+    where it runs.
+    """
     found = importlib.util.find_spec(package)
     return found is not None and found.origin is not None
 
@@ -155,7 +162,8 @@ def problems_here(expected: Mapping[str, Any]) -> list[str]:
     for name, wanted in expected["versions"].items():
         if here.get(name) != wanted:
             found.append(
-                f"{name} is {here.get(name, 'missing')}, the first machine has {wanted}: use one environment for all"
+                f"{name} is {here.get(name, 'missing')}, the first machine has {wanted}: use one environment"
+                " for all"
             )
     found += [
         tracker_problem(expected["stage"], name) for name in expected["trackers"] if not importable(name)
@@ -212,7 +220,9 @@ def check_all(
 
 
 def advice_to_exclude(machines: Sequence[str]) -> str:
-    """How to go on without machines that lack something, in a job of Slurm: its next attempt may come to the same ones."""
+    """How to go on without machines that lack something, in a job of Slurm: its next attempt may come to
+    the same ones.
+    """
     if not machines or not slurm.job_id():
         return ""
     names = ",".join(machines)

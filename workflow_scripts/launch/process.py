@@ -36,7 +36,8 @@ def _prepare_child(ignore_term: bool) -> Callable[[], None]:
 class Training:
     """A running training. Its output goes to a file, not to a pipe: it must survive whoever reads it.
 
-    In a `with` block signals to this process go on to the training, from before its start until the block ends.
+    In a `with` block signals to this process go on to the training, from before its start until the block
+    ends.
     """
 
     def __init__(
@@ -48,7 +49,9 @@ class Training:
         several: bool,
         job: str,
     ) -> None:
-        """To start ``command``: ``several`` processes under torchrun, or on several machines of the Slurm ``job``."""
+        """To start ``command``: ``several`` processes under torchrun, or on several machines of the Slurm
+        ``job``.
+        """
         log.parent.mkdir(parents=True, exist_ok=True)
         self.child: subprocess.Popen[bytes] | None = None
         self.command, self.environment = list(command), dict(environment)
@@ -84,7 +87,8 @@ class Training:
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                # torchrun ignores SIGTERM (inherited) and leaves the end to its workers, which install their own handler
+                # torchrun ignores SIGTERM (inherited) and leaves the end to its workers, which install their
+                # own handler
                 preexec_fn=_prepare_child(self.several),
             )
         self.child = child
@@ -119,7 +123,9 @@ class Training:
 
 
 def follow(path: Path, label: str, stop: threading.Event) -> None:
-    """Copies the lines that are appended to ``path`` to stderr, labelled, until ``stop`` is set and all is copied."""
+    """Copies the lines that are appended to ``path`` to stderr, labelled, until ``stop`` is set and all is
+    copied.
+    """
     with path.open("rb") as stream:
         rest = b""
         while True:

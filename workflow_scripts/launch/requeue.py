@@ -1,9 +1,9 @@
 """Brings preempted Slurm jobs back where Slurm itself only ends them (PreemptMode=CANCEL).
 
-Snakemake's Slurm plugin takes a preempted job for one that Slurm resumes, and waits for it. Slurm does so with
-PreemptMode=REQUEUE only; with CANCEL somebody has to put the job into the queue again, under the same number. A thread
-of the main Snakemake does, as long as that lives. It touches no job of anybody else, and its failures are no failures
-of the workflow.
+Snakemake's Slurm plugin takes a preempted job for one that Slurm resumes, and waits for it. Slurm does so
+with PreemptMode=REQUEUE only; with CANCEL somebody has to put the job into the queue again, under the same
+number. A thread of the main Snakemake does, as long as that lives. It touches no job of anybody else, and its
+failures are no failures of the workflow.
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ INTERVAL_S = 30.0
 
 def run_name(workflow: Any) -> str:
     """The name of all Slurm jobs of this Snakemake, an empty text where another executor runs them."""
-    # Neither has a public name. Jobs of an earlier Snakemake, in the same folder, must stay as they are: their
-    # trainings have been submitted again.
+    # Neither has a public name. Jobs of an earlier Snakemake, in the same folder, must stay as they are:
+    # their trainings have been submitted again.
     return str(getattr(getattr(workflow.scheduler, "_executor", None), "run_uuid", ""))
 
 
 def watch(workflow: Any) -> threading.Thread | None:
-    """Starts the thread, where jobs run on Slurm. To be called by the main Snakemake when it starts its jobs."""
+    """Starts the thread, where jobs run on Slurm. To be called by the main Snakemake when it starts its
+    jobs.
+    """
     name = run_name(workflow)
     if not name:
         return None
@@ -56,7 +58,9 @@ def _watch(name: str, seconds: float) -> None:
 
 
 def requeue_preempted(name: str, refused: set[str]) -> None:
-    """Requeues the preempted jobs of this name. Those that Slurm refuses are noted in ``refused`` and said once."""
+    """Requeues the preempted jobs of this name. Those that Slurm refuses are noted in ``refused`` and said
+    once.
+    """
     for job in slurm.preempted_jobs(name):
         if job in refused:
             continue
@@ -66,7 +70,10 @@ def requeue_preempted(name: str, refused: set[str]) -> None:
             said = "was preempted and is in the queue again; Slurm holds it back for about two minutes"
         elif job in slurm.preempted_jobs(name):
             refused.add(job)
-            said = f"was preempted and Slurm does not take it back ({problem}); stop Snakemake and start it again"
+            said = (
+                f"was preempted and Slurm does not take it back ({problem}); stop Snakemake and start it"
+                " again"
+            )
         else:
             continue
         print(f"Slurm job {job} {said}", file=sys.stderr, flush=True)

@@ -95,14 +95,16 @@ def cancel(job: str, patience_s: float) -> bool:
 
 
 def job_nodes(job: str, wanted: int) -> Nodes:
-    """The machines of a job with several of them, from Slurm's own words: variables are stripped from job steps."""
+    """The machines of a job with several of them, from Slurm's own words: variables are stripped from job
+    steps.
+    """
     shown = _output(["scontrol", "show", "job", "-o", job]) or ""
     match = re.search(r"\bNodeList=(\S+)", shown)
     names = (_output(["scontrol", "show", "hostnames", match.group(1)]) or "").split() if match else []
     if len(names) != wanted:
         raise UserError(
-            f"the job {job} has {len(names)} machines ({', '.join(names) or 'none found'}), the training needs {wanted}; "
-            "run it with `snakemake --profile slurm`, which asks for them"
+            f"the job {job} has {len(names)} machines ({', '.join(names) or 'none found'}), the training"
+            f" needs {wanted}; run it with `snakemake --profile slurm`, which asks for them"
         )
     return Nodes(tuple(names), _address(names[0]), 20000 + int(re.sub(r"\D", "", job)) % 12000, job)
 

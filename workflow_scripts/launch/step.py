@@ -1,12 +1,13 @@
-"""Runs one training to its end: finds its state, makes sure that nobody else computes it, continues, publishes.
+"""Runs one training to its end: finds its state, makes sure that nobody else computes it, continues,
+publishes.
 
     python -m workflow_scripts.launch --spec JSON --mixture data/mixtures/M/manifest.json \\
-        --models models/LLM/manifest.json models/TOWER/manifest.json [--parent runs/pretrain/R/manifest.json] \\
-        --manifest runs/finetune/R/manifest.json
+        --models models/LLM/manifest.json models/TOWER/manifest.json [--parent runs/pretrain/R/manifest.json]
+        \\ --manifest runs/finetune/R/manifest.json
 
-Everything of the training lies in `<folder of the manifest>/<state key>/`, which no workflow engine deletes. The manifest
-comes last. The exit status is 0 only when the training is finished; after a signal it has saved and the next attempt
-continues; after a verdict (verdicts.py) there is none.
+Everything of the training lies in `<folder of the manifest>/<state key>/`, which no workflow engine deletes.
+The manifest comes last. The exit status is 0 only when the training is finished; after a signal it has saved
+and the next attempt continues; after a verdict (verdicts.py) there is none.
 """
 
 from __future__ import annotations
@@ -95,7 +96,8 @@ def prepare(
     missing = {"llm", "vision_tower"} - roles.keys()
     if missing:
         raise UserError(
-            f"--models: no manifest of role {', '.join(sorted(missing))}; give the LLM's and the vision tower's"
+            f"--models: no manifest of role {', '.join(sorted(missing))}; give the LLM's and the vision"
+            " tower's"
         )
     digests = {"mixture": data["digest"], **{role: value for role, (_, value) in roles.items()}}
     projector, tower = None, roles["vision_tower"][0]
@@ -112,7 +114,9 @@ def prepare(
 def is_given_up(
     spec: Mapping[str, Any], mixture: Path, models: Sequence[Path], parent: Path | None, manifest: Path
 ) -> bool:
-    """Whether a training of these settings would be refused for its verdict; False where that can't be said."""
+    """Whether a training of these settings would be refused for its verdict; False where that can't be
+    said.
+    """
     try:
         job = prepare(spec, mixture, models, parent, manifest)
     except (UserError, OSError, KeyError):
@@ -238,7 +242,9 @@ def judge(job: Job, row: Mapping[str, Any], status: int, log: Path) -> dict[str,
 
 
 def drop_states(state: Path) -> None:
-    """Deletes the saved states of a finished training, markers first: a half-deleted one must not look complete."""
+    """Deletes the saved states of a finished training, markers first: a half-deleted one must not look
+    complete.
+    """
     for folder in sorted(state.glob("checkpoint-*")):
         (folder / "complete.json").unlink(missing_ok=True)
         shutil.rmtree(folder)

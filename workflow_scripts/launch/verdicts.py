@@ -1,6 +1,8 @@
-"""Ends of a training that will repeat: each stands in `verdict.json` until a setting, a record or the code has changed.
+"""Ends of a training that will repeat: each stands in `verdict.json` until a setting, a record or the code
+has changed.
 
-The data, the models and the parent's weights are in the name of the folder; what else could mend it is in the cause.
+The data, the models and the parent's weights are in the name of the folder; what else could mend it is in the
+cause.
 """
 
 from __future__ import annotations
@@ -76,7 +78,9 @@ class Cause:
 
 
 def settings_digest(spec: Mapping[str, Any]) -> str:
-    """The digest of everything that the configuration says, the content of a DeepSpeed file of the user's included."""
+    """The digest of everything that the configuration says, the content of a DeepSpeed file of the user's
+    included.
+    """
     own = spec["compute"].get("deepspeed_config")
     path = Path(deepspeed_file(ComputeSpec.model_validate(spec["compute"])) or "") if own else None
     content = files.sha256(path) if path and path.is_file() else None
@@ -123,15 +127,18 @@ def refuse_to_repeat(state: Path, label: str, spec: Mapping[str, Any]) -> None:
 def explain(state: Path, label: str, spec: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     """The reason, and what has to change before a training is tried again."""
     return (
-        f"{label}: {found['reason']}\n"
-        f"Another attempt would end the same way, so there is none. Its log: {state / found['log']}. A changed setting, record "
-        f"or code is tried again by itself; {try_again(spec)}"
+        f"{label}: {found['reason']}\nAnother attempt would end the same way, so there is none. Its log:"
+        f" {state / found['log']}. A changed setting, record or code is tried again by itself;"
+        f" {try_again(spec)}"
     )
 
 
 def try_again(spec: Mapping[str, Any]) -> str:
     """What to do when the cause lay in nothing that can be seen here."""
-    return f"after a mend elsewhere (a disk, a driver) raise compute.{spec['recipe']['compute']}.try_again by one"
+    return (
+        f"after a mend elsewhere (a disk, a driver) raise compute.{spec['recipe']['compute']}.try_again"
+        " by one"
+    )
 
 
 def in_config_words(text: str, spec: Mapping[str, Any]) -> str:
@@ -140,7 +147,9 @@ def in_config_words(text: str, spec: Mapping[str, Any]) -> str:
 
 
 def config_key(flag: str, spec: Mapping[str, Any]) -> str | None:
-    """The key in the configuration that a flag comes from, `stages.finetune.learning_rate` say; None where there is none."""
+    """The key in the configuration that a flag comes from, `stages.finetune.learning_rate` say; None where
+    there is none.
+    """
     if flag in RENAMED:
         section, key = RENAMED[flag]
     elif flag in StageSpec.model_fields:

@@ -123,7 +123,9 @@ class _Collector:
         records: Sequence[RecordView],
         mended: Sequence[int],
     ) -> None:
-        """Takes in the good records of a block; ``rows`` are their places in it, ``mended`` those that are changed."""
+        """Takes in the good records of a block; ``rows`` are their places in it, ``mended`` those that are
+        changed.
+        """
         changed = set(mended)
         self.mended.extend([row in changed for row in rows] if changed else bytes(len(rows)))
         self.file.extend([file] * len(rows))
@@ -131,7 +133,8 @@ class _Collector:
         self.offset.extend([block.offsets[row] for row in rows])
         self.length.extend([len(block.data[row]) for row in rows])
         self.words.extend(map(count_words, records))
-        # Python's own hash: only equality within this process counts, and str(id) tells 1 and -1, 1 and True apart.
+        # Python's own hash: only equality within this process counts, and str(id) tells 1 and -1, 1 and True
+        # apart.
         self.id_hash.extend([0 if r.id is None else hash(str(r.id)) & _ALL_BITS for r in records])
         names = [image_names(record.image) for record in records]
         self.n_images.extend(map(len, names))

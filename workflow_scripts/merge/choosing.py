@@ -17,8 +17,8 @@ def wanted_count(available: int, samples: int | None, weight: float | None) -> i
 def choose(records: np.ndarray, count: int, seed: int, label: str) -> np.ndarray:
     """``count`` of ``records``, sorted; each as often as whole rounds go, the rest by rank of a hash.
 
-    The rank depends only on seed, label and record, so that a larger count keeps every record of a smaller one,
-    and no library's random generator can change the choice.
+    The rank depends only on seed, label and record, so that a larger count keeps every record of a smaller
+    one, and no library's random generator can change the choice.
     """
     if not len(records):
         return records

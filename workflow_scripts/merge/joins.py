@@ -170,7 +170,9 @@ def _spread(names: pa.Array, count: int) -> list[str]:
 
 
 def find_root(names: pa.Array, prefix: str, store: Store) -> str | None:
-    """The folder of the store that takes the prefix's place, by vote of a sample of names; None without a vote."""
+    """The folder of the store that takes the prefix's place, by vote of a sample of names; None without a
+    vote.
+    """
     wanted: dict[str, list[str]] = {}
     for name in _spread(names, SAMPLE):
         rest = join_name(name, prefix, "")
@@ -193,8 +195,10 @@ def explain_no_match(names: pa.Array, mapping: ImageMapping, store: Store) -> st
     needed = [join_name(name, prefix, "") for name in _spread(names, SAMPLE)]
     members = store.names.to_pylist()
     lines = [
-        f"images: none of the {len(names)} images under prefix {mapping.prefix!r} is in source {mapping.source} "
-        f"({store.path}) with root {mapping.root!r}",
+        (
+            f"images: none of the {len(names)} images under prefix {mapping.prefix!r} is in source"
+            f" {mapping.source} ({store.path}) with root {mapping.root!r}"
+        ),
         f"  the annotations need, for example: {', '.join(needed[:3])}",
         f"  the source has, for example: {', '.join(_spread(store.names, 3)) or 'no image at all'}",
     ]

@@ -42,7 +42,9 @@ class Outcome:
 
 
 def apply_policy(part: Part, records: Records, join: Join, stores: dict[str, Store]) -> Outcome:
-    """Decides about every record. Raises :class:`UserError` where the policy says `fail`, and when too many drop."""
+    """Decides about every record. Raises :class:`UserError` where the policy says `fail`, and when too
+    many drop.
+    """
     _check_expected(part, records)
     outcome = Outcome(np.ones(len(records), bool))
     _malformed(part, records, outcome)
@@ -61,8 +63,9 @@ def _check_expected(part: Part, records: Records) -> None:
     total = records.total
     if part.expected_records is not None and total != part.expected_records:
         raise UserError(
-            f"{part.annotations}: expected_records is {part.expected_records}, but the annotations have {total}; "
-            "the file is another version or incomplete: fetch it again, or correct expected_records"
+            f"{part.annotations}: expected_records is {part.expected_records}, but the annotations have"
+            f" {total}; the file is another version or incomplete: fetch it again, or correct"
+            " expected_records"
         )
 
 
@@ -91,8 +94,9 @@ def _findings(part: Part, records: Records, outcome: Outcome) -> None:
         )
         choices = "; ".join(f"{kind}: {', '.join(KINDS[kind].actions)}" for kind in kinds)
         raise UserError(
-            f"{part.annotations}: {len(failed)} records are {' or '.join(kinds)}, and the policy says fail:\n{shown}\n"
-            f"  fix the annotations, or set `records: {{{kinds[0]}: ...}}` in the part's policy ({choices})"
+            f"{part.annotations}: {len(failed)} records are {' or '.join(kinds)}, and the policy says"
+            f" fail:\n{shown}\n  fix the annotations, or set `records: {{{kinds[0]}: ...}}` in the part's"
+            f" policy ({choices})"
         )
     for refused in records.refused:
         outcome.drop(refused.kind, refused.example)
@@ -196,8 +200,8 @@ def _duplicates(part: Part, records: Records, outcome: Outcome) -> None:
 def _too_many(part: Part, outcome: Outcome, dropped: int, total: int) -> str:
     reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(outcome.dropped.items()))
     lines = [
-        f"{part.annotations}: {dropped} of {total} records ({dropped / total:.2%}) would be dropped ({reasons}), more "
-        f"than max_dropped_share {part.policy.max_dropped_share:g} allows"
+        f"{part.annotations}: {dropped} of {total} records ({dropped / total:.2%}) would be dropped"
+        f" ({reasons}), more than max_dropped_share {part.policy.max_dropped_share:g} allows"
     ]
     for reason, examples in outcome.examples.items():
         lines += [

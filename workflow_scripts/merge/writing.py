@@ -117,7 +117,9 @@ def empty_images(count: int) -> np.ndarray:
 
 
 def content_digest(samples_sha: str, images: np.ndarray) -> str:
-    """What the mixture teaches: records, and the images' bytes (by size and CRC), wherever they are stored."""
+    """What the mixture teaches: records, and the images' bytes (by size and CRC), wherever they are
+    stored.
+    """
     sha = hashlib.sha256(samples_sha.encode())
     for column in ("size", "crc32", "tolerant"):
         sha.update(np.ascontiguousarray(images[column]).tobytes())

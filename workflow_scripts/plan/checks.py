@@ -11,7 +11,9 @@ from workflow_scripts.plan.plan import Plan
 
 
 def check_targets(plan: Plan, targets: Iterable[str]) -> None:
-    """Raises UserError for a checkpoint of an experiment that does not exist, before Snakemake only says "no rule"."""
+    """Raises UserError for a checkpoint of an experiment that does not exist, before Snakemake only says
+    "no rule".
+    """
     for target in targets:
         parts = Path(target).parts[-3:]
         if len(parts) == 3 and parts[0] == "experiments" and parts[2] == "checkpoint.json":
@@ -19,7 +21,8 @@ def check_targets(plan: Plan, targets: Iterable[str]) -> None:
             if name not in plan.experiments:
                 advice = suggestion(name, plan.experiments, "add it to the section experiments")
                 raise UserError(
-                    f"{target}: no experiment is called {name!r}; experiments: {known(plan.experiments)}; {advice}"
+                    f"{target}: no experiment is called {name!r}; experiments: {known(plan.experiments)};"
+                    f" {advice}"
                 )
 
 
@@ -31,19 +34,21 @@ def check_shared_files(shared: Collection[str]) -> None:
     lacking = [name for name in NEEDED if name not in shared]
     if lacking:
         raise UserError(
-            f"--shared-fs-usage lacks {' and '.join(lacking)}, or the executor has no file system in common with this "
-            "machine: images are read by offset from archives and trainings continue from states that lie beside their "
-            "manifests, which no storage plugin carries along. Run on Slurm with a shared file system, or all of it on "
-            "one machine with GPUs (docs/slurm.md)"
+            f"--shared-fs-usage lacks {' and '.join(lacking)}, or the executor has no file system in common"
+            " with this machine: images are read by offset from archives and trainings continue from states"
+            " that lie beside their manifests, which no storage plugin carries along. Run on Slurm with a"
+            " shared file system, or all of it on one machine with GPUs (docs/slurm.md)"
         )
 
 
 def check_containers(plan: Plan) -> None:
-    """Raises UserError when a training on several nodes is to run in a container, before a job waits in a queue for that."""
+    """Raises UserError when a training on several nodes is to run in a container, before a job waits in a
+    queue for that.
+    """
     for name, compute in plan.used_compute().items():
         if compute.nodes > 1:
             raise UserError(
-                f"compute.{name}.nodes: found {compute.nodes}; inside a container it must be 1: a job on several nodes "
-                "starts its processes with Slurm's srun, which would start them outside of the container. Use a "
-                "virtual environment or conda for it (docs/slurm.md)"
+                f"compute.{name}.nodes: found {compute.nodes}; inside a container it must be 1: a job on"
+                " several nodes starts its processes with Slurm's srun, which would start them outside of"
+                " the container. Use a virtual environment or conda for it (docs/slurm.md)"
             )

@@ -2,7 +2,8 @@
 
     python -m workflow_scripts.plan --configfile config/llava-v1.5-7b.yaml [more.yaml ...]
 
-Asks no server and reads no data: sizes come from the configuration, the rest from what lies in the working folder.
+Asks no server and reads no data: sizes come from the configuration, the rest from what lies in the working
+folder.
 """
 
 from __future__ import annotations
@@ -83,7 +84,8 @@ def _disk_lines(plan: Plan, items: Iterable[Item], folder: Path) -> list[str]:
         lines.append(f"  {what:<40} {value / GB:7.1f}")
     if needed > free:
         lines.append(
-            f"  NOT ENOUGH: {(needed - free) / GB:.1f} GB are missing in {folder}; see --directory of Snakemake"
+            f"  NOT ENOUGH: {(needed - free) / GB:.1f} GB are missing in {folder}; see --directory of"
+            " Snakemake"
         )
     return [*lines, ""]
 
@@ -102,7 +104,9 @@ def _job_lines(jobs: list[Job]) -> list[str]:
 
 
 def is_dry_run(argv: Sequence[str]) -> bool:
-    """True when Snakemake's command line asks for a dry run: it does not tell a Snakefile while it reads it."""
+    """True when Snakemake's command line asks for a dry run: it does not tell a Snakefile while it reads
+    it.
+    """
     return any(
         word in ("--dry-run", "--dryrun") or re.fullmatch(r"-[pqFfkt]*n[npqFfkt]*", word) is not None
         for word in argv

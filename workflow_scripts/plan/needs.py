@@ -92,9 +92,9 @@ def annotation_bytes(plan: Plan) -> float:
 def checkpoint_bytes(plan: Plan) -> tuple[float, float]:
     """(finished checkpoints of all runs, the state of the largest training while it runs); 0 where unknown.
 
-    A finished finetune is as large as its LLM; the export has it in two layouts. Mixed-precision training state is
-    about seven times that (weights, master weights, two moments), kept ``save_total_limit`` times and once more
-    while a new one is written.
+    A finished finetune is as large as its LLM; the export has it in two layouts. Mixed-precision training
+    state is about seven times that (weights, master weights, two moments), kept ``save_total_limit`` times
+    and once more while a new one is written.
     """
     finished, largest = 0.0, 0.0
     for run in plan.trainings():
@@ -123,6 +123,8 @@ def disk_needs(plan: Plan, items: Iterable[Item]) -> list[tuple[str, float]]:
 
 
 def missing_trackers(plan: Plan) -> list[str]:
-    """What `report_to` names and this interpreter lacks, in words. Jobs that run in a container or conda have their own."""
+    """What `report_to` names and this interpreter lacks, in words. Jobs that run in a container or conda
+    have their own.
+    """
     wanted = {(stage, tracker) for stage, spec in plan.stage_specs() for tracker in spec.report_to}
     return [tracker_problem(stage, tracker) for stage, tracker in sorted(wanted) if not importable(tracker)]

@@ -28,14 +28,16 @@ class Plan:
         self.runs = find_runs(self.config, self.experiments)
         self.by_name = {(run.stage, run.name): run for run in self.runs.values()}
 
-    # -- runs ------------------------------------------------------------------------------------------------
+    # -- runs ----------------------------------------------------------------------------------------------
 
     def run(self, stage: str, experiment: str) -> Run:
         """The run of ``experiment`` in ``stage`` (one of the register's, `export`, `evaluate`)."""
         return self.runs[stage, experiment]
 
     def experiment_of(self, stage: str, name: str) -> Experiment:
-        """The experiment behind the run folder ``runs/<stage>/<name>``. Raises KeyError for a folder of another config."""
+        """The experiment behind the run folder ``runs/<stage>/<name>``. Raises KeyError for a folder of
+        another config.
+        """
         return self.experiments[self.by_name[stage, name].experiment]
 
     def names(self, stage: str) -> list[str]:
@@ -68,7 +70,7 @@ class Plan:
             "train_slots": int(on_gpu),
         }
 
-    # -- what is used ----------------------------------------------------------------------------------------
+    # -- what is used --------------------------------------------------------------------------------------
 
     def stage_specs(self) -> list[tuple[str, StageSpec]]:
         """All (stage, recipe) of all experiments."""
@@ -113,7 +115,7 @@ class Plan:
         """How often Snakemake may start a training again."""
         return max(spec.attempts for spec in self.used_compute().values()) - 1
 
-    # -- what the steps have to know -------------------------------------------------------------------------
+    # -- what the steps have to know -----------------------------------------------------------------------
 
     def training_spec(self, stage: str, name: str) -> dict[str, Any]:
         """All that the launcher has to know about a training; JSON values, without defaults."""

@@ -35,8 +35,8 @@ STEP_JOBS = {
 def resources_of(compute: ComputeSpec) -> dict[str, Any]:
     """What a training asks of a cluster; None where it asks for nothing.
 
-    With several machines the job runs in the batch script on the first of them (`mpi`), because only from there an
-    inner `srun` sees the whole allocation. `--signal` lets a training save ahead of its time limit.
+    With several machines the job runs in the batch script on the first of them (`mpi`), because only from
+    there an inner `srun` sees the whole allocation. `--signal` lets a training save ahead of its time limit.
     """
     several = compute.nodes > 1
     gres = compute.gres or (f"gpu:{compute.gpus_per_node}" if compute.gpus_per_node else None)

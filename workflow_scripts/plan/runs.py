@@ -1,7 +1,7 @@
 """Which runs a configuration asks for, and how they are named.
 
-A run's key is a digest of everything the configuration says about its result and of nothing else. So experiments
-share a training where they agree, and a changed learning rate makes a new run beside the old one.
+A run's key is a digest of everything the configuration says about its result and of nothing else. So
+experiments share a training where they agree, and a changed learning rate makes a new run beside the old one.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """What a source is in keys: where a hash is stated its files are that hash, wherever they come from.
 
-A file without a hash is its URL, or its path in a repository at a commit. What was fetched is remembered beside
-the sources, so that a hash that is stated later, and is that of the file that was fetched, changes no key.
+A file without a hash is its URL, or its path in a repository at a commit. What was fetched is remembered
+beside the sources, so that a hash that is stated later, and is that of the file that was fetched, changes no
+key.
 """
 
 from __future__ import annotations
@@ -78,7 +79,8 @@ def known_recipe(name: str, spec: StrictModel, sources: Path = SOURCES) -> dict[
 def watched_recipe(name: str, spec: Source, sources: Path = SOURCES) -> dict[str, Any]:
     """:func:`known_recipe`, and what a folder of the user's own pictures is today, by names, sizes and times.
 
-    Files can be inputs of a rule; a folder can't, as its own time says nothing of its files'. Not for keys of runs.
+    Files can be inputs of a rule; a folder can't, as its own time says nothing of its files'. Not for keys of
+    runs.
     """
     images = spec.own().images
     found = known_recipe(name, spec, sources)

@@ -1,9 +1,12 @@
-"""Prepares one model: a copy of the folder with its weights linked, its JSON copied, its generation config mended.
+"""Prepares one model: a copy of the folder with its weights linked, its JSON copied, its generation config
+mended.
 
-    python -m workflow_scripts.prepare_model --name N --spec '<JSON of the model>' --manifest models/N/manifest.json
+    python -m workflow_scripts.prepare_model --name N --spec '<JSON of the model>' --manifest
+    models/N/manifest.json
 
-The original (a hub cache, your own folder) is never changed. PyTorch `.bin` weights are read without running code in
-them (`weights_only`) and written again as safetensors. A preflight proves that what training will save can be saved.
+The original (a hub cache, your own folder) is never changed. PyTorch `.bin` weights are read without running
+code in them (`weights_only`) and written again as safetensors. A preflight proves that what training will
+save can be saved.
 """
 
 from __future__ import annotations
@@ -87,7 +90,9 @@ def _fill(spec: Any, home: Path, target: Path) -> dict[str, Any]:
 
 
 def choose_files(names: Sequence[str], ignore: Iterable[str]) -> list[str]:
-    """The files that are needed: safetensors rather than `.bin` where there are both, nothing hidden or ignored."""
+    """The files that are needed: safetensors rather than `.bin` where there are both, nothing hidden or
+    ignored.
+    """
     kept = [
         name
         for name in names
@@ -118,7 +123,9 @@ def copy_model(files: Iterable[tuple[Path, str]], target: Path) -> None:
 
 
 def link(origin: Path, target: Path) -> None:
-    """A hard link where the file system allows it, so that a cleaned cache takes nothing away; else a symbolic one."""
+    """A hard link where the file system allows it, so that a cleaned cache takes nothing away; else a
+    symbolic one.
+    """
     real = origin.resolve()
     try:
         os.link(real, target)
@@ -198,7 +205,9 @@ def patch_generation_config(folder: Path) -> list[str]:
 
 
 def preflight(folder: Path, role: str, name: str) -> None:
-    """Loads the configs and, for an LLM, the tokenizer, and saves them once. Raises UserError that says what fails."""
+    """Loads the configs and, for an LLM, the tokenizer, and saves them once. Raises UserError that says
+    what fails.
+    """
     from transformers import AutoConfig
 
     try:

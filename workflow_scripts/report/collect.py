@@ -47,14 +47,16 @@ def collect(paths: Iterable[Path]) -> Collected:
             found.sources[content["name"]] = path, content
         else:
             raise UserError(
-                f"{path}: no manifest that a report is made from; allowed: experiments/*/checkpoint.json and the "
-                "manifest.json files of sources, scans, mixtures, trainings and evaluations"
+                f"{path}: no manifest that a report is made from; allowed: experiments/*/checkpoint.json and"
+                " the manifest.json files of sources, scans, mixtures, trainings and evaluations"
             )
     return found
 
 
 def experiment_evaluations(found: Collected) -> dict[str, dict[str, Any]]:
-    """The evaluations by experiment; by the exported run's name where no checkpoint.json says which experiment it is."""
+    """The evaluations by experiment; by the exported run's name where no checkpoint.json says which
+    experiment it is.
+    """
     names = {content["runs"]["export"]: name for name, (_, content) in found.checkpoints.items()}
     results = {names.get(run, run): content for run, (_, content) in found.evaluations.items()}
     order = [name for name in found.checkpoints if name in results]
@@ -122,9 +124,11 @@ def training_row(key: tuple[str, str], manifest: Manifest, users: Sequence[str])
         "run": key[1],
         "experiments": list(users),
         "steps": manifest[1].get("step"),
-        "loss": manifest[1]
-        .get("metrics", {})
-        .get("mean_loss_of_last_twentieth", manifest[1].get("metrics", {}).get("final_loss")),
+        "loss": (
+            manifest[1]
+            .get("metrics", {})
+            .get("mean_loss_of_last_twentieth", manifest[1].get("metrics", {}).get("final_loss"))
+        ),
         "seconds": times[-1] - times[0] if len(times) > 1 else None,
         "samples_per_s": sorted(speeds)[len(speeds) // 2] if speeds else None,
         "attempts": len(attempts) or None,

@@ -1,4 +1,6 @@
-"""What the report tells about the data: damaged files with what became of their samples, and a contact sheet."""
+"""What the report tells about the data: damaged files with what became of their samples, and a contact
+sheet.
+"""
 
 from __future__ import annotations
 
@@ -129,7 +131,9 @@ def _members(image: str, roots: list[dict[str, str]]) -> list[str]:
 
 
 def _uses(found: Collected, source: str, members: set[str]) -> dict[str, list[dict[str, str]]]:
-    """By image name in the archive: the samples of the mixtures that use it. Large mixtures are not searched."""
+    """By image name in the archive: the samples of the mixtures that use it. Large mixtures are not
+    searched.
+    """
     uses: dict[str, list[dict[str, str]]] = {}
     for name, (path, mixture) in found.mixtures.items():
         samples = path.with_name("samples.json")
@@ -257,7 +261,9 @@ def mixture_cards(found: Collected) -> list[dict[str, Any]]:
 
 
 def contact_sheet(manifest: Path, number: int = MOST_SAMPLES) -> tuple[list[dict[str, Any]], str]:
-    """Random samples of a mixture with pictures and conversations, always the same ones; or why there are none."""
+    """Random samples of a mixture with pictures and conversations, always the same ones; or why there are
+    none.
+    """
     from llava_ext.data.samples import SamplesError, open_samples
 
     sheet: list[dict[str, Any]] = []

@@ -1,4 +1,6 @@
-"""The report's figures as inline SVG: text in the page's own font and colour, so that they fit light and dark."""
+"""The report's figures as inline SVG: text in the page's own font and colour, so that they fit light and
+dark.
+"""
 
 from __future__ import annotations
 
@@ -145,8 +147,9 @@ def accuracy_figure(
 ) -> str:
     """One panel a question type, one line an experiment.
 
-    A full dot is the accuracy in %, a ring the accuracy with permuted vision tokens, a bar with a blank picture;
-    the dotted line is chance. ``rows``: mappings with name, index (colour) and accuracy by condition and type.
+    A full dot is the accuracy in %, a ring the accuracy with permuted vision tokens, a bar with a blank
+    picture; the dotted line is chance. ``rows``: mappings with name, index (colour) and accuracy by condition
+    and type.
     """
     with pyplot.rc_context(STYLE):
         size = (2.1 * len(kinds) + 1.6, 0.34 * len(rows) + 0.8)

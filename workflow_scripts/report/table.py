@@ -1,4 +1,6 @@
-"""The accuracies of all experiments as rows, as text for a terminal, and as a CSV file. Imports nothing heavy."""
+"""The accuracies of all experiments as rows, as text for a terminal, and as a CSV file. Imports nothing
+heavy.
+"""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """Looks at every image of a source, straight from its archive, and writes one table row each.
 
-    python -m workflow_scripts.scan --source data/sources/N/manifest.json --manifest data/scans/N/manifest.json
-    python -m workflow_scripts.scan FOLDER_OR_ARCHIVE [--table images.parquet]
+    python -m workflow_scripts.scan --source data/sources/N/manifest.json --manifest
+    data/scans/N/manifest.json python -m workflow_scripts.scan FOLDER_OR_ARCHIVE [--table images.parquet]
 
-Finished work is kept while the scan runs, so a killed scan goes on where it was; a later scan of a changed store
-reads only what is new or changed.
+Finished work is kept while the scan runs, so a killed scan goes on where it was; a later scan of a changed
+store reads only what is new or changed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The scan itself: what has to be read, reading it in parallel, and the table that comes out.
 
-Results reach the disk every few seconds as *parts* beside the table. The parts of a scan that was killed and the
-table of an earlier scan are looked up by what identifies a member's content, so that only the rest is read.
+Results reach the disk every few seconds as *parts* beside the table. The parts of a scan that was killed and
+the table of an earlier scan are looked up by what identifies a member's content, so that only the rest is
+read.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""Says what this machine has and lacks for the workflow: `python -m workflow_scripts.selftest [--configfile FILE] [--slurm]`.
+"""Says what this machine has and lacks for the workflow: `python -m workflow_scripts.selftest [--configfile
+FILE] [--slurm]`.
 
-Run it on the login node; `--slurm` has Slurm say whether it would take each kind of job of the configuration, and repeats
-the self-test on compute nodes, in one small job for each kind that the trainings ask for. The exit status is 1 when something needed is missing.
+Run it on the login node; `--slurm` has Slurm say whether it would take each kind of job of the configuration,
+and repeats the self-test on compute nodes, in one small job for each kind that the trainings ask for. The
+exit status is 1 when something needed is missing.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Every kind of job of a configuration, tried by `sbatch --test-only`: nothing is submitted, nothing waits.
 
-What Slurm refuses is tried again without one resource after the other. Those without which it is accepted are to blame,
-whatever the words of this version of Slurm are.
+What Slurm refuses is tried again without one resource after the other. Those without which it is accepted are
+to blame, whatever the words of this version of Slurm are.
 """
 
 from __future__ import annotations
@@ -125,7 +125,9 @@ def submit_command(asked: Mapping[str, Any]) -> str:
 
 
 def over_limit(job: Job, limits: Mapping[str, tuple[float | None, bool]]) -> str | None:
-    """Why a job would wait for ever: most Slurms take what is above a partition's time limit, and never start it."""
+    """Why a job would wait for ever: most Slurms take what is above a partition's time limit, and never
+    start it.
+    """
     minutes, named = job.value("runtime"), job.value("slurm_partition")
     wanted = str(named).split(",") if named else [name for name, (_, default) in limits.items() if default]
     longest = [limits[name][0] for name in wanted if name in limits]

@@ -61,7 +61,9 @@ def _pinned(name: str, wanted: str) -> Iterator[Finding]:
 
 
 def check_hardware(wanted: int = 0) -> Iterator[Finding]:
-    """GPUs as the driver and as torch see them, ``wanted`` of them or more; shared memory for data workers."""
+    """GPUs as the driver and as torch see them, ``wanted`` of them or more; shared memory for data
+    workers.
+    """
     gpus = visible_gpus()
     found = ", ".join(gpus.names)
     if len(gpus.names) < max(1, wanted):
@@ -146,7 +148,10 @@ def _locks(path: Path) -> Finding:
             if done.returncode == 7:
                 return Finding("file locks", True, "work")
             why = "keep nobody out"
-    text = f"{why} in {path.parent.parent}; never start two trainings in one folder by hand, or mount it with locks"
+    text = (
+        f"{why} in {path.parent.parent}; never start two trainings in one folder by hand, or mount it with"
+        " locks"
+    )
     return Finding("file locks", False, text, needed=False)
 
 

@@ -1,4 +1,6 @@
-"""What a configuration needs of a machine: trackers, FlashAttention, a compiler, shared memory, space, fetched files."""
+"""What a configuration needs of a machine: trackers, FlashAttention, a compiler, shared memory, space,
+fetched files.
+"""
 
 from __future__ import annotations
 
@@ -38,8 +40,8 @@ def check_flash_attention(kinds: Mapping[str, ComputeSpec]) -> Iterator[Finding]
     wanting = [name for name, spec in kinds.items() if spec.attention == "flash_attention_2"]
     if wanting and not importable("flash_attn"):
         text = (
-            f"compute.{wanting[0]}.attention is flash_attention_2, but {sys.executable} has no package flash-attn; "
-            "install it (`pip install flash-attn --no-build-isolation`) or set attention: sdpa"
+            f"compute.{wanting[0]}.attention is flash_attention_2, but {sys.executable} has no package"
+            " flash-attn; install it (`pip install flash-attn --no-build-isolation`) or set attention: sdpa"
         )
         yield Finding("flash-attn", False, text)
 
@@ -65,18 +67,23 @@ def check_shared_memory(kinds: Mapping[str, ComputeSpec]) -> Iterator[Finding]:
     """Room for the batches that data workers hand over through /dev/shm."""
     shared = Path("/dev/shm")
     wanted = {
-        name: spec.local_processes
-        * spec.dataloader_workers
-        * READY_BATCHES
-        * spec.per_device_batch_size
-        * PICTURE
+        name: (
+            spec.local_processes
+            * spec.dataloader_workers
+            * READY_BATCHES
+            * spec.per_device_batch_size
+            * PICTURE
+        )
         for name, spec in kinds.items()
     }
     if not shared.is_dir() or not any(wanted.values()):
         return
     name = max(wanted, key=lambda key: wanted[key])
     free = shutil.disk_usage(shared).free
-    text = f"{free / GB:.1f} GB free; compute.{name} may fill {wanted[name] / GB:.1f} GB (dataloader_workers, per_device_batch_size)"
+    text = (
+        f"{free / GB:.1f} GB free; compute.{name} may fill {wanted[name] / GB:.1f} GB (dataloader_workers,"
+        " per_device_batch_size)"
+    )
     yield Finding("shared memory", free >= wanted[name], text, needed=False)
 
 
@@ -97,7 +104,10 @@ def check_fetched(plan: Plan) -> Iterator[Finding]:
     missing = [str(path) for path in wanted if not (path / "manifest.json").is_file()]
     if missing:
         shown = ", ".join(missing[:4]) + (", ..." if len(missing) > 4 else "")
-        text = f"{len(missing)} of {len(wanted)} are not there yet ({shown}); they are fetched or made on the machine that runs Snakemake"
+        text = (
+            f"{len(missing)} of {len(wanted)} are not there yet ({shown}); they are fetched or made on the"
+            " machine that runs Snakemake"
+        )
         yield Finding("data and models", False, text, needed=False)
     else:
         yield Finding("data and models", True, "all are there; trainings need no network")

@@ -1,4 +1,6 @@
-"""The same self-test on compute nodes, in one small job for each kind that the configuration's trainings ask for."""
+"""The same self-test on compute nodes, in one small job for each kind that the configuration's trainings
+ask for.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ MINUTES = 10
 
 
 def site_options(profile: Path, stage: str) -> list[str]:
-    """srun's options for a rule, from the block "your site" of ``slurm/config.yaml``; none where there is no profile."""
+    """srun's options for a rule, from the block "your site" of ``slurm/config.yaml``; none where there is
+    no profile.
+    """
     content = _profile(profile)
     found: dict[str, Any] = {}
     for section in (content.get("default-resources"), (content.get("set-resources") or {}).get(stage)):
@@ -90,7 +94,9 @@ def commands(plan: Plan, profile: Path, test: Sequence[str]) -> dict[str, list[s
 
 
 def check_nodes(plan: Plan, configfiles: Sequence[Path], folder: Path) -> Iterator[Finding]:
-    """Runs the self-test in Slurm jobs and shows what it says there; they wait in the queue like any other."""
+    """Runs the self-test in Slurm jobs and shows what it says there; they wait in the queue like any
+    other.
+    """
     arguments = ["--configfile", *(str(path.absolute()) for path in configfiles), "--directory", str(folder)]
     test = site_test(plan, ROOT / "slurm", arguments)
     for names, command in commands(plan, ROOT / "slurm", test).items():

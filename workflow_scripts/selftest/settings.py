@@ -112,7 +112,9 @@ def read_profile(profile: Path) -> dict[str, Any]:
 
 
 def kinds_of_job(plan: Plan, configfiles: Sequence[Path], profile: Path) -> list[Job]:
-    """Every kind of job that the configuration submits, each once: CPU steps, trainings, exports, evaluations."""
+    """Every kind of job that the configuration submits, each once: CPU steps, trainings, exports,
+    evaluations.
+    """
     jobs = [_step(rule, {}, profile) for rule in ("scan", "mixture")]
     for run in plan.trainings():
         name = plan.experiment_of(run.stage, run.name).stage(run.stage).compute
@@ -149,7 +151,9 @@ def _step(rule: str, own: Mapping[str, Setting], profile: Path) -> Job:
 
 
 def _job(name: str, rule: str, own: Mapping[str, Setting], profile: Path) -> Job:
-    """The resources of a rule's jobs as Snakemake puts them together: defaults, the rule's own, the profile's."""
+    """The resources of a rule's jobs as Snakemake puts them together: defaults, the rule's own, the
+    profile's.
+    """
     content, sections = read_profile(profile), dict(_by_name(profile))
     found = {key: value for key, value in own.items() if value.value is not None}
     found = _from_profile(sections.get(""), ["default-resources"], profile) | found

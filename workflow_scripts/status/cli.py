@@ -1,8 +1,10 @@
-"""Shows what the trainings are doing, from their folders and Slurm's queue: `python -m workflow_scripts.status [--watch]`.
+"""Shows what the trainings are doing, from their folders and Slurm's queue: `python -m
+workflow_scripts.status [--watch]`.
 
-One line a training: stage, run, state, step, loss, tokens a second, time left, time since the last step, attempts, GPUs, last
-saved step, machine or job, and the finished experiments that use it. Below one that failed, or that a check refused to start:
-why, and where its log is. Below one that waits in Slurm's queue: since when, why, and what to do where waiting does not help.
+One line a training: stage, run, state, step, loss, tokens a second, time left, time since the last step,
+attempts, GPUs, last saved step, machine or job, and the finished experiments that use it. Below one that
+failed, or that a check refused to start: why, and where its log is. Below one that waits in Slurm's queue:
+since when, why, and what to do where waiting does not help.
 """
 
 from __future__ import annotations
@@ -95,7 +97,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with user_errors():
         if not (options.directory / "runs").is_dir() and not jobs_of(options.directory):
             raise UserError(
-                f"{options.directory.absolute()}: no folder runs/ here; give the working folder with --directory"
+                f"{options.directory.absolute()}: no folder runs/ here; give the working folder with"
+                " --directory"
             )
         with suppress(KeyboardInterrupt):
             run(options.directory, options.watch, options.json)

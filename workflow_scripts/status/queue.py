@@ -11,7 +11,8 @@ from pathlib import Path
 from workflow_scripts.stages import STAGES
 from workflow_scripts.status.read import Status
 
-# Job, state, reason, time of submission, working folder, comment: the comment may hold anything, so it is last.
+# Job, state, reason, time of submission, working folder, comment: the comment may hold anything, so it is
+# last.
 FORMAT = "%A|%T|%r|%V|%Z|%k"
 CONFIG = "the section compute of the configuration"
 PROFILE = "slurm/config.yaml"
@@ -72,7 +73,9 @@ class QueuedJob:
 
 
 def jobs_of(root: Path) -> list[QueuedJob]:
-    """My Slurm jobs of the working folder ``root``; none where there is no Slurm, or where it gives no answer."""
+    """My Slurm jobs of the working folder ``root``; none where there is no Slurm, or where it gives no
+    answer.
+    """
     if shutil.which("squeue") is None:
         return []
     command = ["squeue", "--noheader", "--me", f"--format={FORMAT}"]
@@ -86,7 +89,9 @@ def jobs_of(root: Path) -> list[QueuedJob]:
 
 
 def training_of(job: QueuedJob) -> tuple[str, str] | None:
-    """Stage and run of a training's job, from the comment that the Slurm plugin gives it; None of other jobs."""
+    """Stage and run of a training's job, from the comment that the Slurm plugin gives it; None of other
+    jobs.
+    """
     for stage in STAGES:
         run = job.comment.removeprefix(f"rule_{stage}_wildcards_")
         if run != job.comment:
@@ -95,7 +100,9 @@ def training_of(job: QueuedJob) -> tuple[str, str] | None:
 
 
 def with_queue(statuses: Sequence[Status], root: Path) -> list[Status]:
-    """The statuses, those that have a job but no process yet as Slurm shows them; trainings without a folder last."""
+    """The statuses, those that have a job but no process yet as Slurm shows them; trainings without a
+    folder last.
+    """
     jobs = {key: job for job in jobs_of(root) if (key := training_of(job))}
     newest = {(item.stage, item.run): number for number, item in enumerate(statuses)}
     found = [

@@ -113,7 +113,9 @@ def _processes(compute: Mapping[str, Any]) -> int:
 
 
 def read_status(folder: Path) -> Status:
-    """What the state folder ``runs/<stage>/<run>/<key>`` shows. Raises UserError when its `spec.json` can't be read."""
+    """What the state folder ``runs/<stage>/<run>/<key>`` shows. Raises UserError when its `spec.json`
+    can't be read.
+    """
     spec = read_json(folder / "spec.json")["spec"]
     rows = last_metrics(folder / "metrics.jsonl")
     last = rows[-1] if rows else {}
@@ -232,7 +234,9 @@ def users(root: Path) -> dict[tuple[str, str], list[str]]:
 
 
 def all_statuses(root: Path) -> list[Status]:
-    """All trainings below the working folder ``root``, newest last. Folders that vanish meanwhile are left out."""
+    """All trainings below the working folder ``root``, newest last. Folders that vanish meanwhile are left
+    out.
+    """
     names = users(root)
     found = [
         entry

@@ -40,7 +40,9 @@ UNLIMITED = 100_000
 
 @dataclass(frozen=True)
 class Column:
-    """What a training shows under a title. Narrow terminals go without the column of the lowest ``worth`` first; 0 stays."""
+    """What a training shows under a title. Narrow terminals go without the column of the lowest ``worth``
+    first; 0 stays.
+    """
 
     title: str
     cell: Callable[[Status], str]
@@ -86,7 +88,9 @@ def shorten(name: str, width: int) -> str:
 
 @dataclass(frozen=True)
 class Trainings:
-    """One line a training, below it why it failed, the sum last; columns that are empty for all are left out."""
+    """One line a training, below it why it failed, the sum last; columns that are empty for all are left
+    out.
+    """
 
     statuses: Sequence[Status]
 

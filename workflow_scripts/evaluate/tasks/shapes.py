@@ -1,4 +1,6 @@
-"""The demo's questions about drawn shapes: one question a record with its type, and one right answer of a few words."""
+"""The demo's questions about drawn shapes: one question a record with its type, and one right answer of a
+few words.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,8 @@ def _question(record: dict[str, Any], where: str) -> Question:
     if missing or len(record["conversations"]) != 2:
         found = f"{missing[0]} is missing" if missing else f"{len(record['conversations'])} turns"
         raise UserError(
-            f"{where}: {found}; the evaluation needs records with image, question_type and exactly one question "
-            "with its answer (evaluation.source: a `shapes` source with `split: test`)"
+            f"{where}: {found}; the evaluation needs records with image, question_type and exactly one"
+            " question with its answer (evaluation.source: a `shapes` source with `split: test`)"
         )
     human, gpt = record["conversations"]
     text = human["value"].replace("<image>", "").strip()

@@ -25,7 +25,9 @@ class Task:
     name: str
     """The value of `evaluation.task`."""
     read: Callable[[Path], list[Question]]
-    """The questions of a source, given its manifest, in a fixed order. Raises UserError for records that are none."""
+    """The questions of a source, given its manifest, in a fixed order. Raises UserError for records that
+    are none.
+    """
     is_right: Callable[[str, str], bool]
     """Whether the first, a given answer, is as good as the second, the right one."""
     chance: Callable[[Sequence[Question]], dict[str, float]]
