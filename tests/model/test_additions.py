@@ -16,9 +16,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
 
+from llava_ext.checkpoints.stored import load_model
 from llava_ext.model.interventions import InterventionError, Interventions
 from llava_ext.model.poolings import POOLINGS, Pooling
+from llava_ext.model.towers import TOWERS, Tower
 from llava_ext.training.identity import IDENTITY
 from tests.support.models import make_batch, make_model
 from tests.support.trainings import GOLDEN, command_line, environment, losses
@@ -36,6 +39,8 @@ def maximum(tokens: Tensor, side: int) -> Tensor:
 
 
 MAXIMUM = Pooling("maximum", "the largest value of each channel", maximum)
+
+VIT = Tower(title="ViT", closing_norm="layernorm", processor="ViTImageProcessorPil", class_token=True)
 
 # ----------------------------------------------------------------------------------------------------
 
@@ -63,12 +68,25 @@ def with_maximum(monkeypatch):
     monkeypatch.setitem(POOLINGS, MAXIMUM.name, MAXIMUM)
 
 
-def train(output_dir: Path, expect: int = 0, **changes: object) -> str:
+@pytest.fixture
+def vit(tmp_path) -> Path:
+    """The folder of a tiny tower of the added kind, as transformers writes it."""
+    sizes = {"hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 48}
+    torch.manual_seed(4)
+    tower = ViTModel(ViTConfig(**sizes, image_size=56, patch_size=14))
+    tower.save_pretrained(tmp_path / "vit")
+    ViTImageProcessorPil(size={"height": 56, "width": 56}).save_pretrained(tmp_path / "vit")
+    return tmp_path / "vit"
+
+
+def train(
+    output_dir: Path, stage: int = 1, expect: int = 0, program: str = __name__, **changes: object
+) -> str:
     """A training of two steps in a process that has the additions; what it printed."""
     short = {"max_steps": 2, "num_train_epochs": None, "save_steps": 1, "gradient_accumulation_steps": 1}
-    flags = command_line(1, output_dir, **short | COMPRESS | changes)
+    flags = command_line(stage, output_dir, **short | COMPRESS | changes)
     done = subprocess.run(
-        [sys.executable, "-m", "tests.model.test_additions", *flags],
+        [sys.executable, "-m", program, *flags],
         cwd=GOLDEN, env=environment(), capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == expect, done.stderr[-3000:]
@@ -121,6 +139,32 @@ def test_a_new_pooling_trains_continues_and_is_saved(tmp_path, with_maximum):
     assert "interventions.pooling: 'maximum' when it was started, now None" in refused
 
 
+@pytest.mark.slow
+def test_a_new_tower_with_a_new_pooling_trains_both_stages(tmp_path, vit, with_maximum, monkeypatch):
+    chosen = {"vision_tower": vit, "pooling": "maximum", "use_multilayer_features": True}
+    chosen |= {"multilayer_layers": "[2,4]"}
+    train(tmp_path / "one", **chosen)
+    again = tmp_path / "again"
+    again.mkdir()
+    shutil.copytree(tmp_path / "one" / "checkpoint-1", again / "checkpoint-1")
+    assert "continuing from" in train(again, **chosen)
+    assert losses(again) == losses(tmp_path / "one")[1:]
+
+    train(tmp_path / "two", stage=2, **chosen, pretrain_mm_mlp_adapter=tmp_path / "one")
+    monkeypatch.setitem(TOWERS, "vit", VIT)
+    model, _, _ = load_model(tmp_path / "two")
+    kept = ViTModel.from_pretrained(vit).state_dict()
+    weights = model.model.vision_tower.state_dict()
+    assert kept and all(torch.equal(weights[name], tensor) for name, tensor in kept.items())
+    assert model.config.interventions.pooling == "maximum" and model.config.tokens_per_image == 4
+
+
+@pytest.mark.slow
+def test_a_tower_without_an_entry_is_refused_with_the_list(tmp_path, vit):
+    said = train(tmp_path / "out", program="llava_ext.train", expect=1, vision_tower=vit)
+    assert "found a vit model as the vision tower; a registered one is expected: CLIP" in said
+
+
 def test_without_its_entry_it_is_refused_with_the_list():
     with pytest.raises(InterventionError, match="pooling: found 'maximum'; allowed are average; choose one"):
         Interventions(**COMPRESS, pooling="maximum").validate()
@@ -130,4 +174,5 @@ if __name__ == "__main__":
     from llava_ext import train as entry
 
     POOLINGS[MAXIMUM.name] = MAXIMUM
+    TOWERS["vit"] = VIT
     entry.main()
