@@ -125,7 +125,7 @@ def test_attempts_without_progress_stop_with_the_log(workspace):
     """A training that dies without a reason is tried a few times and then refused, with the place of its
     log.
     """
-    workspace.config["setup"] = "export PYTHONPATH=$PWD/dying"
+    workspace.config["setup"] = f"export PYTHONPATH={workspace.folder}/dying"
     (workspace.folder / "dying").mkdir()
     (workspace.folder / "dying/sitecustomize.py").write_text(
         "import os, sys\nif 'llava_ext.train' in sys.orig_argv: os._exit(9)\n"
