@@ -110,7 +110,7 @@ def test_names_of_llava_next_are_translated():
 
 def test_a_training_from_before_the_flag_existed_goes_on(tmp_path):
     check_identity(tmp_path, {"seed": 1})
-    (tmp_path / "train_result.json").write_text("{}")
+    (tmp_path / "train_result.json").write_text('{"status": "interrupted"}')
     now = {"seed": 1, "train_vision_tower": False, "vision_tower_lr": None}
     check_identity(tmp_path, now)
     with pytest.raises(TrainingError, match="train_vision_tower: False when it was started, now True"):
