@@ -119,7 +119,7 @@ def test_both_stages_of_another_family_resume_and_load_elsewhere(family, data, l
         tokenizer = qwen_tokenizer()
         qwen = make_llm(tmp_path / "llm", "qwen2", tokenizer, tie_word_embeddings=True)  # as Qwen's 0.5B
         folders["model_name_or_path"] = qwen
-        second = {"version": "plain", "data": data["captions"], "group_by_modality_length": None}
+        second = {"version": "chat", "data": data["questions"]}
     else:
         folders = {"vision_tower": make_tower(tmp_path / "tower", "dinov2"), "model_name_or_path": llm}
         second = {"version": "v1", "data": data["questions"]}
