@@ -153,14 +153,14 @@ def test_weights_stay_in_the_mapped_file_until_they_are_written(tmp_path):
     """
     import torch
 
-    from workflow_scripts.prepare_model.step import _apart
+    from workflow_scripts.prepare_model.step import _without_shared_memory
 
     whole = torch.arange(12.0)
     torch.save(
         {"own": torch.ones(3, 4), "tied": whole, "tie": whole, "part": whole[4:8]}, tmp_path / "shard.bin"
     )
     state = torch.load(tmp_path / "shard.bin", weights_only=True, mmap=True)
-    found = _apart(state)
+    found = _without_shared_memory(state)
     assert {name: found[name].data_ptr() == state[name].data_ptr() for name in found} == {
         "own": True,
         "tied": True,
