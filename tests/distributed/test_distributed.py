@@ -257,6 +257,6 @@ def test_fsdp(data, tmp_path):
 
 def test_fsdp_with_a_frozen_projector(data, tmp_path):
     """A batch of texts on one rank alone does not wait for the other, which gathers the tower's weights."""
-    argv = two(data, tmp_path, fsdp=True, freeze_mm_mlp_adapter=True, max_steps=3)
+    argv = two(data, tmp_path, fsdp=True, freeze_mm_mlp_adapter=True, mm_projector_lr=None, max_steps=3)
     run(argv, tmp_path / "log", processes=2, timeout=100)
     assert result(tmp_path / "out")["step"] == 3
