@@ -5,6 +5,7 @@ from pathlib import Path
 from snakemake.utils import min_version
 
 from workflow_scripts.acquire.signals import end_downloads_with_snakemake
+from workflow_scripts.configs_seen import remember
 from workflow_scripts.launch import requeue
 from workflow_scripts.launch.accounts import use_default_account
 from workflow_scripts.plan.describe import describe_plan, is_dry_run
@@ -58,6 +59,12 @@ rule all:
 
 # Not called in dry runs, nor inside jobs.
 onstart:
+    remember(
+        Path.cwd(),
+        workflow.configfiles,
+        workflow.config_settings.config,
+        plan.used_folders(),
+    )
     use_default_account(workflow)
     requeue.watch(workflow)
     end_downloads_with_snakemake()

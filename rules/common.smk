@@ -11,6 +11,7 @@ from workflow_scripts.plan.plan import Plan
 from workflow_scripts.plan.announce import announce
 from workflow_scripts.plan.checks import (
     check_containers,
+    check_executor,
     check_shared_files,
     check_targets,
 )
@@ -27,6 +28,8 @@ try:
     plan = Plan(load_config(config, workflow.configfiles))
     if workflow.modifier.is_main_snakefile():
         check_targets(plan, sys.argv[1:])
+    if workflow.is_main_process:
+        check_executor(sys.argv[1:])
     check_shared_files(
         [str(usage) for usage in workflow.storage_settings.shared_fs_usage]
     )

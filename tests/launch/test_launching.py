@@ -16,7 +16,6 @@ import pytest
 
 import llava_ext
 from tests.support.workspace import ROOT
-from workflow_scripts.clean import find_unused
 from workflow_scripts.config.compute import ComputeSpec
 from workflow_scripts.config.models import ModelSection
 from workflow_scripts.config.stages import StageSpec
@@ -454,30 +453,6 @@ def test_a_deepspeed_file_moves_what_the_config_says_and_no_more(pair):
             "parameters": {"offload_optimizer", "offload_param"},
         }[offload]
     )
-
-
-def test_a_stage_1_is_kept_while_the_stage_2_of_another_configuration_trains_on_it(tmp_path):
-    parent, child = tmp_path / "runs/pretrain/theirs", tmp_path / "runs/finetune/theirs/state"
-    write_json(parent / "manifest.json", {"digest": "abc", "folder": "state"})
-    write_json(child / "spec.json", {"inputs": {"parent": "abc"}})
-    owner = ownership.Ownership(child)
-    owner.claim()
-    assert not list(find_unused(tmp_path, []))
-    owner.release()
-    assert [item.path.parent.name for item in find_unused(tmp_path, [])] == ["finetune", "pretrain"]
-    assert not list(find_unused(tmp_path, ["runs/finetune/theirs"]))
-
-
-def test_a_run_that_may_still_be_computed_is_not_removed(tmp_path, monkeypatch):
-    """The job that owns it runs elsewhere, and Slurm does not answer here."""
-    monkeypatch.setenv("SLURM_CONF", "/dev/null")
-    for name in ("mine", "forgotten"):
-        (tmp_path / "runs/finetune" / name / "state").mkdir(parents=True)
-    owner = tmp_path / "runs/finetune/mine/state" / ownership.OWNER
-    owner.write_text(json.dumps({"host": "elsewhere", "job": "7", "pid": 1}))
-    assert [unused.path.name for unused in find_unused(tmp_path, [])] == ["forgotten"]
-    owner.unlink()
-    assert len(list(find_unused(tmp_path, []))) == 2
 
 
 # ---------------------------------------------------------------- verdicts

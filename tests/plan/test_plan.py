@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -203,3 +204,46 @@ def test_jobs_that_would_not_see_the_working_folder_are_refused_before_anything_
     assert done.returncode == 1
     assert "--shared-fs-usage lacks input-output and sources" in done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
+
+
+CLOUD = """
+from snakemake_interface_executor_plugins.executors.remote import RemoteExecutor
+from snakemake_interface_executor_plugins.settings import CommonSettings
+
+common_settings = CommonSettings(
+    non_local_exec=True, implies_no_shared_fs=True, job_deploy_sources=True, can_transfer_local_files={can}
+)
+
+
+class Executor(RemoteExecutor):
+    def run_job(self, job):
+        raise AssertionError("a job was started")
+
+    async def check_active_jobs(self, active_jobs):
+        yield
+
+    def cancel_jobs(self, active_jobs):
+        pass
+"""
+
+
+@pytest.mark.parametrize(("can_carry_files", "way"), [(False, "profile"), (True, "command line")])
+def test_an_executor_without_a_shared_file_system_is_refused_in_one_sentence(tmp_path, can_carry_files, way):
+    """One that says so of itself, as those of Kubernetes and of cloud batch services do."""
+    plugin = tmp_path / "snakemake_executor_plugin_clouds/__init__.py"
+    plugin.parent.mkdir()
+    plugin.write_text(CLOUD.format(can=can_carry_files))
+    (tmp_path / "profile").mkdir()
+    (tmp_path / "profile/config.yaml").write_text("executor: clouds\njobs: 1\n")
+    chosen = ["--executor", "clouds", "--jobs", "1"] if way == "command line" else ["--profile", "profile"]
+    done = subprocess.run(
+        [sys.executable, "-m", "snakemake", "-s", str(ROOT / "Snakefile"), *chosen],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode == 1 and "--executor clouds: its jobs see no file of this machine" in said
+    assert "docs/slurm.md" in said and "Traceback" not in said and not (tmp_path / "data").exists()

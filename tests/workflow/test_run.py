@@ -2,10 +2,14 @@
 
 import json
 import os
+import pty
+import shutil
 import subprocess
 import sys
+import time
 
 import pytest
+import yaml
 
 from tests.support.workspace import ROOT, Workspace
 from workflow_scripts.status.read import all_statuses
@@ -85,20 +89,79 @@ def test_status_reads_the_run_folders(finished):
     assert all(item.loss is not None and item.tokens_per_s for item in found.values())
 
 
-def test_unused_runs_are_listed_and_removed(finished, tmp_path):
+def answered(workspace, answer, *arguments):
+    """Snakemake at a terminal, where somebody answers its question; what it printed."""
+    terminal, inside = pty.openpty()
+    os.write(terminal, f"{answer}\n".encode())
+    process = subprocess.run(
+        workspace.command(*arguments),
+        cwd=workspace.folder,
+        env=workspace.environment(),
+        stdin=inside,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    os.close(terminal)
+    os.close(inside)
+    return process.stdout + process.stderr
+
+
+def grow_old(folder, days=30):
+    """As if nothing in the folder had been used for so long; the records of starts too."""
+    then = time.time() - days * 86400
+    for path in [folder, *folder.rglob("*")]:
+        os.utime(path, (then, then), follow_symlinks=False)
+    for path in folder.glob("runs/.configs/*.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"time": then}))
+
+
+def test_unused_runs_are_listed_and_removed_when_somebody_agrees(finished, tmp_path):
     workspace = finished.copy_to(tmp_path / "w")
+    gentle = str(finished.run_folder("finetune", "gentle").relative_to(finished.folder))
     del workspace.config["experiments"]["gentle"]
     # The finished experiment's own file still names its run, so nothing is removed behind the user's back.
     assert "every run is used" in workspace.run("list_unused").stdout
     (workspace.folder / "experiments/gentle/checkpoint.json").unlink()
     listed = workspace.run("list_unused").stdout
-    gentle = finished.run_folder("finetune", "gentle").relative_to(finished.folder)
-    assert f"{gentle}  (no experiment uses it)" in listed
+    assert (
+        f"{gentle}  (config.yaml does not ask for it any more; kept: it was used in the last 14 days"
+        in listed
+    )
+    grow_old(workspace.folder)
+    assert "nothing is removed: there is no terminal to ask at" in workspace.run("clean_unused").stdout
+    assert "nothing is removed" in answered(workspace, "n", "clean_unused")
     assert (workspace.folder / gentle).is_dir()
-    workspace.run("clean_unused")
+    assert "in 3 folders removed" in answered(workspace, "y", "clean_unused")
     assert not (workspace.folder / gentle).exists()
     assert workspace.run_folder("pretrain", "vanilla").is_dir()
     assert workspace.planned() == ["report: report/index.html"]
+
+
+def test_a_run_of_another_configuration_is_never_taken_for_unused(finished, tmp_path):
+    """Also when that configuration's file is gone, and its runs are old."""
+    workspace = finished.copy_to(tmp_path / "w")
+    other = workspace.folder / "other.yaml"
+    other.write_text(yaml.safe_dump(workspace.config))
+    shutil.rmtree(workspace.folder / "runs/.configs")
+    shutil.rmtree(workspace.folder / "experiments")
+    workspace.run("list_unused", "--configfile", str(other))
+    other.unlink()
+    grow_old(workspace.folder)
+    del workspace.config["experiments"]["gentle"]
+    assert "every run is used" in workspace.run("list_unused").stdout
+    command = ["-m", "workflow_scripts.clean", "--configfile", "config.yaml", "--forget-config", "other.yaml"]
+    environment = workspace.environment() | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=workspace.folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "other.yaml does not ask for it any more" in done.stdout, done
 
 
 def test_an_unknown_target_names_the_known_ones(finished):

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+import sys
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
+
+from snakemake_interface_executor_plugins.registry import ExecutorPluginRegistry
 
 from workflow_scripts.config.problems import known, suggestion
 from workflow_scripts.io import UserError
@@ -27,6 +32,27 @@ def check_targets(plan: Plan, targets: Iterable[str]) -> None:
 
 
 NEEDED = ("input-output", "sources")
+_WHY = (
+    "images are read by offset from archives and trainings continue from states that lie beside their"
+    " manifests, which no storage plugin carries along. Run on Slurm with a shared file system, or all of it"
+    " on one machine with GPUs (docs/slurm.md)"
+)
+
+
+def check_executor(argv: Sequence[str]) -> None:
+    """Raises UserError for an executor whose jobs see no file of this machine. ``argv`` is what Snakemake's
+    own command line got; a profile that it names is read, too.
+    """
+    # Snakemake tells a Snakefile the executor after it has read it.
+    if (cli := sys.modules.get("snakemake.cli")) is None:
+        return
+    try:
+        with redirect_stderr(StringIO()):
+            executor = cli.parse_args(list(argv))[1].executor
+    except SystemExit:  # started through the API, with a command line of somebody else
+        return
+    if executor and ExecutorPluginRegistry().get_plugin(executor).common_settings.implies_no_shared_fs:
+        raise UserError(f"--executor {executor}: its jobs see no file of this machine, but {_WHY}")
 
 
 def check_shared_files(shared: Collection[str]) -> None:
@@ -35,9 +61,7 @@ def check_shared_files(shared: Collection[str]) -> None:
     if lacking:
         raise UserError(
             f"--shared-fs-usage lacks {' and '.join(lacking)}, or the executor has no file system in common"
-            " with this machine: images are read by offset from archives and trainings continue from states"
-            " that lie beside their manifests, which no storage plugin carries along. Run on Slurm with a"
-            " shared file system, or all of it on one machine with GPUs (docs/slurm.md)"
+            f" with this machine: {_WHY}"
         )
 
 
