@@ -17,7 +17,7 @@ from pathlib import Path
 from workflow_scripts.command_line import command_line
 
 CODE_VERSION = 3
-CODE_DIGEST = "8704961ac8509c44"
+CODE_DIGEST = "e016ee492ce7183d"
 
 # The modules whose code decides what a training computes.
 NUMERIC = (
@@ -44,6 +44,7 @@ NUMERIC = (
     "llava_ext/training/optimizer.py",
     "llava_ext/training/trainer.py",
     "llava_ext/training/lora.py",
+    "llava_ext/data/record_view.py",
     "llava_ext/data/samples.py",
     "llava_ext/training/setup.py",
     "workflow_scripts/launch/command.py",

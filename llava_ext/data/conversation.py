@@ -13,7 +13,7 @@ from typing import Any
 
 from .chat import ChatTemplate, chat_of
 from .image_token import MARK, marks_once
-from .samples import image_names
+from .record_view import image_names
 from .templates import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX, ConversationError, Template, template
 
 

@@ -49,6 +49,19 @@ KINDS: dict[str, Kind] = {
         "LLaVA's keys",
         "fix",
     ),
+    "content_list": Kind(
+        "a turn is a list of parts (`type: text`, `image_url`, `image`), as OpenAI has it",
+        None,
+        "its text, with `<image>` for each picture; the pictures' names become `image`",
+        "fix",
+    ),
+    "unknown_part": Kind(
+        "a part of a turn that is neither text nor picture, or pictures with and without a name",
+        None,
+        None,
+        "drop",
+    ),
+    "picture_url": Kind("a picture that is an address or lies in the record itself", None, None, "fail"),
     "role_names": Kind(
         "`user` and `assistant`, or `human`, `gpt`, `system` in another case", None, "LLaVA's names", "fix"
     ),

@@ -11,8 +11,9 @@ from typing import Any
 
 import msgspec
 
+from .content_parts import Parts, is_url, read_parts
 from .record_kinds import Action
-from .samples import RecordView, Turn, image_names
+from .record_view import RecordView, Turn, image_names
 from .templates import IMAGE_TOKEN
 
 Record = dict[str, Any]
@@ -77,7 +78,7 @@ def ordinary(record: View) -> bool:
 
 
 def _odd_path(name: str) -> bool:
-    odd_end = not name or name[0] in "/\\." or name[-1] == "/"
+    odd_end = not name or name[0] in "/\\." or name[-1] == "/" or is_url(name)
     return odd_end or "/." in name or "//" in name or ".." in name or "\0" in name
 
 
@@ -87,7 +88,7 @@ def check_record(record: Record) -> list[Finding]:
     Raises:
         msgspec.ValidationError: the record is no conversation at all; the message says where.
     """
-    if hidden := _other_keys(record):
+    if hidden := _other_keys(record) or _content_lists(record):
         return hidden
     view = msgspec.convert(record, View)
     if not view.conversations:
@@ -110,6 +111,28 @@ def _other_keys(record: Any) -> list[Finding]:
     return []
 
 
+def _parts(record: Record) -> list[Parts]:
+    """The turns that are lists of parts."""
+    turns = record.get("conversations")
+    turns = turns if isinstance(turns, list) else []
+    values = (
+        [turn.get("value") for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
+    )
+    return [read_parts(value) for value in values if isinstance(value, list)]
+
+
+def _content_lists(record: Any) -> list[Finding]:
+    parts = _parts(record) if isinstance(record, dict) else []
+    if unknown := [part.unknown for part in parts if part.unknown]:
+        return [Finding("unknown_part", unknown[0])]
+    names = [name for part in parts for name in part.names]
+    if None in names and any(names):
+        return [
+            Finding("unknown_part", f"{len(names) - names.count(None)} of {len(names)} pictures have a name")
+        ]
+    return [Finding("content_list", f"{parts[0].text!r:.80}")] if parts else []
+
+
 def _role_names(turns: Sequence[Turn]) -> list[Finding]:
     odd = [turn.speaker for turn in turns if _ROLES.get(turn.speaker.lower(), turn.speaker) != turn.speaker]
     return [Finding("role_names", ", ".join(map(repr, dict.fromkeys(odd))))] if odd else []
@@ -121,6 +144,9 @@ def _picture_keys(view: View) -> list[Finding]:
         found.append(Finding("images_key", f"{view.images!r:.80}"))
     elif view.image is not None and not view.image:
         found.append(Finding("empty_image", repr(view.image)))
+    for name in image_names(view.image):
+        if is_url(name):
+            return [*found, Finding("picture_url", name[:80])]
     for name in image_names(view.image):
         if name.startswith("/"):
             found.append(Finding("absolute_path", name[:200]))
@@ -215,6 +241,17 @@ def _renamed(record: Record) -> Record:
     return renamed
 
 
+def _without_lists(record: Record) -> Record:
+    names = [name for part in _parts(record) for name in part.names if name is not None]
+    turns = [
+        turn | {"value": read_parts(turn["value"]).text} if isinstance(turn.get("value"), list) else turn
+        for turn in _of(record)
+    ]
+    has_pictures = bool(record.get("image") or record.get("images"))
+    more = {} if has_pictures or not names else {"image": names[0] if len(names) == 1 else names}
+    return _with_turns(record | more, turns)
+
+
 def _with_roles(record: Record) -> Record:
     return _with_turns(
         record, [turn | {"from": _ROLES.get(turn["from"].lower(), turn["from"])} for turn in _of(record)]
@@ -303,6 +340,7 @@ def _fewer_placeholders(record: Record) -> Record:
 
 FIXES: Mapping[str, Callable[[Record], Record]] = {
     "other_keys": _renamed,
+    "content_list": _without_lists,
     "role_names": _with_roles,
     "images_key": _with_image,
     "empty_image": _without_image,
@@ -355,3 +393,8 @@ def settle(record: Record, actions: Mapping[str, Action]) -> Settled:
             break
         fixed = after
     return Settled(fixed, tuple(seen.values()), "keep" if fixed is record else "fix")
+
+
+def mend(data: bytes, actions: Mapping[str, Action]) -> bytes:
+    """The JSON of a record with what the policy fixes."""
+    return msgspec.json.encode(settle(msgspec.json.decode(data), actions).record)

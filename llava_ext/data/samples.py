@@ -12,8 +12,10 @@ import os
 import zlib
 from abc import ABC, abstractmethod
 from array import array
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -25,6 +27,9 @@ except ImportError:  # four times as slow, the same result
     from zlib import crc32
 
 from .json_records import JsonRecordsError, iterate_records
+from .record_kinds import KINDS, Action
+from .record_view import count_words, image_names, join_name, record_decoder, unsafe_path
+from .records import View, mend, ordinary, settle, view_decoder
 
 RECORD_DTYPE = np.dtype(
     [
@@ -51,46 +56,6 @@ IMAGE_DTYPE = np.dtype(
 
 class SamplesError(ValueError):
     """Data that are not what their index says; the message names the file and the fix."""
-
-
-class Turn(msgspec.Struct):
-    """One turn of a conversation."""
-
-    speaker: str = msgspec.field(name="from")
-    value: str
-
-
-class RecordView(msgspec.Struct):
-    """The parts of a LLaVA record that matter here; other keys are left alone."""
-
-    conversations: list[Turn]
-    id: str | int | float | None = None
-    image: str | list[str] | None = None
-
-
-record_decoder = msgspec.json.Decoder(RecordView)
-
-
-def image_names(image: str | list[str] | None) -> list[str]:
-    """The names in a record's ``image``: none, one or several."""
-    if image is None:
-        return []
-    return [image] if isinstance(image, str) else list(image)
-
-
-def count_words(record: RecordView) -> int:
-    """Words of all turns, negative without an image: what LLaVA's ``modality_lengths`` gives."""
-    text = " " + " ".join([turn.value for turn in record.conversations])
-    if text.isascii():
-        # str.split() makes an object a word; on ASCII text, counting the words' beginnings is three times as
-        # fast.
-        words = text.encode().translate(_SPACE_OR_NOT).count(b" x")
-    else:
-        words = len(text.split())
-    return words if record.image else -max(words, 1)
-
-
-_SPACE_OR_NOT = bytes(32 if code < 128 and chr(code).isspace() else 120 for code in range(256))
 
 
 class _Files:
@@ -135,6 +100,8 @@ class SampleStore(ABC):
     """What the content is; equal for equal samples wherever they lie."""
     lengths: np.ndarray
     """int32 (records,): words of all turns, negative for text-only records."""
+    mended: Mapping[str, int] = MappingProxyType({})
+    """How many records are read in another form than their file has them, by kind of finding."""
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -297,45 +264,94 @@ class MixtureStore(SampleStore):
         return list(self._sources)
 
 
-def join_name(name: str, prefix: str, root: str) -> str:
-    """Replaces ``prefix`` (whole folders) at the beginning of an image's name by the folder ``root``."""
-    rest = name[len(prefix) :].lstrip("/") if prefix else name
-    return f"{root}/{rest}" if root else rest
+PLAIN_ACTIONS: dict[str, Action] = {
+    name: "fix" if kind.default == "fix" else "keep" if kind.keep else "fail" for name, kind in KINDS.items()
+}
 
 
-def unsafe_path(name: str) -> bool:
-    """True for an image path that is empty, absolute, has ``..`` in it, or a NUL."""
-    return (
-        not name or name.startswith(("/", "\\")) or "\0" in name or ".." in name.replace("\\", "/").split("/")
-    )
+class _Refused:
+    """Records of a plain JSON that can't be trained on; all are counted, the first few are named."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.count = path, 0
+        self.kinds: dict[str, int] = {}
+        self.shown: list[str] = []
+
+    def add(self, index: int, identity: Any, kind: str, detail: str) -> None:
+        """Notes a record."""
+        self.count += 1
+        self.kinds[kind] = self.kinds.get(kind, 0) + 1
+        if len(self.shown) < 5:
+            self.shown.append(f"  record {index + 1} (id {identity!r}): {kind}: {KINDS[kind].what}: {detail}")
+
+    def tell(self) -> None:
+        """Raises :class:`SamplesError` when there are any."""
+        if self.count:
+            kinds = ", ".join(f"{count} {kind}" for kind, count in self.kinds.items())
+            raise SamplesError(
+                "\n".join([f"{self.path}: {self.count} records can't be trained on ({kinds}):", *self.shown])
+                + "\nMend the file, or let the workflow merge it: its policies drop or fix them"
+            )
 
 
 class PlainStore(SampleStore):
-    """A plain LLaVA JSON (or JSON lines) and a folder of images, as LLaVA's own scripts take them."""
+    """A plain LLaVA JSON (or JSON lines) and a folder of images, as LLaVA's own scripts take them.
+
+    There is no policy: what can be trained on as it is, is; what only needs another form is read in that
+    form; the rest is refused when the file is opened.
+    """
+
+    mended: dict[str, int]
 
     def __init__(self, path: Path, image_folder: Path | None, tolerant: bool) -> None:
         self.path, self._folder, self._tolerant = path, image_folder, tolerant
         self._files = _Files()
+        self.mended = {}
+        self._changed: set[int] = set()
         offsets, sizes, words = array("Q"), array("L"), array("i")
-        sha = hashlib.sha256()
+        sha, refused = hashlib.sha256(), _Refused(path)
         try:
             for raw in iterate_records(path):
+                data = self._usable(len(offsets), raw.data, refused)
                 offsets.append(raw.offset)
                 sizes.append(len(raw.data))
-                sha.update(raw.data)
-                words.append(self._check(raw.number, raw.data))
+                sha.update(data)
+                words.append(0 if refused.count else self._words(raw.number, data))
         except JsonRecordsError as error:
             raise SamplesError(str(error)) from None
+        refused.tell()
         self._offsets = np.array(offsets, np.uint64)
         self._sizes = np.array(sizes, np.uint64)
         self.lengths = np.array(words, np.int32)
         self.digest = sha.hexdigest()
 
-    def _check(self, number: int, data: memoryview | bytes) -> int:
+    def _usable(self, index: int, data: memoryview | bytes, refused: _Refused) -> memoryview | bytes:
+        """The record in the form in which it is trained on; what can't be is noted."""
         try:
-            record = record_decoder.decode(data)
-        except msgspec.MsgspecError as error:
-            raise SamplesError(f"{self.path}: record {number} is malformed: {error}") from None
+            view = view_decoder.decode(data)
+            if ordinary(view):
+                return data
+        except (msgspec.MsgspecError, UnicodeDecodeError):
+            pass  # said below, unless it is mended
+        try:
+            settled = settle(msgspec.json.decode(data), PLAIN_ACTIONS)
+            if not settled.because:
+                msgspec.convert(settled.record, View)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise SamplesError(f"{self.path}: record {index + 1} is malformed: {error}") from None
+        if settled.because:
+            found = next(finding for finding in settled.findings if finding.kind == settled.because)
+            refused.add(index, settled.record.get("id"), found.kind, found.detail)
+            return data
+        if settled.action != "fix":
+            return data
+        for kind in (f.kind for f in settled.findings if PLAIN_ACTIONS[f.kind] == "fix"):
+            self.mended[kind] = self.mended.get(kind, 0) + 1
+        self._changed.add(index)
+        return msgspec.json.encode(settled.record)
+
+    def _words(self, number: int, data: memoryview | bytes) -> int:
+        record = record_decoder.decode(data)
         names = image_names(record.image)
         if names and self._folder is None:
             raise SamplesError(f"{self.path}: record {number} has an image, but no image folder was given")
@@ -347,8 +363,9 @@ class PlainStore(SampleStore):
         return count_words(record)
 
     def record_bytes(self, index: int) -> bytes:
-        """The record's JSON, read by offset."""
-        return self._files.read(str(self.path), int(self._offsets[index]), int(self._sizes[index]))
+        """The record's JSON, read by offset, in the form in which it is trained on."""
+        data = self._files.read(str(self.path), int(self._offsets[index]), int(self._sizes[index]))
+        return mend(data, PLAIN_ACTIONS) if index in self._changed else data
 
     def _names(self, index: int) -> list[str]:
         return image_names(record_decoder.decode(self.record_bytes(index)).image)

@@ -60,6 +60,9 @@ def open_inputs(arguments: Arguments) -> tuple[SampleStore, dict[str, Path]]:
     store = open_samples(arguments.data.data_path, arguments.data.image_folder, tolerant=True)
     if not len(store):
         raise TrainingError(f"--data_path {arguments.data.data_path}: holds no samples")
+    if store.mended:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in store.mended.items())
+        say(f"--data_path {arguments.data.data_path}: records read in another form: {kinds} (docs/data.md)")
     return store, folders
 
 

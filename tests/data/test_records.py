@@ -25,6 +25,20 @@ def talk(question="<image>\nwhat", answer="a cat", **more):
     return record(("human", question), ("gpt", answer), **more)
 
 
+def parts(*contents, answer="a cat"):
+    """A question of parts, as OpenAI has it: texts, pictures' names, None for one without a name."""
+
+    def part(content):
+        if content is None:
+            return {"type": "image"}
+        if isinstance(content, dict):
+            return content
+        kind = "image_url" if "." in content else "text"
+        return {"type": kind, kind: {"url": content} if kind == "image_url" else content}
+
+    return record(("human", [part(content) for content in contents]), ("gpt", answer))
+
+
 SEEN = talk(image="a.jpg")
 # kind, a record, what `fix` makes of it (None: there is no fix)
 ODD = [
@@ -33,6 +47,18 @@ ODD = [
         {"messages": [{"Role": "user", "content": "a"}, {"role": "ASSISTANT", "Content": "b"}]},
         talk("a", "b"),
     ),
+    ("content_list", parts("what", "a.jpg"), talk("what\n<image>", image="a.jpg")),
+    (
+        "content_list",
+        parts("a.jpg", "b.jpg", "what"),
+        talk("<image>\n<image>\nwhat", image=["a.jpg", "b.jpg"]),
+    ),
+    ("content_list", parts(None, "what") | {"image": "a.jpg"}, SEEN),
+    ("unknown_part", parts("what", {"type": "input_audio", "input_audio": {"data": "AA"}}), None),
+    ("unknown_part", parts("what", "a.jpg", None), None),
+    ("unknown_part", parts({"type": "image", "source": {"type": "base64", "data": "AA"}}), None),
+    ("picture_url", parts("https://example.org/a.jpg", "what"), None),
+    ("picture_url", talk(image="data:image/png;base64,AA"), None),
     ("role_names", record(("User", "a"), ("Assistant", "b")), talk("a", "b")),
     ("images_key", talk(images=["a.jpg"]), talk(image=["a.jpg"])),
     ("images_key", talk(image="a.jpg", images=["b.jpg"]), SEEN),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import multiprocessing
 import os
@@ -11,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from llava_ext.data.samples import SamplesError, join_name, open_samples, unsafe_path
+from llava_ext.data.record_view import join_name, unsafe_path
+from llava_ext.data.samples import SamplesError, open_samples
 from tests.archives.test_archives import make_folder, make_zip
 from tests.support.damage import jpeg
 from tests.support.mixing import LOOSE, DataFolder, conversation
@@ -178,7 +180,7 @@ def test_plain_and_mixed_agree(mixture, tmp_path):
     ("records", "message"),
     [
         ([conversation("../x.jpg")], "leads out of the image folder"),
-        ([conversation("/etc/x.jpg")], "leads out of the image folder"),
+        ([conversation("/etc/x.jpg")], "absolute_path: an absolute path of an image: /etc/x.jpg"),
         ([conversation(), {"id": 1}], "record 2 is malformed"),
         ([{"conversations": [{"from": "human", "value": 3}]}], r"\$.conversations\[0\].value"),
     ],
@@ -187,6 +189,46 @@ def test_plain_json_is_checked_when_it_is_opened(tmp_path, records, message):
     path, folder = plain(tmp_path, records)
     with pytest.raises(SamplesError, match=message):
         open_samples(path, folder)
+
+
+CHAT = {
+    "id": 7,
+    "messages": [
+        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "0.jpg"}}, "what is it"]},
+        {"role": "assistant", "content": "a thing"},
+    ],
+}
+
+
+def test_plain_json_of_another_form_is_read_as_the_merge_would_write_it(tmp_path):
+    path, folder = plain(tmp_path, [conversation("0.jpg", id=1), CHAT, conversation(id=2) | {"image": ""}])
+    store = open_samples(path, folder)
+    assert store.record(1) == conversation("0.jpg", id=7)
+    assert dict(store.mended) == {"other_keys": 1, "content_list": 1, "role_names": 1, "empty_image": 1}
+    assert store.lengths.tolist() == [6, 6, -5]
+    again = copy.deepcopy(store)
+    assert again.record(1) == store.record(1) and "image" not in again.record(2)
+    mended, _ = plain(tmp_path / "mended", [store.record(i) for i in range(3)])
+    assert open_samples(mended, folder).mended == {}
+
+
+def test_what_llava_trains_on_is_trained_on_as_it_is(tmp_path):
+    odd = [conversation("0.jpg", id=1), conversation(id=2, video="a.mp4")]
+    odd[0]["conversations"].insert(0, {"from": "system", "value": "short"})
+    path, folder = plain(tmp_path, odd)
+    store = open_samples(path, folder)
+    assert [store.record(i) for i in range(2)] == odd and store.mended == {}
+
+
+def test_every_record_that_can_not_be_trained_on_is_counted_before_the_training(tmp_path):
+    tool = {"id": "t", "conversations": [{"from": "human", "value": "a"}, {"from": "tool", "value": "b"}]}
+    path, folder = plain(tmp_path, [conversation(), tool, conversation("../x", id="up")] + 8 * [tool])
+    with pytest.raises(SamplesError) as error:
+        open_samples(path, folder)
+    message = str(error.value)
+    assert "9 records can't be trained on (9 unknown_role)" in message
+    assert "record 2 (id 't'): unknown_role: a role that is none of human, gpt and system" in message
+    assert message.count("record ") == 5
 
 
 def test_plain_json_without_what_it_needs(tmp_path):

@@ -38,7 +38,7 @@ def _no_records(path: Path) -> str | None:
     from msgspec import MsgspecError
 
     from llava_ext.data.json_records import JsonRecordsError, iterate_blocks
-    from llava_ext.data.samples import record_decoder
+    from llava_ext.data.record_view import record_decoder
 
     count, only = 0, b""
     try:

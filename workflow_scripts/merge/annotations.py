@@ -18,8 +18,8 @@ import pyarrow as pa
 
 from llava_ext.data.json_records import JsonRecordsError, RawRecords, iterate_blocks
 from llava_ext.data.record_kinds import KINDS, Action, default_actions
+from llava_ext.data.record_view import RecordView, count_words, image_names, unsafe_path
 from llava_ext.data.records import Finding, Settled, View, ordinary, settle, view_decoder
-from llava_ext.data.samples import RecordView, count_words, image_names, unsafe_path
 from workflow_scripts.io import UserError
 
 BATCH = 65536
@@ -246,11 +246,6 @@ def _look_closely(
     if settled.action == "fix":
         mended.append(row)
     return record
-
-
-def mend(data: bytes, actions: Mapping[str, Action]) -> bytes:
-    """The JSON of a record with what the policy fixes."""
-    return msgspec.json.encode(settle(msgspec.json.decode(data), actions).record)
 
 
 def _complaint(record: RecordView) -> str:

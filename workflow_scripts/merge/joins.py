@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from llava_ext.data.samples import join_name
+from llava_ext.data.record_view import join_name
 from workflow_scripts.config.mixtures import ImageMapping
 from workflow_scripts.io import UserError
 

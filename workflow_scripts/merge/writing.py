@@ -12,9 +12,10 @@ from typing import BinaryIO
 import msgspec
 import numpy as np
 
+from llava_ext.data.records import mend
 from llava_ext.data.samples import IMAGE_DTYPE, RECORD_DTYPE
 from llava_ext.files import atomic_path, sha256
-from workflow_scripts.merge.annotations import Records, mend
+from workflow_scripts.merge.annotations import Records
 
 BLOCK = 16 << 20
 
