@@ -9,6 +9,7 @@ import pytest
 from llava_ext.data.samples import open_samples
 from tests.merge.test_merge import GOOD, part
 from tests.support.mixing import LOOSE, DataFolder, conversation
+from tests.support.pictures import seen_otherwise
 from workflow_scripts.config.mixtures import MixtureSpec, Policy
 from workflow_scripts.inspect import as_text, overview
 from workflow_scripts.io import UserError, read_json
@@ -125,3 +126,25 @@ def test_equal_inputs_give_equal_bytes_also_where_records_are_mended(folder):
     first = folder.mix(part(weight=0.5))
     again = folder.mix(part(weight=0.5))
     assert first == again == read_json(folder.mixture / "manifest.json")
+
+
+def test_pictures_that_training_sees_otherwise_are_counted_and_shown(folder):
+    odd = seen_otherwise()
+    folder.images(
+        "odd", "zip", {"plain.jpg": GOOD["0.jpg"]} | {name: data for name, (data, _) in odd.items()}
+    )
+    folder.annotations(
+        "notes", [conversation(name, id=name) for name in ("plain.jpg", "turned.png", "gray16.png")]
+    )
+    manifest = folder.mix({"annotations": "notes", "images": [{"source": "odd"}]})
+    [report] = manifest["parts"]
+    assert report["seen_otherwise"] == {"sixteen_bit": 1, "rotated": 1}
+    assert report["examples"]["kept: rotated"] == [
+        {
+            "record": "notes.json, record 2",
+            "id": "turned.png",
+            "image": "turned.png",
+            "detail": "odd: EXIF orientation 6: seen as it is stored, neither turned nor mirrored",
+        }
+    ]
+    assert "kept: sixteen_bit: notes.json, record 3" in as_text(overview(open_samples(folder.mixture)))

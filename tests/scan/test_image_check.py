@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 
+import numpy as np
 import pytest
 import simplejpeg
-from PIL import Image
+from PIL import Image, ImageOps
 
+from llava_ext.data.images import decode
 from tests.support.damage import (
     NO_IMAGES,
     damaged_jpegs,
@@ -17,7 +19,7 @@ from tests.support.damage import (
     png_header,
     whole_files,
 )
-from tests.support.pictures import encoded
+from tests.support.pictures import encoded, file_of, picture, seen_otherwise
 from workflow_scripts.scan.image_check import check, describe, sniff, wrong_suffix
 
 SEEDS = range(12)
@@ -161,3 +163,35 @@ def test_sniffing_and_describing_never_fail_on_short_input():
             sniff(data)
             describe(data)
             check(data)
+
+
+@pytest.mark.parametrize(("name", "file"), seen_otherwise().items(), ids=seen_otherwise())
+def test_whole_pictures_that_training_sees_otherwise_are_named_with_what_it_sees(name, file):
+    data, note = file
+    verdict = check(data)
+    assert (verdict.status, verdict.note) == ("ok", note)
+    seen = np.asarray(decode(data))
+    if note == "rotated":
+        with Image.open(io.BytesIO(data)) as image:
+            assert ImageOps.exif_transpose(image).size == seen.shape[:2] == (48, 64)
+        assert verdict.detail == "EXIF orientation 6: seen as it is stored, neither turned nor mirrored"
+    else:
+        shares = f"{(seen == 255).all(2).mean():.0%} of it white and {(seen == 0).all(2).mean():.0%} black"
+        assert shares in verdict.detail
+
+
+def test_what_a_training_sees_as_viewers_do_has_no_note():
+    upright, colours = Image.Exif(), np.zeros((48, 64, 3), np.uint8)
+    upright[0x0112] = 1
+    files = [file_of(picture(), "JPEG", exif=upright), file_of(Image.fromarray(colours), "PNG")]
+    assert [check(data).note for data in files] == ["", ""]
+    # Pillow itself turns a TIFF when it decodes it.
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    data = file_of(picture(), "TIFF", exif=turned)
+    assert check(data).note == "" and decode(data).size == (48, 64)
+
+
+def test_damaged_exif_is_no_damage_of_the_picture():
+    data = file_of(picture(), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
+    assert (check(data).status, check(data).note) == ("ok", "")

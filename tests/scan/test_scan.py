@@ -18,7 +18,7 @@ import pytest
 
 from tests.archives.test_archives import MAKERS, make_zip
 from tests.support.damage import NO_IMAGES, damaged_jpegs, jpeg, png_header, whole_files
-from tests.support.pictures import encoded
+from tests.support.pictures import encoded, seen_otherwise
 from workflow_scripts.acquire import step as acquire
 from workflow_scripts.io import UserError, read_json
 from workflow_scripts.scan import step as scan
@@ -289,3 +289,27 @@ def test_a_broken_download_says_how_to_make_the_source_again(tmp_path, capsys):
     with pytest.raises(SystemExit):
         scan.main(["--source", str(source), "--manifest", str(manifest)])
     assert f"rm {archive} {source}" in capsys.readouterr().err
+
+
+def test_pictures_that_training_sees_otherwise_are_counted_with_examples(tmp_path):
+    members = {"plain.jpg": (encoded(), "")} | seen_otherwise()
+    path = store(tmp_path, "zip", [(name, data) for name, (data, _) in members.items()])
+    table = tmp_path / "images.parquet"
+    summary = scan_store(path, "zip", table, ScanSettings())
+    rows = {row["name"]: row for row in pq.read_table(table).to_pylist()}
+    assert {name: row["note"] for name, row in rows.items()} == {n: note for n, (_, note) in members.items()}
+    assert summary["counts"] == {"ok": 7}
+    assert summary["seen_otherwise"] == {"sixteen_bit": 2, "float": 1, "rotated": 3}
+    assert [item["name"] for item in summary["examples"]["float"]] == ["share.tif"]
+    assert "otherwise than viewers show them: 2 sixteen_bit, 1 float, 3 rotated" in scan.describe(summary)
+    again = scan_store(path, "zip", table, ScanSettings())
+    assert again == summary
+
+
+def test_a_table_of_before_there_were_notes_is_still_read(tmp_path):
+    path = store(tmp_path, "zip", [("a.jpg", encoded())])
+    table = tmp_path / "images.parquet"
+    summary = scan_store(path, "zip", table, ScanSettings())
+    pq.write_table(pq.read_table(table).drop_columns(["note"]), table)
+    assert read_scan(tmp_path / "manifest.json", summary).num_rows == 1
+    assert scan_store(path, "zip", table, ScanSettings()) == summary

@@ -33,10 +33,14 @@ class Store:
     table: pa.Table
     names: pa.Array = field(init=False)
     status: np.ndarray = field(init=False)
+    note: np.ndarray | None = field(init=False)
+    """What training sees otherwise than viewers show it, by row; None where there is nothing of the kind."""
 
     def __post_init__(self) -> None:
         self.names = self.table.column("name").combine_chunks()
         self.status = np.array(self.table.column("status").to_pylist() or [], dtype=object)
+        notes = self.table.column("note").to_pylist() if "note" in self.table.column_names else []
+        self.note = np.array(notes, dtype=object) if any(notes) else None
 
 
 @dataclass(frozen=True)

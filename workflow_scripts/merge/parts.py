@@ -156,6 +156,9 @@ def part_report(merged: MergedPart) -> dict[str, Any]:
         },
         # only when there is something to say: a manifest that is another text makes what follows run again
         **({"findings": findings} if findings else {}),
+        **(
+            {"seen_otherwise": dict(sorted(outcome.seen_otherwise.items()))} if outcome.seen_otherwise else {}
+        ),
         "examples": outcome.examples,
         "roots": [{"prefix": r.prefix, "source": r.source, "root": r.root} for r in merged.join.resolved],
     }

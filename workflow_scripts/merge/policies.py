@@ -25,6 +25,7 @@ class Outcome:
     keep: np.ndarray
     dropped: dict[str, int] = field(default_factory=dict)
     kept_damaged: dict[str, int] = field(default_factory=dict)
+    seen_otherwise: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     def drop(self, reason: str, example: dict[str, Any] | None) -> None:
@@ -51,6 +52,7 @@ def apply_policy(part: Part, records: Records, join: Join, stores: dict[str, Sto
     _findings(part, records, outcome)
     _unmapped(part, records, join)
     _images(part, records, join, stores, outcome)
+    _seen_otherwise(records, join, stores, outcome)
     _duplicates(part, records, outcome)
     total = records.total
     dropped = sum(outcome.dropped.values())
@@ -140,6 +142,21 @@ def _images(part: Part, records: Records, join: Join, stores: dict[str, Store], 
         status = str(join.status[image])
         wanted = outcome.wants_example(status)
         outcome.drop(status, _example(records, record, image, join, stores) if wanted else None)
+
+
+def _seen_otherwise(records: Records, join: Join, stores: dict[str, Store], outcome: Outcome) -> None:
+    """Counts whole pictures that training sees otherwise than viewers show them; they stay as they are."""
+    owner = records.record_of_image
+    for index, resolved in enumerate(join.resolved):
+        notes = stores[resolved.source].note
+        if notes is None:
+            continue
+        mine = np.flatnonzero((join.mapping == index) & (join.row >= 0) & outcome.keep[owner])
+        for image in mine[notes[join.row[mine]] != ""].tolist():
+            note = str(notes[join.row[image]])
+            outcome.seen_otherwise[note] = outcome.seen_otherwise.get(note, 0) + 1
+            if outcome.wants_example("kept: " + note):
+                outcome._example("kept: " + note, _example(records, int(owner[image]), image, join, stores))
 
 
 def _example(

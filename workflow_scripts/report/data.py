@@ -85,8 +85,12 @@ def _unusual(scan: Manifest) -> list[dict[str, Any]]:
     if not table_path.is_file():
         return []
     place = ["name", "header", "stored_size", "size", "method"]
+    place += ["note"] if "note" in pq.read_schema(table_path).names else []
     table = pq.read_table(table_path, columns=[*place, "status", "wrong_suffix", "format", "detail"])
-    table = table.filter(pc.or_(pc.not_equal(table["status"], "ok"), table["wrong_suffix"]))
+    odd = pc.or_(pc.not_equal(table["status"], "ok"), table["wrong_suffix"])
+    if "note" in place:
+        odd = pc.or_(odd, pc.not_equal(table["note"], ""))
+    table = table.filter(odd)
     kinds: dict[str, list[dict[str, Any]]] = {}
     for row in table.slice(0, 100_000).to_pylist():
         kinds.setdefault(_kind(row), []).append(row)
@@ -95,7 +99,7 @@ def _unusual(scan: Manifest) -> list[dict[str, Any]]:
 
 
 def _kind(row: Mapping[str, Any]) -> str:
-    return str(row["status"]) if row["status"] != "ok" else "wrong suffix"
+    return str(row["status"] if row["status"] != "ok" else row.get("note") or "wrong suffix")
 
 
 def _fates(found: Collected, source: str) -> dict[str, list[dict[str, str]]]:
@@ -180,6 +184,7 @@ def _damaged_rows(found: Collected, name: str) -> list[dict[str, Any]]:
             {
                 "name": row["name"],
                 "kind": _kind(row),
+                "whole": row["status"] == "ok",
                 "detail": row["detail"] or f"{row['format']} under this name",
                 "thumbnail": picture,
                 "opening": "" if picture else opening(data),
@@ -206,6 +211,7 @@ def _missing_rows(found: Collected, name: str) -> list[dict[str, Any]]:
                     {
                         "name": str(example.get("image", "")),
                         "kind": "missing",
+                        "whole": False,
                         "detail": str(example.get("detail", "")),
                         "thumbnail": None,
                         "opening": "",
@@ -221,9 +227,9 @@ def source_cards(found: Collected) -> list[dict[str, Any]]:
     for name, (_, scan) in found.scans.items():
         rows = _damaged_rows(found, name) + _missing_rows(found, name)
         counts = dict(sorted(scan["counts"].items(), key=lambda item: item[0] != "ok"))
-        unusual = sum(number for status, number in counts.items() if status != "ok") + scan.get(
-            "wrong_suffix", 0
-        )
+        noted = scan.get("seen_otherwise", {})
+        bad = sum(number for status, number in counts.items() if status != "ok")
+        unusual = bad + scan.get("wrong_suffix", 0) + sum(noted.values())
         missing = sum(row["kind"] == "missing" for row in rows)
         cards.append(
             {
@@ -233,6 +239,7 @@ def source_cards(found: Collected) -> list[dict[str, Any]]:
                 "megabytes": scan.get("bytes", 0) / 1e6,
                 "counts": counts,
                 "wrong_suffix": scan.get("wrong_suffix", 0),
+                "seen_otherwise": noted,
                 "formats": scan.get("formats", {}),
                 "rows": rows,
                 "more": max(0, unusual + missing - len(rows)),

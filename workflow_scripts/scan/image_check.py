@@ -45,15 +45,22 @@ _OTHERS = (
 )
 
 
+NOTES = ("sixteen_bit", "float", "rotated")
+"""Whole pictures that training sees otherwise than viewers show them, because it decodes as LLaVA does."""
+_NOTED_MODES = dict.fromkeys(("I;16", "I;16B", "I;16L", "I"), "sixteen_bit") | {"F": "float"}
+_ORIENTATION = 0x0112
+
+
 @dataclass(frozen=True)
 class Verdict:
-    """What is known about one file."""
+    """What is known about one file; ``note`` is one of NOTES or empty."""
 
     status: Status
     format: str = ""
     width: int = 0
     height: int = 0
     detail: str = ""
+    note: str = ""
 
 
 def sniff(data: bytes) -> str:
@@ -118,7 +125,35 @@ def check_jpeg(data: bytes, max_pixels: int = MAX_PIXELS) -> Verdict:
     except Exception as error:  # noqa: BLE001  on hostile bytes simplejpeg raises more than it documents
         message = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         return _classify_jpeg(data, message, max_pixels)
-    return Verdict("ok", "JPEG", width, height)
+    return Verdict("ok", "JPEG", width, height, *_rotation_of(data))
+
+
+def _rotation_of(data: bytes) -> tuple[str, str]:
+    """Detail and note of a JPEG that Pillow has not opened yet; its EXIF block, if any, stands near its
+    beginning.
+    """
+    if data.find(b"Exif\0\0", 0, 1 << 16) < 0:
+        return "", ""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data)) as image:
+                return _note(image)
+    except Exception:  # noqa: BLE001  Pillow's plugins raise anything on hostile bytes
+        return "", ""
+
+
+def _note(image: Image.Image) -> tuple[str, str]:
+    """What training sees of a picture that is no plain 8-bit one, or is to be turned; and the note's name."""
+    if note := _NOTED_MODES.get(image.mode):
+        levels = image.convert("RGB").convert("L").histogram()
+        white, black = levels[255] / sum(levels), levels[0] / sum(levels)
+        seen = f"values are cut to 0..255, which makes {white:.0%} of it white and {black:.0%} black"
+        return f"mode {image.mode}: {seen}", note
+    turn = image.getexif().get(_ORIENTATION, 1)
+    if turn in range(2, 9):
+        return f"EXIF orientation {turn}: seen as it is stored, neither turned nor mirrored", "rotated"
+    return "", ""
 
 
 def _classify_jpeg(data: bytes, message: str, max_pixels: int) -> Verdict:
@@ -127,12 +162,12 @@ def _classify_jpeg(data: bytes, message: str, max_pixels: int) -> Verdict:
     if pillow.status == "too_large":
         return pillow
     if "premature end of jpeg file" in lower or pillow.status == "truncated":
-        return replace(pillow, status="truncated", format="JPEG", detail=message)
+        return replace(pillow, status="truncated", format="JPEG", detail=message, note="")
     if pillow.status == "ok" and "extraneous bytes before marker 0xd9" in lower:
-        return replace(pillow, status="suspect", detail=message)
+        return replace(pillow, status="suspect", detail=message, note="")
     if pillow.status == "ok" and _is_unsupported(lower):
-        return replace(pillow, detail=f"{message}; Pillow reads it")
-    return replace(pillow, status="corrupt", format="JPEG", detail=message)
+        return replace(pillow, detail=f"{message}; Pillow reads it; {pillow.detail}".removesuffix("; "))
+    return replace(pillow, status="corrupt", format="JPEG", detail=message, note="")
 
 
 def _is_unsupported(message: str) -> bool:
@@ -142,7 +177,7 @@ def _is_unsupported(message: str) -> bool:
 
 def check_with_pillow(data: bytes, max_pixels: int = MAX_PIXELS, format: str = "") -> Verdict:
     """A full decode with Pillow; PNGs also have every chunk's CRC and their end verified."""
-    width, height = 0, 0
+    width, height, seen = 0, 0, ("", "")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -151,6 +186,7 @@ def check_with_pillow(data: bytes, max_pixels: int = MAX_PIXELS, format: str = "
                 if width * height > max_pixels:
                     return _too_large(format, width, height, max_pixels)
                 image.load()
+                seen = _note(image)
             if format == "PNG":
                 with Image.open(io.BytesIO(data)) as image:
                     image.verify()
@@ -161,7 +197,7 @@ def check_with_pillow(data: bytes, max_pixels: int = MAX_PIXELS, format: str = "
     except Exception as error:  # noqa: BLE001  Pillow's plugins raise anything on hostile bytes
         status: Status = "truncated" if _ends_early(data, format, str(error)) else "corrupt"
         return Verdict(status, format, width, height, f"{type(error).__name__}: {error}"[:300])
-    return Verdict("ok", format, width, height)
+    return Verdict("ok", format, width, height, *seen)
 
 
 def _ends_early(data: bytes, format: str, message: str) -> bool:

@@ -74,6 +74,8 @@ def describe(summary: dict[str, Any]) -> str:
     """The result for people: counts, then examples of what is wrong."""
     counts = ", ".join(f"{n} {status}" for status, n in summary["counts"].items()) or "no images"
     lines = [f"{summary['images']} images: {counts}; {summary.get('wrong_suffix', 0)} with a wrong suffix"]
+    if noted := ", ".join(f"{n} {note}" for note, n in summary.get("seen_otherwise", {}).items()):
+        lines.append(f"  training sees otherwise than viewers show them: {noted}")
     for status, examples in summary.get("examples", {}).items():
         lines += [f"  {status}: {item['name']}  ({item['detail']})" for item in examples]
     for kind, note in summary.get("notes", {}).items():

@@ -36,6 +36,7 @@ from workflow_scripts.io import UserError, progress
 from workflow_scripts.scan.image_check import (
     MAX_BYTES,
     MAX_PIXELS,
+    NOTES,
     STATUSES,
     Status,
     Verdict,
@@ -65,6 +66,8 @@ SCHEMA = pa.schema(
         ("header", pa.int64()),
         ("listed_crc", pa.int64()),
         ("mtime", pa.int64()),
+        # Not part of the digest either: tables of before it was there stay what they are.
+        ("note", pa.string()),
     ]
 )
 CONTRACT = SCHEMA.names[:12]
@@ -255,6 +258,7 @@ def _row(listing: Listing, row: int, offset: int, crc: int, verdict: Verdict, si
         int(listing.header[row]),
         int(listing.crc[row]),
         int(listing.mtime[row]),
+        verdict.note,
     )
 
 
@@ -280,15 +284,20 @@ def table_digest(table: pa.Table) -> str:
 
 
 def read_scan(manifest: Path, summary: dict[str, Any]) -> pa.Table:
-    """The table of a scan. Raises :class:`UserError` when it is not the one that the manifest describes."""
+    """The table of a scan, with the notes where it has them.
+
+    Raises:
+        UserError: it is not the one that the manifest describes.
+    """
     path = manifest.with_name("images.parquet")
     try:
-        table = pq.read_table(path, columns=CONTRACT)
+        there = pq.read_schema(path).names
+        table = pq.read_table(path, columns=[name for name in (*CONTRACT, "note") if name in there])
     except (OSError, pa.ArrowException) as error:
         raise UserError(
             f"{path}: can't be read ({error}); delete {manifest} and run the scan again"
         ) from None
-    if table_digest(table) != summary["table_digest"]:
+    if not set(CONTRACT) <= set(there) or table_digest(table) != summary["table_digest"]:
         raise UserError(
             f"{path}: not the table that {manifest} describes; delete the manifest and scan again"
         )
@@ -298,6 +307,8 @@ def read_scan(manifest: Path, summary: dict[str, Any]) -> pa.Table:
 def _summary(store: Path, kind: StoreType, listing: Listing, table: pa.Table) -> dict[str, Any]:
     statuses = Counter(table.column("status").to_pylist())
     formats = Counter(table.column("format").to_pylist())
+    notes = Counter(table.column("note").to_pylist())
+    noted = {name: notes[name] for name in NOTES if notes[name]}
     return {
         "store": {"type": kind, "bytes": store_size(store)},
         "images": table.num_rows,
@@ -305,6 +316,8 @@ def _summary(store: Path, kind: StoreType, listing: Listing, table: pa.Table) ->
         "counts": {status: statuses[status] for status in STATUSES if statuses[status]},
         "formats": {name or "none": formats[name] for name in sorted(formats)},
         "wrong_suffix": sum(table.column("wrong_suffix").to_pylist()),
+        # only when there is something to say: another text makes what follows run again
+        **({"seen_otherwise": noted} if noted else {}),
         "others": listing.others,
         "notes": {kind: asdict(note) for kind, note in sorted(listing.notes.items())},
         "examples": _examples(table),
@@ -321,6 +334,10 @@ def _examples(table: pa.Table) -> dict[str, list[dict[str, str]]]:
         bad = table.filter(pc.equal(table["status"], status)).select(["name", "detail"]).slice(0, EXAMPLES)
         if bad.num_rows:
             found[status] = bad.to_pylist()
+    for note in NOTES:
+        noted = table.filter(pc.equal(table["note"], note)).select(["name", "detail"]).slice(0, EXAMPLES)
+        if noted.num_rows:
+            found[note] = noted.to_pylist()
     lying = table.filter(table["wrong_suffix"]).select(["name", "format"]).slice(0, EXAMPLES)
     if lying.num_rows:
         found["wrong_suffix"] = [{"name": row["name"], "detail": row["format"]} for row in lying.to_pylist()]
