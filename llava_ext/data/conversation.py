@@ -125,18 +125,39 @@ def dialogue_text(style: Template, messages: Sequence[tuple[str, str]], system: 
     return text
 
 
-def inference_prompt(question: str, version: str, has_image: bool, tokenizer: Any = None) -> str:
+def inference_prompt(
+    question: str,
+    version: str,
+    has_image: bool,
+    tokenizer: Any = None,
+    history: Sequence[tuple[str, str]] = (),
+) -> str:
     """The text that asks ``question``, ending where the answer begins. ``chat`` needs the tokenizer, whose
     template it is.
+
+    Args:
+        has_image: a picture leads the first question, unless a question says where it goes.
+        history: questions and answers that came before, as training sees the rounds of a dialogue.
     """
     style = template(version)
     if style.style == "caption":
         return IMAGE_TOKEN if has_image else question
-    if has_image and IMAGE_TOKEN not in question:
-        question = f"{IMAGE_TOKEN}\n{question}"
+    asked = [*(question for question, _ in history), question]
+    if has_image and not any(IMAGE_TOKEN in text for text in asked):
+        asked[0] = f"{IMAGE_TOKEN}\n{asked[0]}"
+    answers = [*(answer for _, answer in history), ""]
     if style.style == "tokenizer":
-        return chat_of(tokenizer).render([{"role": "user", "content": question}], ask=True)
-    return dialogue_text(style, [(style.roles[0], question), (style.roles[1], "")])
+        rounds = zip(asked, answers, strict=True)
+        messages = [
+            {"role": role, "content": text}
+            for pair in rounds
+            for role, text in zip(("user", "assistant"), pair, strict=True)
+        ]
+        return chat_of(tokenizer).render(messages[:-1], ask=True)
+    turns = [
+        turn for pair in zip(asked, answers, strict=True) for turn in zip(style.roles, pair, strict=True)
+    ]
+    return dialogue_text(style, turns)
 
 
 def inference_ids(tokenizer: Any, prompt: str, version: str, has_image: bool) -> list[int]:

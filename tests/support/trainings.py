@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from tests.support import warm
+
 REPOSITORY = Path(__file__).parents[2]
 GOLDEN = REPOSITORY / "tests" / "golden" / "data"
 
@@ -76,15 +78,22 @@ def run(
 ) -> str:
     """Runs a training to its end and returns its log."""
     before = log.stat().st_size if log.exists() else 0
-    process = start(argv, log, processes, **env)
-    try:
-        status = process.wait(timeout)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, 9)
+    if processes == 1 and not env:
+        status = warm.run("llava_ext.train", argv, log, GOLDEN, environment(), timeout)
+    else:
+        status = _run_cold(argv, log, processes, timeout, env)
     text = log.read_bytes()[before:].decode(errors="replace")
     assert status == expect, text[-4000:]
     return text
+
+
+def _run_cold(argv: Sequence[str], log: Path, processes: int, timeout: float, env: dict[str, str]) -> int:
+    process = start(argv, log, processes, **env)
+    try:
+        return process.wait(timeout)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, 9)
 
 
 def rows(output_dir: Path) -> list[dict]:
