@@ -8,6 +8,7 @@ from workflow_scripts.acquire.signals import end_downloads_with_snakemake
 from workflow_scripts.configs_seen import remember
 from workflow_scripts.launch import requeue
 from workflow_scripts.launch.accounts import use_default_account
+from workflow_scripts.launch.retries import spare_vain_attempts
 from workflow_scripts.plan.describe import describe_plan, is_dry_run
 from workflow_scripts.status.failures import say_failures
 
@@ -67,6 +68,7 @@ onstart:
     )
     use_default_account(workflow)
     requeue.watch(workflow)
+    spare_vain_attempts(workflow, training_of)
     end_downloads_with_snakemake()
 
 

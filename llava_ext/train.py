@@ -23,6 +23,7 @@ if __name__ == "__main__":
 
 import torch
 
+from .data.skipping import find_records, identified
 from .distributed import processes
 from .distributed.collectives import from_all, on_first_rank
 from .errors import TrainingError, say
@@ -30,6 +31,7 @@ from .training import resume, states, verdict
 from .training.arguments import Arguments, parse
 from .training.callbacks import add_callbacks
 from .training.finish import conclude
+from .training.identity import note_skipped
 from .training.setup import make_trainer, open_inputs, open_output
 from .training.watchdogs import NoStep
 
@@ -74,15 +76,18 @@ def train(arguments: Arguments, watchdog: NoStep) -> None:
 
     watchdog.beat("opening data and checkpoints")
     store, folders = open_inputs(arguments)
-    finished = on_first_rank(lambda: open_output(arguments, store, folders))
+    skipped = on_first_rank(lambda: find_records(store, arguments.data.skip_samples))
+    finished = on_first_rank(lambda: open_output(arguments, store, folders, skipped))
     if finished:
         say(f"{output_dir}: this training is finished (step {finished['step']}); nothing to do")
         return
     share = (training.process_index, training.world_size)
     good = states.last_good(output_dir, share, on_first_rank, from_all)
+    step = good.step if good else 0
+    on_first_rank(lambda: note_skipped(output_dir, identified(store, skipped), step))
 
     watchdog.beat("loading the model")
-    trainer = make_trainer(arguments, store, folders, good.path if good else None)
+    trainer = make_trainer(arguments, store, folders, good.path if good else None, skipped)
     interruption = add_callbacks(trainer, arguments, watchdog)
     if good:
         resume.prepare(trainer, good, watchdog)

@@ -17,8 +17,8 @@ from workflow_scripts.plan.checks import (
 )
 from workflow_scripts.plan.source_keys import watched_recipe
 from workflow_scripts.plan.specs import compact, plain
-from workflow_scripts.launch.step import is_given_up
-from workflow_scripts.plan.resources import STEP_JOBS, resources_of, to_refuse
+from workflow_scripts.launch.step import prepare
+from workflow_scripts.plan.resources import STEP_JOBS, resources_of
 from workflow_scripts.stages import STAGES, last_stage
 from workflow_scripts.step import command
 
@@ -139,29 +139,31 @@ def training_inputs(stage):
     return inputs
 
 
-def training_compute(stage, run, input, attempt):
-    """The kind of job of a training; next to nothing for a retry that is going to be refused."""
-    training(stage, run)
-    compute = plan.compute(stage, run)
-    if attempt == 1:
-        return compute
-    parent = Path(str(input.parent)) if input.parent else None
-    models = [Path(model) for model in input.models]
-    manifest = Path(f"runs/{stage}/{run}/manifest.json")
-    spec = plan.training_spec(stage, run)
-    given_up = is_given_up(spec, Path(input.mixture), models, parent, manifest)
-    return to_refuse(compute) if given_up else compute
-
-
 def training_resource(stage, name):
-    """A function of a job: one resource of a training, or None where it has none."""
+    """A function of the wildcards: one resource of a training, or None where it has none."""
 
-    def value(wildcards, input, attempt):
-        return resources_of(training_compute(stage, wildcards.run, input, attempt))[
-            name
-        ]
+    def value(wildcards):
+        training(stage, wildcards.run)
+        return resources_of(plan.compute(stage, wildcards.run))[name]
 
     return value
+
+
+def training_of(job):
+    """What the launcher makes of a training's job; None for other jobs, and where inputs can't be read."""
+    if job.is_group() or job.rule.name not in STAGES:
+        return None
+    stage, run, parent = job.rule.name, job.wildcards.run, job.input.parent
+    try:
+        return prepare(
+            plan.training_spec(stage, run),
+            Path(job.input.mixture),
+            [Path(model) for model in job.input.models],
+            Path(parent) if parent else None,
+            Path(job.output.manifest),
+        )
+    except (UserError, OSError, KeyError):
+        return None
 
 
 def training_spec(stage):
@@ -172,7 +174,5 @@ def training_spec(stage):
 
 
 def training_threads(stage):
-    """A function of a job: the CPUs of one process's machine."""
-    return lambda wildcards, input, attempt: training_compute(
-        stage, wildcards.run, input, attempt
-    ).cpus
+    """A function of the wildcards: the CPUs of one process's machine."""
+    return lambda wildcards: plan.compute(stage, wildcards.run).cpus

@@ -65,7 +65,7 @@ rule mixture:
         runtime=STEP_JOBS["mixture"].runtime,
     params:
         step=step,
-        spec=lambda wildcards: compact(plain(plan.config.mixtures[wildcards.mixture])),
+        spec=lambda wildcards: compact(plan.mixture_spec(wildcards.mixture)),
     shell:
         "{params.step} --log {log} merge --name {wildcards.mixture} --spec {params.spec:q}"
         " --sources {input.sources} --scans {input.scans} --manifest {output.manifest}"

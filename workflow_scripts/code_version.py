@@ -17,7 +17,7 @@ from pathlib import Path
 from workflow_scripts.command_line import command_line
 
 CODE_VERSION = 3
-CODE_DIGEST = "91727fb7286d33b2"
+CODE_DIGEST = "ef79c1ffcf30a790"
 
 # The modules whose code decides what a training computes.
 NUMERIC = (

@@ -54,6 +54,7 @@ def link_experiment(
                 "step": found["step"],
                 "metrics": found["metrics"],
                 "inputs": found["inputs"],
+                **({"skipped": found["skipped"]} if "skipped" in found else {}),
             }
             for name, (_, found) in stages.items()
         },

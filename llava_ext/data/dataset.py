@@ -17,6 +17,15 @@ if TYPE_CHECKING:
     from .assembly import Collator
     from .samples import SampleStore
 
+
+class RecordError(TrainingError):
+    """A record that no prompt can be made of. ``index``: the sample's."""
+
+    def __init__(self, message: str, index: int) -> None:
+        super().__init__(message)
+        self.index = index
+
+
 ImageReader = Callable[[bytes, bool], torch.Tensor]
 
 
@@ -78,7 +87,7 @@ class EncodedSamples(Dataset[dict[str, Any]]):
             require_pictures(record, encoded)
             return encoded
         except (ValueError, KeyError, AssertionError) as error:
-            raise TrainingError(f"{self.describe(index)}: can't be encoded: {error}") from error
+            raise RecordError(f"{self.describe(index)}: can't be encoded: {error}", index) from error
 
     def _item(self, index: int) -> dict[str, Any]:
         encoded = self.text(index)
@@ -98,10 +107,7 @@ class EncodedSamples(Dataset[dict[str, Any]]):
             ]
         except (OSError, ValueError) as error:
             kind = NoVerdict if _is_of_the_disk(error) else TrainingError
-            raise kind(
-                f"{self.describe(index)}: its image can't be used: {error}\nDrop the sample or mend the file"
-                " (a mixture made by the workflow has its damaged images sorted out)."
-            ) from error
+            raise kind(f"{self.describe(index)}: its image can't be used: {error}") from error
 
     def describe(self, index: int) -> str:
         """Names a sample in messages: its file, number (from 1), id, source and image."""
@@ -125,8 +131,8 @@ def _is_of_the_disk(error: BaseException | None) -> bool:
 
 
 class TrainingCollator:
-    """A collator whose batches also say which samples they hold (``indices``), for messages, and what they
-    hold (``counts``).
+    """A collator whose batches also say which samples they hold (``indices``), for messages, what they
+    hold (``counts``), and which of them could not be used (``failures``).
 
     Counted here, in the dataset workers: on a GPU each number would cost a wait. Padding on the right needs
     no mask: attention is causal, so no token sees the padding behind it, and without a mask it is computed by
@@ -139,7 +145,8 @@ class TrainingCollator:
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         batch: dict[str, Any] = dict(self.collate(items))
         batch["indices"] = [item["index"] for item in items]
-        batch["counts"] = self._count(batch)
+        batch["failures"] = [item["failure"] for item in items if "failure" in item]
+        batch["counts"] = self._count(batch) | {"samples": sum("skipped" not in item for item in items)}
         if self.collate.padding_side == "right":
             batch.pop("attention_mask", None)
         return batch
@@ -151,5 +158,4 @@ class TrainingCollator:
             "tokens": tokens,
             "text": tokens - int((ids == self.collate.image_token_id).sum()),
             "supervised": int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()),
-            "samples": len(batch["indices"]),
         }

@@ -231,10 +231,10 @@ class MixtureStore(SampleStore):
                 if row["method"] == 8:
                     data = zlib.decompress(data, -15, int(row["size"]))
         except (OSError, zlib.error) as error:
-            raise SamplesError(f"sample {index}: {store.path}: {error}") from None
+            raise SamplesError(f"{store.path}: {error}") from None
         if crc32(data) != row["crc32"]:
             raise SamplesError(
-                f"sample {index}: an image in {store.path} is not what the scan saw; the file was changed"
+                f"an image in {store.path} is not what the scan saw; the file was changed"
                 " since: scan and merge again"
             )
         return data
@@ -378,7 +378,7 @@ class PlainStore(SampleStore):
             try:
                 found.append(path.read_bytes())
             except OSError as error:
-                raise SamplesError(f"sample {index}: {path}: {error.strerror}") from None
+                raise SamplesError(f"{path}: {error.strerror}") from None
         return found
 
     def tolerant(self, index: int) -> list[bool]:

@@ -126,6 +126,13 @@ class DataArguments:
     image_aspect_ratio: str = field(
         default="square", metadata={"help": "square (centre crop) or pad (to a square first)."}
     )
+    skip_samples: str = field(
+        default="",
+        metadata={
+            "help": "Leave these records out: ids, or numbers as #12, with commas between.",
+            **NO_INFLUENCE,
+        },
+    )
     pack: bool = field(
         default=False, metadata={"help": "Collate each micro-batch into one row without padding."}
     )

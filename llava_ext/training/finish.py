@@ -16,6 +16,7 @@ from ..distributed.collectives import barrier
 from ..errors import NoVerdict, TrainingError, say
 from ..model.parts import load_image_processor, load_tokenizer
 from . import claim, states
+from .identity import skipped_history
 from .lora import is_adapted, merged_state, save_adapters
 from .precision import half_precision
 from .trainer import LlavaTrainer
@@ -50,6 +51,7 @@ def conclude(
         _write_history(trainer, output_dir)
         digests, sizes = states.publish(folder, output_dir)
         facts = {"files": digests, "bytes": sizes, "metrics": _summary(trainer)}
+        facts |= skipped_history(output_dir)
         states.write_result(output_dir, "finished", step, **facts)
         say(f"finished after step {step}: {output_dir}")
     barrier()

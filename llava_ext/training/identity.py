@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import files
+from ..data.skipping import numbered
 from ..errors import TrainingError, say
 from ..files import read_json, write_json
 from .states import RESULT, VERDICT, checkpoints
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 
 IDENTITY = "run_identity.json"
+# The samples that were left out, by the step after which that began: part of what the result is, but a
+# training that has met a record which can't be used goes on without it.
+SKIPPED = "skipped"
 
 
 def folder_digest(folder: Path) -> str:
@@ -55,7 +59,7 @@ def check_identity(
     if isinstance(recorded, dict) and _has_begun(output_dir):
         changed = {
             key: f"{key}: {recorded.get(key)!r} when it was started, now {identity.get(key)!r}"
-            for key in sorted(recorded.keys() | identity.keys())
+            for key in sorted((recorded.keys() | identity.keys()) - {SKIPPED})
             if _said(recorded.get(key)) != _said(identity.get(key))
         }
         if not changed.keys() <= rounding:
@@ -66,7 +70,44 @@ def check_identity(
             )
         for line in changed.values():
             say(f"{line}: the same steps, rounded otherwise from here on")
+        identity = identity | ({SKIPPED: recorded[SKIPPED]} if SKIPPED in recorded else {})
     write_json(path, identity)
+
+
+def note_skipped(output_dir: Path, records: list[dict[str, Any]], step: int) -> None:
+    """Records which samples are left out from the step after ``step`` on, beside what was left out before."""
+    path = output_dir / IDENTITY
+    recorded = read_json(path) or {}
+    history = [entry for entry in recorded.get(SKIPPED, []) if entry["after_step"] < step]
+    if records != (history[-1]["records"] if history else []):
+        history.append({"after_step": step, "records": records})
+    if history != recorded.get(SKIPPED, []):
+        write_json(path, {name: value for name, value in recorded.items() if name != SKIPPED} | kept(history))
+    if records:
+        numbers = numbered(record["record"] - 1 for record in records)
+        say(f"after step {step} {len(records)} records are left out: {numbers}")
+
+
+def kept(history: list[dict[str, Any]]) -> dict[str, Any]:
+    """The history under its name; nothing where nothing was ever left out."""
+    return {SKIPPED: history} if history else {}
+
+
+def skipped_history(output_dir: Path) -> dict[str, Any]:
+    """What a training has left out, for its result: see :func:`kept`."""
+    return kept((read_json(output_dir / IDENTITY) or {}).get(SKIPPED, []))
+
+
+def check_finished(output_dir: Path, result: dict[str, Any], records: list[dict[str, Any]]) -> None:
+    """Raises TrainingError when a finished training left out other samples than it would have to now."""
+    history = result.get(SKIPPED, [])
+    before = history[-1]["records"] if history else []
+    if before != records:
+        numbers = numbered(record["record"] - 1 for record in before)
+        raise TrainingError(
+            f'--skip_samples: {output_dir} holds a finished training, which left out "{numbers}"; give that,'
+            " or another --output_dir"
+        )
 
 
 def _has_begun(output_dir: Path) -> bool:

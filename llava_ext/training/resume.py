@@ -19,6 +19,7 @@ def prepare(trainer: LlavaTrainer, good: states.Checkpoint, watchdog: NoStep) ->
     engine.
     """
     checkpoint, facts = good.path, good.facts
+    trainer.saved_step = good.step
     then, now = facts.get("world_size"), trainer.args.world_size
     if facts.get("engine") != trainer.engine:
         raise TrainingError(

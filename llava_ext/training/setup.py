@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from transformers import set_seed
 
@@ -18,9 +19,10 @@ from ..checkpoints import original, tensors
 from ..checkpoints.generation import exported_generation
 from ..checkpoints.stored import load_model, make_processor
 from ..data.assembly import Collator
-from ..data.dataset import EncodedSamples, TrainingCollator
+from ..data.dataset import EncodedSamples, RecordError, TrainingCollator
 from ..data.images import ImagePreprocessor, decode
 from ..data.samples import open_samples
+from ..data.skipping import GuardedSamples, identified
 from ..distributed import memory
 from ..distributed.gather import count, whole
 from ..errors import NoVerdict, TrainingError, say
@@ -34,7 +36,7 @@ from ..model.parts import (
 )
 from ..model.towers import check_select_feature
 from . import claim, states
-from .identity import ROUNDING, check_identity, identity
+from .identity import ROUNDING, check_finished, check_identity, identity
 from .lora import add_adapters
 from .optimizer import PROJECTOR, TOWER, component, freeze
 from .precision import cast_frozen, half_precision, load_dtype
@@ -66,7 +68,9 @@ def open_inputs(arguments: Arguments) -> tuple[SampleStore, dict[str, Path]]:
     return store, folders
 
 
-def open_output(arguments: Arguments, store: SampleStore, folders: dict[str, Path]) -> dict[str, Any] | None:
+def open_output(
+    arguments: Arguments, store: SampleStore, folders: dict[str, Path], skipped: Sequence[int] = ()
+) -> dict[str, Any] | None:
     """Claims the output folder and checks what is in it; gives the result of a training that is finished."""
     output_dir = Path(arguments.training.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -76,6 +80,7 @@ def open_output(arguments: Arguments, store: SampleStore, folders: dict[str, Pat
     check_identity(output_dir, identity(arguments, store, folders), ROUNDING)
     finished = states.finished(output_dir)
     if finished:
+        check_finished(output_dir, finished, identified(store, skipped))
         return finished
     states.clear_staging(output_dir)
     (output_dir / states.RESULT).unlink(missing_ok=True)
@@ -83,17 +88,21 @@ def open_output(arguments: Arguments, store: SampleStore, folders: dict[str, Pat
 
 
 def make_trainer(
-    arguments: Arguments, store: SampleStore, folders: dict[str, Path], checkpoint: Path | None = None
+    arguments: Arguments,
+    store: SampleStore,
+    folders: dict[str, Path],
+    checkpoint: Path | None = None,
+    skipped: Sequence[int] = (),
 ) -> LlavaTrainer:
     """Everything that a run needs, checked before the first step. ``checkpoint``: what it is going to
-    continue from.
+    continue from; ``skipped``: the samples that it leaves out.
     """
     training = arguments.training
     _check_families(arguments, folders)
     arguments = with_known_statistics(arguments, checkpoint)
     tokenizer = load_tokenizer(folders["llm"], training.model_max_length)
-    samples = make_samples(arguments, store, folders, tokenizer)
-    _check_lengths(samples, arguments)
+    samples = GuardedSamples(make_samples(arguments, store, folders, tokenizer), skipped)
+    lengths = _lengths(samples, arguments)
     _check_text(samples, arguments)
     model, image_processor = _make_model(arguments, folders)
     _preflight(model, tokenizer, image_processor, arguments)
@@ -105,8 +114,8 @@ def make_trainer(
         args=training,
         train_dataset=samples,
         data_collator=TrainingCollator(collator),
-        lengths=store.lengths,
-        describe=samples.describe,
+        lengths=lengths,
+        describe=samples.samples.describe,
         mm_projector_lr=training.mm_projector_lr,
     )
 
@@ -163,21 +172,31 @@ def make_samples(
     )
 
 
-def _check_lengths(samples: EncodedSamples, arguments: Arguments) -> None:
-    if arguments.training.group_by_modality_length and (samples.store.lengths == 0).any():
-        index = int((samples.store.lengths == 0).argmax())
+def _lengths(guarded: GuardedSamples, arguments: Arguments) -> np.ndarray:
+    """The samples' lengths, which decide their order; those that are left out keep their place in it."""
+    lengths, samples = np.array(guarded.samples.store.lengths), guarded.samples
+    skipped = list(guarded.skipped)
+    lengths[skipped] = np.where(lengths[skipped] == 0, 1, lengths[skipped])
+    if arguments.training.group_by_modality_length and (lengths == 0).any():
+        index = int((lengths == 0).argmax())
         raise TrainingError(
-            f"--group_by_modality_length: {samples.describe(index)} has no words, so it can't be grouped;"
-            " drop it"
+            f"--group_by_modality_length: {samples.describe(index)} has no words, so it can't be grouped."
+            f" {guarded.advice([index])}"
         )
+    return lengths
 
 
-def _check_text(samples: EncodedSamples, arguments: Arguments) -> None:
+def _check_text(guarded: GuardedSamples, arguments: Arguments) -> None:
     """Encodes some samples and stops when they would teach nothing."""
     data = arguments.data
     if not data.preflight_samples:
         return
-    found = statistics.survey(samples, statistics.spread(len(samples), data.preflight_samples))
+    samples = guarded.samples
+    chosen = statistics.spread(len(samples), data.preflight_samples)
+    try:
+        found = statistics.survey(samples, (index for index in chosen if index not in guarded.skipped))
+    except RecordError as error:
+        raise TrainingError(f"{error}\n{guarded.advice([error.index])}") from error
     whole = statistics.total(found)
     say(
         f"{len(samples)} samples; of {whole.samples} looked at, {whole.supervised_share:.1%} of the tokens"

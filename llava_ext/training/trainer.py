@@ -22,6 +22,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from .. import patches
 from ..data.sampler import EpochSampler
+from ..data.skipping import EXAMPLES, Failure
 from ..data.templates import IGNORE_INDEX
 from ..distributed.collectives import any_rank, barrier, from_all, world_size
 from ..distributed.elastic import load_universal
@@ -83,7 +84,7 @@ class LlavaTrainer(Trainer):
         self._predicting: torch.Tensor | None = None
         self.model.get_output_embeddings().register_forward_pre_hook(self._keep_predicting)
         self._save_root: Path | None = None
-        self._saved_step = -1
+        self.saved_step = -1
         # A DeepSpeed checkpoint of another number of processes, converted; see elastic.py.
         self.universal: Path | None = None
 
@@ -122,6 +123,33 @@ class LlavaTrainer(Trainer):
         if self.sampler is not None:
             self.sampler.set_epoch(kwargs["epoch"])
         return super()._run_epoch(*args, **kwargs)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
+        """As transformers'; where a sample of the coming step can't be used, on whatever rank, all ranks save
+        what the last step has left, and stop.
+        """
+        before = torch.get_rng_state()  # an epoch's first batch draws the loader's seed
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        failures = [failure for batch in batches for failure in batch.pop("failures")]
+        if any_rank(bool(failures), self.args.device):
+            torch.set_rng_state(before)
+            if self.state.global_step:
+                self._save_checkpoint(self.model_wrapped, None)
+            raise self._unusable([failure for found in from_all(failures) for failure in found])
+        return batches, items
+
+    def _unusable(self, failures: list[Failure]) -> TrainingError:
+        """What is wrong with which records, and how to go on without them."""
+        step = self.state.global_step
+        lines = [failure.reason for failure in failures[:EXAMPLES]]
+        if len(failures) > EXAMPLES:
+            lines.append(f"and {len(failures) - EXAMPLES} more")
+        saved = f"the state after step {step} is saved" if step else "there is no state to save"
+        lines.append(f"Stopped before step {step + 1}; {saved}, and the same command goes on from there.")
+        lasting = [failure.index for failure in failures if failure.repeats]
+        if not lasting:
+            return NoVerdict("\n".join(lines))
+        return TrainingError("\n".join([*lines, self.train_dataset.advice(lasting)]))
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not counted: it walks over all parameters at every step."""
@@ -228,7 +256,7 @@ class LlavaTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Writes the full state beside, and gives it its name when it is complete."""
         step = self.state.global_step
-        if step == self._saved_step:
+        if step == self.saved_step:
             return
         output_dir = Path(self.args.output_dir)
         root = states.staging(output_dir, step)
@@ -249,7 +277,7 @@ class LlavaTrainer(Trainer):
         finally:
             self._save_root = None
         barrier()
-        self._saved_step = step
+        self.saved_step = step
         if self.watchdog is not None:
             self.watchdog.beat()
 

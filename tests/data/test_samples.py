@@ -235,7 +235,7 @@ def test_plain_json_without_what_it_needs(tmp_path):
     path, folder = plain(tmp_path, [conversation("0.jpg"), conversation("none.jpg")])
     with pytest.raises(SamplesError, match="no image folder was given"):
         open_samples(path)
-    with pytest.raises(SamplesError, match=r"sample 1: .*none.jpg"):
+    with pytest.raises(SamplesError, match=r"none.jpg"):
         open_samples(path, folder).image_bytes(1)
     with pytest.raises(SamplesError, match="there is no such file"):
         open_samples(tmp_path / "nothing.json")

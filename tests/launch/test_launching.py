@@ -9,17 +9,20 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import llava_ext
 from tests.support.workspace import ROOT
 from workflow_scripts.config.compute import ComputeSpec
+from workflow_scripts.config.mixtures import MixtureSpec
 from workflow_scripts.config.models import ModelSection
 from workflow_scripts.config.stages import StageSpec
-from workflow_scripts.io import UserError, digest, write_json
+from workflow_scripts.io import UserError, write_json
 from workflow_scripts.launch import attempts, command, ownership, preflight, step, verdicts
 from workflow_scripts.launch.command import (
     Inputs,
@@ -31,9 +34,10 @@ from workflow_scripts.launch.command import (
 )
 from workflow_scripts.launch.ownership import Ownership
 from workflow_scripts.launch.process import Training
+from workflow_scripts.launch.retries import spare_vain_attempts
 from workflow_scripts.launch.step import complete
 from workflow_scripts.plan.plan import read_plan
-from workflow_scripts.plan.resources import resources_of, to_refuse
+from workflow_scripts.plan.resources import resources_of
 from workflow_scripts.status.read import last_metrics
 
 
@@ -492,7 +496,7 @@ def test_a_changed_setting_clears_a_verdict_and_the_count_of_vain_attempts(
     spec, tmp_path, section, key, value
 ):
     def cause():
-        return digest(asdict(verdicts.Cause.of(spec)), 16)
+        return verdicts.cause_digest(spec)
 
     verdicts.pronounce(tmp_path, spec, REASON, "log")
     for _ in range(3):
@@ -530,10 +534,12 @@ def test_every_flag_that_the_configuration_decides_has_its_key(spec, tmp_path):
         "lora": {"r": 8, "alpha": 16, "dropout": 0.1, "bias": "none"},
     }
     spec["compute"] |= {"packing": True, "gradient_checkpointing": True, "cache_pixels_mb": 1}
+    spec["skip_samples"] = ["#12"]
     flags = [flag[2:] for flag in flags_of(spec, tmp_path) if flag.startswith("--")]
     ours = {"output_dir", "save_strategy", "tune_mm_mlp_adapter", "pretrain_mm_mlp_adapter"}
     assert [flag for flag in flags if verdicts.config_key(flag, spec) is None and flag not in ours] == []
     models = {verdicts.STAGE: StageSpec, verdicts.COMPUTE: ComputeSpec, verdicts.MODEL: ModelSection}
+    models[verdicts.MIXTURE] = MixtureSpec
     for section, key in verdicts.RENAMED.values():
         assert key.partition(".")[0] in models[section].model_fields
 
@@ -554,14 +560,111 @@ def test_a_launcher_ends_a_verdict_at_once_and_refuses_the_next_attempt(spec, tm
         step.launch(job)
     assert str(first.value) == str(second.value)
     assert [row["outcome"] for row in attempts.read_attempts(job.state)] == ["verdict"]
-    assert step.is_given_up(spec | {"stage": "pretrain"}, tmp_path / "mixture.json", models, None, manifest)
+    assert step.why_in_vain(job) == str(first.value)
     write_json(tmp_path / "mixture.json", {"digest": "other data"})
-    assert not step.is_given_up(
-        spec | {"stage": "pretrain"}, tmp_path / "mixture.json", models, None, manifest
-    )
+    other = step.prepare(spec | {"stage": "pretrain"}, tmp_path / "mixture.json", models, None, manifest)
+    assert step.why_in_vain(other) is None
 
 
-def test_a_retry_that_will_be_refused_waits_for_no_gpu():
-    eight = ComputeSpec(nodes=2, gpus_per_node=8, parallel="zero3", cpus=96, mem_mb=900_000, runtime_min=600)
-    asked = resources_of(to_refuse(eight))
-    assert (asked["gres"], asked["nodes"], asked["mpi"], asked["mem_mb"]) == (None, 1, None, 1000)
+class Executor:
+    """What Snakemake's executors have: it starts jobs, and hears of those that failed."""
+
+    def __init__(self):
+        self.started, self.failed, self.ended = [], [], []
+
+    def run_jobs(self, jobs):
+        self.started += jobs
+
+    def report_job_error(self, info, msg=None):
+        self.failed.append((info.job, msg))
+
+    def handle_job_error(self, job):
+        self.ended.append(job)
+
+
+@dataclass(eq=False)
+class SnakemakeJob:
+    training: step.Job | None
+    attempt: int = 1
+    restart_times: int = 3
+
+
+@pytest.fixture
+def executor():
+    found = Executor()
+    scheduler = SimpleNamespace(_executor=found, _local_executor=None)
+    spare_vain_attempts(SimpleNamespace(scheduler=scheduler), lambda job: job.training)
+    return found
+
+
+def a_training(spec, folder):
+    job = step.Job(spec, Inputs(folder, folder, folder), {"mixture": "m"}, folder / "manifest.json")
+    job.state.mkdir(parents=True, exist_ok=True)
+    return job
+
+
+def may_restart(job):
+    """Snakemake's own question."""
+    return job.restart_times > job.attempt - 1
+
+
+def test_jobs_that_are_no_trainings_are_started_and_retried_as_ever(executor):
+    job = SnakemakeJob(None)
+    executor.run_jobs([job])
+    executor.handle_job_error(job)
+    assert executor.started == executor.ended == [job] and may_restart(job)
+
+
+def test_a_training_that_failed_without_a_word_may_be_retried(executor, spec, tmp_path):
+    training = a_training(spec, tmp_path)
+    with suppress(UserError), attempts.recorded_refusal(training.state):
+        raise UserError("n1: 0 GPUs are visible")  # by an earlier Snakemake
+    job = SnakemakeJob(training)
+    executor.run_jobs([job])
+    executor.handle_job_error(job)
+    assert executor.started == [job] and may_restart(job)
+
+
+def test_a_refused_start_is_not_retried_and_a_new_snakemake_tries_it(executor, spec, tmp_path):
+    training = a_training(spec, tmp_path)
+    job = SnakemakeJob(training)
+    executor.run_jobs([job])
+    with suppress(UserError), attempts.recorded_refusal(training.state):
+        raise UserError("n1: 0 GPUs are visible")
+    executor.handle_job_error(job)
+    assert not may_restart(job)
+    executor.run_jobs([again := SnakemakeJob(training)])
+    assert executor.started == [job, again]
+
+
+def test_a_verdict_is_not_retried_and_not_started_until_something_changes(executor, spec, tmp_path):
+    training = a_training(spec, tmp_path)
+    job = SnakemakeJob(training)
+    executor.run_jobs([job])
+    verdicts.pronounce(training.state, spec, REASON, "log")
+    executor.handle_job_error(job)
+    assert executor.started == executor.ended == [job] and not may_restart(job)
+    again = SnakemakeJob(training)
+    executor.run_jobs([again])
+    ((failed, reason),) = executor.failed
+    assert executor.started == [job] and failed is again and "the loss is nan at step 5" in reason
+    spec["compute"]["try_again"] = 1
+    executor.run_jobs([third := SnakemakeJob(a_training(spec, tmp_path))])
+    assert executor.started == [job, third]
+
+
+def test_a_training_that_is_stuck_is_not_started(executor, spec, tmp_path):
+    training = a_training(spec, tmp_path)
+    for _ in range(training.compute.max_stuck_attempts):
+        row = attempts.begin(
+            training.state, attempts.read_attempts(training.state), cause=verdicts.cause_digest(spec)
+        )
+        attempts.end(training.state, row, "failed (-9)")
+    executor.run_jobs([SnakemakeJob(training)])
+    assert not executor.started and "saved nothing beyond step 0" in executor.failed[0][1]
+    # one that still runs elsewhere has not failed yet
+    owner = ownership.Ownership(training.state)
+    owner.claim()
+    executor.run_jobs([living := SnakemakeJob(training)])
+    owner.release()
+    assert executor.started == [living]

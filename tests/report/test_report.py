@@ -302,6 +302,13 @@ def test_trainings_name_the_experiments_that_share_them(everything, tmp_path):
     assert "Running median over 5 steps" in page
 
 
+def test_a_training_says_which_records_it_left_out(tmp_path):
+    path = training(tmp_path, "finetune", "f", [1.0])
+    records = [{"record": 12, "id": HOSTILE, "source": "captions"}]
+    write_json(path, json.loads(path.read_text()) | {"skipped": [{"after_step": 4, "records": records}]})
+    assert f"left out: #12 ({HOSTILE}, captions)" in Page(rendered([path], tmp_path)).text
+
+
 def test_only_the_parts_that_exist_are_there(everything, data, tmp_path):
     without_evaluation = [path for path in everything if "evaluate" not in str(path)]
     page = Page(rendered(without_evaluation, tmp_path))

@@ -159,10 +159,11 @@ def test_the_sites_setup_runs_inside_every_job(finished_on_slurm, tmp_path):
 
 
 def test_a_node_that_lacks_something_is_named_before_the_model_loads(finished_on_slurm, tmp_path):
-    compute = {"nodes": 2, "gpus_per_node": 1, "parallel": "ddp", "per_device_batch_size": 4, "attempts": 1}
+    """And not tried again by itself: the next attempt may come to the same nodes."""
+    compute = {"nodes": 2, "gpus_per_node": 1, "parallel": "ddp", "per_device_batch_size": 4, "attempts": 3}
     workspace = training(finished_on_slurm, tmp_path, compute)
     done = workspace.run(TRAINED, check=False)
-    assert done.returncode != 0
+    assert done.returncode != 0 and len(submitted(done.stdout, "finetune")) == 1
     log = (
         workspace.folder / "logs/finetune" / f"{workspace.plan().run('finetune', 'long').name}.log"
     ).read_text()
@@ -266,6 +267,18 @@ def test_a_job_on_two_nodes_saves_when_told_to_end_and_when_cancelled(
     assert 0 < first["to_step"] == second["from_step"] <= third["from_step"] < 100
     assert len({row["job"] for row in (first, second, third)}) == 3
     assert len(losses(state)) == 100
+
+
+def test_a_verdict_waits_in_the_queue_once(finished_on_slurm, tmp_path):
+    """Neither the retries nor a second Snakemake submit a training that will fail again."""
+    compute = {"gres": "gpu:1", "attempts": 3}
+    workspace = training(finished_on_slurm, tmp_path, compute, min_supervised_share=1.0, max_steps=2)
+    first, second = (workspace.run(TRAINED, check=False) for _ in range(2))
+    assert [len(submitted(done.stdout, "finetune")) for done in (first, second)] == [1, 0]
+    assert [row["outcome"] for row in attempts(workspace.state("finetune", "long"))] == ["verdict"]
+    for done in (first, second):
+        assert done.returncode != 0
+        assert "stages.finetune.min_supervised_share: 100.00%" in done.stdout[-1500:]
 
 
 def steps_since_start(state, attempt):

@@ -112,6 +112,7 @@ def code_version_raised(workspace):
 def mirrors_and_logging(workspace):
     workspace.config["stages"]["finetune"].update(logging_steps=2, save_steps=5, save_total_limit=3)
     workspace.config["sources"]["questions"]["expected_images"] = 100000
+    workspace.config["mixtures"]["finetune"]["skip_samples"] = ["#1"]  # the row about records to leave out
     return {"acquire: data/sources/questions/manifest.json"} & set()
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from llava_ext.data.record_kinds import KINDS, Action, checked_actions
 from workflow_scripts.config.base import StrictModel
@@ -108,8 +108,26 @@ class Part(StrictModel):
         return _samples_or_weight(self)
 
 
+def _names(given: Any) -> Any:
+    """A text with commas between, as `--skip_samples` takes it, is a list too."""
+    return [name.strip() for name in given.split(",") if name.strip()] if isinstance(given, str) else given
+
+
+def _without_comma(name: str) -> str:
+    if "," in name or not name.strip():
+        raise ValueError(f"{name!r}: an id without a comma, or a record's number as '#12', is allowed")
+    return name.strip()
+
+
+SkippedName = Annotated[str, AfterValidator(_without_comma)]
+
+
 class MixtureSpec(StrictModel):
     """The samples that a stage trains on."""
+
+    # What a training that has begun goes on without: it is recorded with the training, and makes no other
+    # run.
+    NOT_IN_RECIPE: ClassVar[frozenset[str]] = frozenset({"skip_samples"})
 
     parts: Annotated[tuple[Part, ...], Field(min_length=1)]
     """What it is made of, in this order."""
@@ -117,6 +135,10 @@ class MixtureSpec(StrictModel):
     """Seed of the choice where `samples` or `weight` ask for one."""
     expected_records: Count | None = None
     """Number of records of the finished mixture; another number is an error."""
+    skip_samples: Annotated[tuple[SkippedName, ...], BeforeValidator(_names)] = ()
+    """Records of the finished mixture that trainings leave out: ids, or numbers in quotes, `"#12"`. A
+    training that has begun goes on without them; nothing is merged or trained again.
+    """
 
     def source_names(self) -> tuple[list[str], list[str]]:
         """The sources whose annotations are read, and those whose images are used, each once, in order."""

@@ -101,6 +101,15 @@ def _stuck(state: Path, last: Sequence[Mapping[str, Any]], step: int, mend: str)
     )
 
 
+def read_refusal(state: Path) -> dict[str, Any]:
+    """What the checks before the last start refused; empty where they refused nothing."""
+    try:
+        found = json.loads((state / REFUSAL).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 @contextmanager
 def recorded_refusal(state: Path) -> Iterator[None]:
     """Leaves a UserError of the checks before a start in `refused.json`, until the next attempt begins."""

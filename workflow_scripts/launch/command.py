@@ -66,6 +66,7 @@ def training_flags(spec: Mapping[str, Any], inputs: Inputs, output_dir: Path) ->
         "model_name_or_path": inputs.llm,
         "vision_tower": inputs.vision_tower,
         "data_path": inputs.samples,
+        "skip_samples": ",".join(spec.get("skip_samples", ())) or None,
         "output_dir": output_dir,
         **_model_flags(spec, stage, inputs),
         **_recipe_flags(stage),

@@ -84,5 +84,6 @@ def provenance(
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
         "metrics": result.get("metrics", {}),
         "step": result.get("step"),
+        "skipped": result.get("skipped", []),
         "finished": time.time(),
     }

@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from workflow_scripts.launch.command import (
     training_environment,
     training_flags,
 )
-from workflow_scripts.launch.ownership import PATIENCE_S, Ownership
+from workflow_scripts.launch.ownership import OWNER, PATIENCE_S, Ownership, alive
 from workflow_scripts.launch.preflight import check_all
 from workflow_scripts.launch.process import Training
 from workflow_scripts.launch.provenance import provenance
@@ -111,17 +111,35 @@ def prepare(
     return Job(complete(spec), inputs, digests, manifest)
 
 
-def is_given_up(
-    spec: Mapping[str, Any], mixture: Path, models: Sequence[Path], parent: Path | None, manifest: Path
-) -> bool:
-    """Whether a training of these settings would be refused for its verdict; False where that can't be
-    said.
+def why_in_vain(job: Job) -> str | None:
+    """Why an attempt would be refused before anything heavy: a verdict that stands, or too many failures
+    without progress. None where it may do better, and where it can't be said.
     """
     try:
-        job = prepare(spec, mixture, models, parent, manifest)
-    except (UserError, OSError, KeyError):
-        return False
-    return verdicts.read_verdict(job.state).get("settings") == verdicts.settings_digest(job.spec)
+        found = verdicts.read_verdict(job.state)
+        if found:
+            cause = verdicts.Cause.of(job.spec)
+            told = verdicts.Cause(found["settings"], found["code"]) == cause
+            return verdicts.explain(job.state, job.label, job.spec, found) if told else None
+        owner = job.state / OWNER
+        if not owner.is_file() or alive(read_json(owner)) is False:
+            refuse_if_stuck(job, attempts.read_attempts(job.state))
+    except UserError as error:
+        return str(error)
+    except (OSError, KeyError):
+        return None
+    return None
+
+
+def refuse_if_stuck(job: Job, history: list[dict[str, Any]]) -> None:
+    """Raises UserError when the last attempts of these settings and this code came no further."""
+    attempts.refuse_if_stuck(
+        job.state,
+        history,
+        job.compute.max_stuck_attempts,
+        verdicts.cause_digest(job.spec),
+        verdicts.try_again(job.spec),
+    )
 
 
 def finished_result(state: Path) -> dict[str, Any] | None:
@@ -164,6 +182,7 @@ def publish(job: Job, result: Mapping[str, Any]) -> None:
         "metrics": result["metrics"],
         "inputs": dict(job.digests),
         "interventions": job.spec["interventions"],
+        **({"skipped": result["skipped"]} if "skipped" in result else {}),
     }
     write_json(job.manifest, content)
 
@@ -188,11 +207,11 @@ def launch(job: Job) -> None:
 def attempt(job: Job, owner: Ownership) -> dict[str, Any]:
     """One attempt: checks, starts, waits, judges by the result file."""
     state = job.state
-    history, cause = attempts.read_attempts(state), digest(asdict(verdicts.Cause.of(job.spec)), 16)
+    history = attempts.read_attempts(state)
     with attempts.recorded_refusal(state):
-        command, nodes = admit(job, history, cause)
+        command, nodes = admit(job, history)
     (state / RESULT).unlink(missing_ok=True)  # an older attempt's "interrupted" says nothing about this one
-    row = attempts.begin(state, history, cause=cause)
+    row = attempts.begin(state, history, cause=verdicts.cause_digest(job.spec))
     trackers = tracking_environment(job.spec, state, [*history, row][0]["started"])
     environment = training_environment({**trackers, **os.environ}, job.compute)
     log = state / row["log"]
@@ -202,14 +221,14 @@ def attempt(job: Job, owner: Ownership) -> dict[str, Any]:
         return judge(job, row, training.wait(), log)
 
 
-def admit(job: Job, history: list[dict[str, Any]], cause: str) -> tuple[list[str], Nodes]:
+def admit(job: Job, history: list[dict[str, Any]]) -> tuple[list[str], Nodes]:
     """The command and the nodes of the next attempt. Raises UserError when a check before the start fails."""
     state, compute, inputs = job.state, job.compute, job.inputs
     nodes = slurm.job_nodes(slurm.job_id(), compute.nodes) if compute.nodes > 1 else Nodes()
     command = training_command(training_flags(job.spec, inputs, state), compute, nodes)
     # before the checks: from then on the training is seen by `status`, also when it is refused
     write_json(state / "spec.json", {"spec": job.spec, "inputs": job.digests, "command": command})
-    attempts.refuse_if_stuck(state, history, compute.max_stuck_attempts, cause, verdicts.try_again(job.spec))
+    refuse_if_stuck(job, history)
     paths = [inputs.samples, inputs.llm, inputs.vision_tower, *filter(None, [inputs.projector])]
     check_all(job.spec, compute, nodes, paths, state)
     return command, nodes

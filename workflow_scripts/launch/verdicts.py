@@ -11,7 +11,7 @@ import json
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ VERDICT = "verdict.json"
 STATUS = "verdict"
 ROOT = Path(__file__).parents[2]
 # Flags of `llava_ext.train` whose key in the configuration has another name: the section and the key.
-STAGE, COMPUTE, MODEL = "stages.{stage}", "compute.{compute}", "model"
+STAGE, COMPUTE, MODEL, MIXTURE = "stages.{stage}", "compute.{compute}", "model", "mixtures.{mixture}"
 RENAMED = {
     "num_train_epochs": (STAGE, "epochs"),
     "lr_scheduler_type": (STAGE, "scheduler"),
@@ -36,6 +36,7 @@ RENAMED = {
     "version": (STAGE, "prompt_version"),
     "data_path": (STAGE, "mixture"),
     "data_seed": (STAGE, "seed"),
+    "skip_samples": (MIXTURE, "skip_samples"),
     "vision_tower_lr": (STAGE, "vision_tower_learning_rate"),
     "lora_enable": (STAGE, "lora"),
     "lora_r": (STAGE, "lora.r"),
@@ -77,6 +78,11 @@ class Cause:
         return cls(settings_digest(spec), code_digest())
 
 
+def cause_digest(spec: Mapping[str, Any]) -> str:
+    """The cause in one word."""
+    return digest(asdict(Cause.of(spec)), 16)
+
+
 def settings_digest(spec: Mapping[str, Any]) -> str:
     """The digest of everything that the configuration says, the content of a DeepSpeed file of the user's
     included.
@@ -104,6 +110,11 @@ def read_verdict(state: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) and {"reason", "settings", "code", "log"} <= found.keys() else {}
+
+
+def stands(state: Path, spec: Mapping[str, Any]) -> bool:
+    """Whether a verdict was given on these settings, by whatever code: for one that was given just now."""
+    return read_verdict(state).get("settings") == settings_digest(spec)
 
 
 def pronounce(state: Path, spec: Mapping[str, Any], reason: str, log: str) -> None:
@@ -160,4 +171,5 @@ def config_key(flag: str, spec: Mapping[str, Any]) -> str | None:
         section, key = "interventions", flag
     else:
         return None
-    return f"{section.format(stage=spec['stage'], compute=spec['recipe']['compute'])}.{key}"
+    names = {key: spec["recipe"][key] for key in ("compute", "mixture")}
+    return f"{section.format(stage=spec['stage'], **names)}.{key}"

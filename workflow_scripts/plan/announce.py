@@ -8,6 +8,7 @@ from pathlib import Path
 
 from workflow_scripts.io import read_json
 from workflow_scripts.plan.plan import Plan
+from workflow_scripts.plan.skipped import lines_of_others
 from workflow_scripts.report.table import text_table
 
 
@@ -32,6 +33,8 @@ def announce(plan: Plan) -> None:
             sep="\n",
             file=sys.stderr,
         )
+    for line in lines_of_others(plan):
+        print(f"\n{line}", file=sys.stderr)
     if Path("report/index.html").is_file():
         print(f"\nreport: {Path('report/index.html').absolute()}\n", file=sys.stderr)
 

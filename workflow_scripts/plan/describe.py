@@ -19,6 +19,7 @@ from workflow_scripts.io import user_errors
 from workflow_scripts.plan.needs import GB, Item, disk_needs, items_of, missing_trackers
 from workflow_scripts.plan.plan import Plan, read_plan
 from workflow_scripts.plan.runs import Run
+from workflow_scripts.plan.skipped import lines_of_others
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ def describe_plan(plan: Plan, folder: Path | None = None) -> str:
     items = items_of(plan)
     lines = ["What this configuration needs", ""]
     lines += _data_lines(items) + _disk_lines(plan, items, folder or Path.cwd()) + _job_lines(jobs_of(plan))
+    lines += [f"  {line}" for line in lines_of_others(plan)]
     missing = missing_trackers(plan)
     return "\n".join([*lines, *(f"  NOT INSTALLED: {text}" for text in missing), *[""][: len(missing)]])
 

@@ -117,11 +117,18 @@ class Plan:
 
     # -- what the steps have to know -----------------------------------------------------------------------
 
+    def mixture_spec(self, name: str) -> dict[str, Any]:
+        """What the merge has to know: all but what only trainings heed."""
+        spec = self.config.mixtures[name]
+        return {key: value for key, value in plain(spec).items() if key not in spec.NOT_IN_RECIPE}
+
     def training_spec(self, stage: str, name: str) -> dict[str, Any]:
         """All that the launcher has to know about a training; JSON values, without defaults."""
         experiment = self.experiment_of(stage, name)
         spec = experiment.stage(stage)
+        skipped = self.config.mixtures[spec.mixture].skip_samples
         return {
+            **({"skip_samples": list(skipped)} if skipped else {}),
             "stage": stage,
             "run": name,
             "code_version": CODE_VERSION,

@@ -7,13 +7,6 @@ from typing import Any
 
 from workflow_scripts.config.compute import ComputeSpec
 
-REFUSAL_MB, REFUSAL_MIN = 1000, 5
-
-
-def to_refuse(compute: ComputeSpec) -> ComputeSpec:
-    """For a job that will only say why there is no further attempt: it must not wait for GPUs to say so."""
-    return ComputeSpec(mem_mb=min(compute.mem_mb, REFUSAL_MB), runtime_min=REFUSAL_MIN)
-
 
 @dataclass(frozen=True)
 class StepJob:

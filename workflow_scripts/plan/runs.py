@@ -13,7 +13,7 @@ from typing import Any
 from workflow_scripts.code_version import CODE_VERSION
 from workflow_scripts.config.experiments import Experiment
 from workflow_scripts.config.schema import Config
-from workflow_scripts.io import digest
+from workflow_scripts.io import UserError, digest
 from workflow_scripts.plan.names import slug
 from workflow_scripts.plan.source_keys import known_recipe
 from workflow_scripts.plan.specs import plain, recipe
@@ -46,10 +46,21 @@ def find_runs(config: Config, experiments: Mapping[str, Experiment]) -> dict[tup
     for experiment in experiments.values():
         for stage, key in run_keys(config, experiment):
             name = f"{slug(experiment)}-{key}"
-            found[stage, experiment.name] = shared.setdefault(
-                (stage, name), Run(stage, name, experiment.name)
-            )
+            run = shared.setdefault((stage, name), Run(stage, name, experiment.name))
+            found[stage, experiment.name] = run
+            if stage in STAGES:
+                _check_skipped(config, stage, experiment, experiments[run.experiment])
     return found
+
+
+def _check_skipped(config: Config, stage: str, one: Experiment, other: Experiment) -> None:
+    """Raises UserError when two experiments share a training and disagree on what it leaves out."""
+    mine, theirs = one.stage(stage).mixture, other.stage(stage).mixture
+    if config.mixtures[mine].skip_samples != config.mixtures[theirs].skip_samples:
+        raise UserError(
+            f"mixtures.{mine}.skip_samples and mixtures.{theirs}.skip_samples differ, but the mixtures are"
+            f" the same, and {one.name} and {other.name} share the training in {stage}; make them equal"
+        )
 
 
 def run_keys(config: Config, experiment: Experiment) -> Iterator[tuple[str, str]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from workflow_scripts.io import UserError, read_json
+from workflow_scripts.manifests import left_out
 from workflow_scripts.stages import STAGES
 
 Manifest = tuple[Path, dict[str, Any]]
@@ -136,6 +137,7 @@ def training_row(key: tuple[str, str], manifest: Manifest, users: Sequence[str])
         "global_batch_size": recipe.get("global_batch_size"),
         "mixture": recipe.get("mixture"),
         "folder": state_folder(manifest),
+        "skipped": left_out(manifest[1]),
         "provenance": about,
     }
 

@@ -1,0 +1,70 @@
+"""Spares trainings the attempts that would end as the last one did.
+
+Snakemake's `retries` is one number for a rule. Whether a failed job is started again is asked for each job
+right behind its executor's `handle_job_error`, and every start goes through the executor's `run_jobs`: both
+belong to the interface that all executors implement, and both are called by the main Snakemake, on the login
+node. So a training that will fail again is neither submitted nor waits in a queue to say so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from snakemake_interface_executor_plugins.executors.base import SubmittedJobInfo
+
+from workflow_scripts.launch import attempts, step, verdicts
+
+TrainingOf = Callable[[Any], "step.Job | None"]
+
+
+def spare_vain_attempts(workflow: Any, training_of: TrainingOf) -> None:
+    """To be called before the first job. ``training_of``: the training behind a job of Snakemake, None for
+    others.
+    """
+    for name in ("_executor", "_local_executor"):
+        executor = getattr(workflow.scheduler, name, None)
+        if executor is not None:
+            _Guard(executor, training_of)
+
+
+class _Guard:
+    """Stands between the scheduler and one executor."""
+
+    def __init__(self, executor: Any, training_of: TrainingOf) -> None:
+        self.executor, self.training_of = executor, training_of
+        self.refused_before: dict[Any, dict[str, Any]] = {}
+        self._run_jobs, self._handle_job_error = executor.run_jobs, executor.handle_job_error
+        executor.run_jobs, executor.handle_job_error = self.run_jobs, self.handle_job_error
+
+    def run_jobs(self, jobs: Iterable[Any]) -> None:
+        """Starts the jobs, but for trainings that would be refused at once: these fail here, with the
+        reason.
+        """
+        started = []
+        for job in jobs:
+            training = self.training_of(job)
+            reason = step.why_in_vain(training) if training is not None else None
+            if reason is not None:
+                self.executor.report_job_error(SubmittedJobInfo(job), msg=f"{reason}\n")
+                continue
+            if training is not None:
+                self.refused_before[job] = attempts.read_refusal(training.state)
+            started.append(job)
+        if started:
+            self._run_jobs(started)
+
+    def handle_job_error(self, job: Any) -> None:
+        """Uses up the attempts of a training that ended with a verdict, or was refused by the checks before
+        its start.
+        """
+        training = self.training_of(job)
+        if training is not None and self._is_final(job, training):
+            job.attempt = job.restart_times + 1
+        self._handle_job_error(job)
+
+    def _is_final(self, job: Any, training: step.Job) -> bool:
+        refusal = attempts.read_refusal(training.state)
+        return verdicts.stands(training.state, training.spec) or (
+            bool(refusal) and refusal != self.refused_before.get(job, {})
+        )

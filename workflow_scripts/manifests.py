@@ -1,0 +1,12 @@
+"""What the manifests of trainings say, for those who read them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def left_out(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The records that a training left out in the end: number, id and source of each."""
+    history = manifest.get("skipped", [])
+    return list(history[-1]["records"]) if history else []
