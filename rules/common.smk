@@ -72,6 +72,7 @@ wildcard_constraints:
     model="[^/]+",
     run="[^/]+",
     experiment="[^/]+",
+    survey="[^/]+",
 
 
 def lookup(section, name):
@@ -103,6 +104,26 @@ def mixture_inputs(wildcards):
     }
 
 
+def surveyed(wildcards):
+    """The survey of that name, or a message that says which there are."""
+    if wildcards.survey not in plan.surveys:
+        raise WorkflowError(
+            f"no training needs the survey {wildcards.survey!r}; surveys: {', '.join(sorted(plan.surveys))}"
+        )
+    return plan.surveys[wildcards.survey]
+
+
+def survey_inputs(wildcards):
+    """The manifests of the mixture and of the models that a survey looks at."""
+    survey = surveyed(wildcards)
+    return {
+        "mixture": f"data/mixtures/{survey.mixture}/manifest.json",
+        "models": [
+            f"models/{name}/manifest.json" for name in (survey.llm, *survey.towers)
+        ],
+    }
+
+
 def training(stage, run):
     """The experiment that stands for a run of this configuration."""
     try:
@@ -121,7 +142,7 @@ def run_of(stage, experiment):
 
 
 def training_inputs(stage):
-    """A function of the wildcards: the mixture, the models and the parent of a training."""
+    """A function of the wildcards: the mixture, its survey, the models and the parent of a training."""
 
     def inputs(wildcards):
         experiment = training(stage, wildcards.run)
@@ -132,6 +153,8 @@ def training_inputs(stage):
                 for name in (experiment.model.llm, experiment.model.vision_tower)
             ],
         }
+        # It has to be there, but says nothing that mixture and models do not: a new one is no reason to rerun.
+        found["survey"] = ancient(plan.survey_of(stage, wildcards.run).manifest)
         parent = STAGES[stage].parent
         found["parent"] = plan.run(parent, experiment.name).manifest if parent else []
         return found

@@ -1,4 +1,4 @@
-# Data: fetch or draw, look at every image, merge.
+# Data: fetch or draw, look at every image, merge, survey what training will see.
 
 
 rule data:
@@ -69,3 +69,25 @@ rule mixture:
     shell:
         "{params.step} --log {log} merge --name {wildcards.mixture} --spec {params.spec:q}"
         " --sources {input.sources} --scans {input.scans} --manifest {output.manifest}"
+
+
+rule survey:
+    input:
+        unpack(survey_inputs),
+    output:
+        manifest="data/surveys/{survey}/manifest.json",
+    log:
+        "logs/survey/{survey}.log",
+    retries: ONCE_MORE
+    conda:
+        "../envs/environment.yaml"
+    threads: STEP_JOBS["survey"].threads
+    resources:
+        mem_mb=STEP_JOBS["survey"].mem_mb,
+        runtime=STEP_JOBS["survey"].runtime,
+    params:
+        step=step,
+        spec=lambda wildcards: compact(surveyed(wildcards).spec()),
+    shell:
+        "{params.step} --log {log} survey --name {wildcards.survey} --spec {params.spec:q} --mixture {input.mixture}"
+        " --models {input.models} --manifest {output.manifest} --processes {threads}"

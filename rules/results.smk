@@ -88,6 +88,7 @@ rule report:
         mixtures=expand(
             "data/mixtures/{mixture}/manifest.json", mixture=plan.used_mixtures()
         ),
+        surveys=[survey.manifest for survey in plan.surveys.values()],
         scans=expand("data/scans/{source}/manifest.json", source=plan.scanned()),
         sources=[source_manifest(name) for name in sorted(plan.used_sources())],
     output:

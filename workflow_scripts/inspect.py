@@ -83,7 +83,7 @@ def overview(
     """Counts every record; measures token lengths of up to ``limit`` records of each source, by seed."""
     import numpy as np
 
-    source = sources_of(store)
+    source = store.source_numbers
     lengths = np.abs(store.lengths.astype(np.int64))
     facts = []
     for number, name in enumerate(store.sources):
@@ -96,17 +96,6 @@ def overview(
     manifest = store.path.with_name("manifest.json")
     dropped = read_json(manifest)["parts"] if manifest.is_file() and "parts" in read_json(manifest) else []
     return Overview(str(store.path), "words" if tokenizer is None else "tokens", facts, dropped)
-
-
-def sources_of(store: SampleStore) -> np.ndarray:
-    """For each record the number of its source in ``store.sources``."""
-    import numpy as np
-
-    from llava_ext.data.samples import MixtureStore
-
-    if isinstance(store, MixtureStore):
-        return np.asarray(store.records["source"])
-    return np.zeros(len(store), np.uint16)
 
 
 def _facts(store: SampleStore, name: str, mine: np.ndarray, measured: np.ndarray) -> SourceFacts:

@@ -139,6 +139,11 @@ class SampleStore(ABC):
     def sources(self) -> list[str]:
         """All names that :meth:`source` can give."""
 
+    @property
+    def source_numbers(self) -> np.ndarray:
+        """uint16 (records,): the place of each record's source in :attr:`sources`."""
+        return np.zeros(len(self), np.uint16)
+
 
 def open_samples(
     data_path: str | Path, image_folder: str | Path | None = None, tolerant: bool = False
@@ -262,6 +267,11 @@ class MixtureStore(SampleStore):
     def sources(self) -> list[str]:
         """The names of all sources of the mixture."""
         return list(self._sources)
+
+    @property
+    def source_numbers(self) -> np.ndarray:
+        """As in the index."""
+        return np.asarray(self.records["source"])
 
 
 PLAIN_ACTIONS: dict[str, Action] = {

@@ -22,7 +22,14 @@ from ..patches import without_zero3
 from .configuration_spatial_llava import SpatialLlavaConfig
 from .interventions import Interventions
 from .modeling_spatial_llava import SpatialLlavaForConditionalGeneration
-from .parts import BuildError, load_image_processor, load_llm, load_tokenizer, load_tower
+from .parts import (
+    BuildError,
+    load_image_processor,
+    load_llm,
+    load_tokenizer,
+    load_tower,
+    tower_config,
+)
 from .processing_spatial_llava import SpatialLlavaProcessor
 from .towers import check_image_size, check_select_feature
 
@@ -89,6 +96,23 @@ def build_model(
         config._attn_implementation = attn_implementation
     model = assembled(config, language, vision)
     return model, tokenizer, image_processor
+
+
+def image_config(tower: str | Path, interventions: Interventions, keeps_all: bool) -> SpatialLlavaConfig:
+    """A configuration that is right about pictures, and only about them: no weight and no language model is
+    read.
+
+    Args:
+        keeps_all: what stands before the patches goes to the language model too (`cls_patch`).
+    """
+    vision = tower_config(tower)
+    check_select_feature(vision, keeps_all)
+    return SpatialLlavaConfig(
+        vision_config=vision,
+        vision_feature_select_strategy="full" if keeps_all else "default",
+        **interventions.to_dict(),
+        **picture_fields(vision, load_image_processor(tower)),
+    )
 
 
 def picture_fields(vision_config: Any, image_processor: Any) -> dict[str, Any]:

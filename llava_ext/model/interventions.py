@@ -43,6 +43,7 @@ class Role:
         short: its word in the names of run folders, `{}` standing for the value; None: it has none.
         allowed: the register of its values, where they are names.
         means: its value as the model uses it, where that is not the one that was written.
+        in_sequence: the tokens that stand for a picture depend on it.
         is_recent: records of checkpoints and trainings leave it out at its default, so that they equal those
             from before the field existed.
     """
@@ -53,12 +54,13 @@ class Role:
     short: str | None = None
     allowed: Mapping[str, Any] | None = None
     means: Callable[[Interventions], Any] | None = None
+    in_sequence: bool = False
     is_recent: bool = False
 
 
-def _flag(short: str, doc: str, needs_grid: bool = False, is_recent: bool = False) -> Any:
+def _flag(short: str, doc: str, **role: Any) -> Any:
     """A field that is an intervention."""
-    return _value(False, doc, is_flag=True, short=short, needs_grid=needs_grid, is_recent=is_recent)
+    return _value(False, doc, is_flag=True, short=short, **role)
 
 
 def _value(default: Any, doc: str, **role: Any) -> Any:
@@ -119,6 +121,7 @@ class Interventions:
         "compress",
         "Pool the projected patch grid down to final_spatial_size tokens.",
         needs_grid=True,
+        in_sequence=True,
     )
     final_spatial_size: int | None = _value(
         None,
@@ -126,6 +129,7 @@ class Interventions:
         " grid side (24 for CLIP-L/336: 1, 4, 9, 16, 36, 64, 144 or 576).",
         flag="compression_after_projection",
         short="{}",
+        in_sequence=True,
     )
     pooling: str = _value(
         DEFAULT_POOLING,
@@ -147,12 +151,14 @@ class Interventions:
         "interleave",
         "Write the coordinates `row,column` as text tokens after every interleave_sparsity-th vision token.",
         needs_grid=True,
+        in_sequence=True,
     )
     interleave_sparsity: int | None = _value(
         None,
         "Coordinates follow every this many vision tokens (4 if left out). Only with interleave.",
         flag="interleave",
         means=lambda chosen: chosen.sparsity,
+        in_sequence=True,
     )
     add_spatial_coordinates: bool = _flag(
         "coordinates",
@@ -167,6 +173,7 @@ class Interventions:
         " docs/interventions.md.",
         short="published_behaviour",
         means=lambda chosen: chosen.published_behaviour and not chosen.is_vanilla,
+        in_sequence=True,
     )
 
     def __post_init__(self) -> None:
@@ -273,6 +280,13 @@ class Interventions:
         return [
             f"{key}: {mine[key]!r} against {others[key]!r}" for key in FIELD_NAMES if mine[key] != others[key]
         ]
+
+    def in_sequence(self) -> dict[str, Any]:
+        """The values on which the tokens depend that stand for a picture, where they are not vanilla's.
+
+        Where they are equal, so is every sequence, with the same tower.
+        """
+        return {name: value for name, value in self._meaning().items() if ROLES[name].in_sequence and value}
 
     def _meaning(self) -> dict[str, Any]:
         """What each field does to the model. Values of flags that are off do nothing: None, or a recent

@@ -39,6 +39,14 @@ BAD = [
     ("stages/finetune/max_steps", 1.5, "stages.finetune.max_steps", "whole number"),
     ("stages/finetune/max_steps", ..., "stages.finetune", "epochs or max_steps"),
     ("stages/finetune/epochs", 1, "stages.finetune", "found both"),
+    ("stages/finetune/model_max_length", 16, "stages.finetune.model_max_length: found 16", "more than 16"),
+    (
+        "experiments/compress_4/finetune",
+        {"model_max_length": 4},
+        "experiments.compress_4.finetune.model_max_length: found 4",
+        "more than 4, the tokens of one picture",
+    ),
+    ("stages/finetune/survey", {"max_cut_shares": 1}, "stages.finetune.survey", "'max_cut_share'?"),
     ("stages/finetune/prompt_version", "v7", "found 'v7'", "plain, v1"),
     ("stages/finetune/mixture", "shapes_finetun", "did you mean 'shapes_finetune'?", "section mixtures"),
     ("stages/finetune/compute", "cluster", "stages.finetune.compute", "laptop"),
@@ -221,6 +229,26 @@ def test_the_demo_is_valid_and_its_experiments_are_complete():
     assert loaded.experiments["compress_4"].interventions.final_spatial_size == 4
     assert loaded.experiments["vanilla"].interventions.is_vanilla
     assert not loaded.warnings
+
+
+def test_a_picture_of_576_tokens_needs_more_than_512():
+    """Known before anything is fetched; with few tokens per picture the same length is allowed."""
+    raw = yaml.safe_load((ROOT / "config/llava-v1.5-7b.yaml").read_text())
+    raw["stages"]["finetune"]["model_max_length"] = 512
+    with pytest.raises(UserError) as error:
+        load_config(raw)
+    assert "stages.finetune.model_max_length: found 512; allowed: more than 576" in str(error.value)
+    assert str(error.value).count("model_max_length") == 1
+    raw["experiments"] = {name: raw["experiments"][name] for name in ("compress_1", "compress_64")}
+    load_config(raw)
+    interleaved = {
+        "interleave": True,
+        "interleave_sparsity": 1,
+        **raw["experiments"]["compress_64"]["interventions"],
+    }
+    raw["experiments"]["interleaved"] = {"interventions": interleaved, "finetune": {"model_max_length": 128}}
+    with pytest.raises(UserError, match=r"experiments.interleaved.finetune.model_max_length: found 128"):
+        load_config(raw)
 
 
 def test_identical_experiments_are_pointed_out():

@@ -185,10 +185,30 @@ def data(tmp_path):
     return [source / "manifest.json", scanned, mixture]
 
 
+def survey(folder):
+    """A survey of the mixture with two ways in which an image takes tokens."""
+    numbers = {
+        "samples": 3,
+        "with_picture": 2,
+        "tokens": 900,
+        "labels": 90,
+        "unlabelled": {"cut_away": 1},
+        "cut": 2,
+        "picture_cut": 0,
+        "length": {"median": 300, "p95": 512, "longest": 512},
+    }
+    bars = {"edges": [0, 256, 512, 768], "with_picture": [0, 1, 1], "text_only": [1, 0, 0]}
+    layout = {"sources": {HOSTILE: numbers}, "all": numbers, "histogram": bars, "examples": {}, "of": []}
+    layouts = [{**layout, "tokens_per_image": tokens} for tokens in (4, 16)]
+    content = {"survey": "m-v1-0", "mixture": "m", "prompt_version": "v1", "model_max_length": 512}
+    write_json(folder / "data/surveys/m-v1-0/manifest.json", {**content, "layouts": layouts})
+    return folder / "data/surveys/m-v1-0/manifest.json"
+
+
 @pytest.fixture
 def everything(tmp_path, data):
     """Manifests of every kind, from two experiments that share stage 1."""
-    paths = [*data, training(tmp_path, "pretrain", "p", [6.0, 5.0, 4.0])]
+    paths = [*data, survey(tmp_path), training(tmp_path, "pretrain", "p", [6.0, 5.0, 4.0])]
     for name, where, permuted in (("vanilla", 0.98, 0.3), ("odd <name> & $x$", 0.4, 0.39)):
         number = len(paths)
         paths.append(training(tmp_path, "finetune", f"f{number}", [5.0, 0.5, 0.05, 0.04]))
@@ -294,6 +314,18 @@ def test_odd_records_are_counted_with_what_was_done(everything, tmp_path):
     page = Page(rendered(everything, tmp_path)).text
     start = page.index("odd records")
     assert "1 late system (dropped), 3 system turn (kept)" in page[start : start + 600]
+
+
+def test_lengths_are_drawn_and_told(everything, tmp_path):
+    page = Page(rendered(everything, tmp_path))
+    assert "prompt version v1 , cut at 512 tokens" in page.text
+    assert "16 900 10.0 % 300 512 512 2 0 1 cut away" in page.text
+    [label] = [
+        value
+        for tag, key, value in page.attributes
+        if (tag, key) == ("svg", "aria-label") and "length" in value
+    ]
+    assert "16 tokens per image: median 300, longest 512; 4 tokens per image" in label
 
 
 def test_trainings_name_the_experiments_that_share_them(everything, tmp_path):

@@ -30,9 +30,9 @@ def test_every_kind_of_job_with_the_line_that_says_what_it_asks_for(tmp_path):
         ' {slurm_partition: gpu, mem_mb: "1000 * attempt"}\n  scan:\n    runtime: 2h\n',
     )
     jobs = kinds_of_job(read_plan([FULL]), [FULL], profile)
-    names = ["scan", "mixture", "pretrain on compute.pretrain_8gpu", "finetune on compute.finetune_8gpu"]
-    assert [item.name for item in jobs][:4] == names
-    scan, finetune = job(jobs, "scan"), job(jobs, names[3])
+    names = ["pretrain on compute.pretrain_8gpu", "finetune on compute.finetune_8gpu"]
+    assert [item.name for item in jobs][:5] == ["scan", "mixture", "survey", *names]
+    scan, finetune = job(jobs, "scan"), job(jobs, names[1])
     assert scan.value("slurm_partition") == "cpu" and scan.value("runtime") == 120
     assert scan.settings["runtime"].where == f"{profile}, line 7: set-resources.scan.runtime"
     assert scan.settings["mem_mb"].where == f"{profile}: add set-resources.scan.mem_mb"

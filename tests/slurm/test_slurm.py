@@ -54,6 +54,7 @@ def test_the_whole_path_goes_through_the_profile(finished_on_slurm, slurm):
     for rule, jobs in {
         "scan": 2,
         "mixture": 2,
+        "survey": 2,
         "pretrain": 2,
         "finetune": 3,
         "export": 3,

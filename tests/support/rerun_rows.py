@@ -25,6 +25,12 @@ def lines(rule, experiments, workspace):
     return {f"{rule}: {plan.run(rule, name).manifest}" for name in experiments}
 
 
+def surveys(workspace, *mixtures):
+    """`survey: output` of every survey of these mixtures."""
+    found = workspace.plan().surveys.values()
+    return {f"survey: {survey.manifest}" for survey in found if survey.mixture in mixtures}
+
+
 def expected(workspace, rules, experiments):
     return set().union(*(lines(rule, experiments, workspace) for rule in rules))
 
@@ -58,7 +64,26 @@ def stage_1_rate(workspace):
 
 def one_flag(workspace):
     workspace.config["experiments"]["compress_4"]["interventions"]["final_spatial_size"] = 1
-    return expected(workspace, AFTER_FINETUNE | {"pretrain"}, ["compress_4"])
+    other_tokens = surveys(workspace, "pretrain", "finetune")
+    return other_tokens | expected(workspace, AFTER_FINETUNE | {"pretrain"}, ["compress_4"])
+
+
+def longer_samples(workspace):
+    workspace.config["experiments"]["compress_4"]["finetune"] = {"model_max_length": 240}
+    [new] = set(workspace.plan().surveys) - {item.parent.name for item in made_surveys(workspace)}
+    # the one that it has left looks at one layout less
+    both = {f"survey: {workspace.plan().surveys[new].manifest}"} | surveys(workspace, "finetune")
+    return both | expected(workspace, AFTER_FINETUNE, ["compress_4"])
+
+
+def made_surveys(workspace):
+    return workspace.folder.glob("data/surveys/*/manifest.json")
+
+
+def survey_bounds(workspace):
+    """What may be found decides nothing about a result: no training is looked at again."""
+    workspace.config["stages"]["finetune"]["survey"] = {"max_cut_share": 0.5}
+    return surveys(workspace, "finetune") | lines("report", [], workspace)
 
 
 def new_experiment(workspace):
@@ -70,15 +95,15 @@ def caption_policy(workspace):
     part = workspace.config["mixtures"]["pretrain"]["parts"][0]
     part["policy"]["truncated"] = "drop"
     every = ["vanilla", "gentle", "compress_4"]
-    return {"mixture: data/mixtures/pretrain/manifest.json"} | expected(
-        workspace, AFTER_FINETUNE | {"pretrain"}, every
-    )
+    data = {"mixture: data/mixtures/pretrain/manifest.json"} | surveys(workspace, "pretrain")
+    return data | expected(workspace, AFTER_FINETUNE | {"pretrain"}, every)
 
 
 def mixture_weight(workspace):
     workspace.config["mixtures"]["finetune"]["parts"][0]["weight"] = 0.5
     every = ["vanilla", "gentle", "compress_4"]
-    return {"mixture: data/mixtures/finetune/manifest.json"} | expected(workspace, AFTER_FINETUNE, every)
+    data = {"mixture: data/mixtures/finetune/manifest.json"} | surveys(workspace, "finetune")
+    return data | expected(workspace, AFTER_FINETUNE, every)
 
 
 def replaced_data(workspace):
@@ -91,7 +116,7 @@ def replaced_data(workspace):
         "scan: data/scans/questions/manifest.json",
         "mixture: data/mixtures/finetune/manifest.json",
     }
-    return data | expected(workspace, AFTER_FINETUNE, every)
+    return data | surveys(workspace, "finetune") | expected(workspace, AFTER_FINETUNE, every)
 
 
 def comment_in_code(workspace):
@@ -139,6 +164,8 @@ ROWS = {
     "stage-2 learning rate of one experiment": stage_2_rate,
     "stage-1 learning rate of one experiment": stage_1_rate,
     "one flag": one_flag,
+    "length of one experiment's samples": longer_samples,
+    "bounds of a survey": survey_bounds,
     "a new experiment": new_experiment,
     "caption policy": caption_policy,
     "mixture weight": mixture_weight,
@@ -161,14 +188,17 @@ def check_row(finished, folder, row, options=()):
 
 
 def check_raised_version(finished, folder, options=()):
-    """With a higher code version every training gets a new name; data and models stay."""
+    """With a higher code version every training gets a new name, and surveys are made again; data and models
+    stay.
+    """
     workspace = finished.copy_to(folder / "w")
     if finished.code != finished.folder:
         workspace.code = copy_code(folder / "code")
     code_version_raised(workspace)
     rules = [line.split(":")[0] for line in workspace.planned(*options)]
     counts = {rule: rules.count(rule) for rule in set(rules)}
-    assert counts == {"pretrain": 2, "finetune": 3, "export": 3, "evaluate": 3, "checkpoint": 3, "report": 1}
+    trained = {"pretrain": 2, "finetune": 3, "export": 3, "evaluate": 3, "checkpoint": 3, "report": 1}
+    assert counts == {"survey": 2} | trained
 
 
 rows = pytest.mark.parametrize("row", ROWS)

@@ -203,10 +203,49 @@ def check_interventions(config: Config, experiments: list[Experiment]) -> Iterat
             )
 
 
+def check_room(config: Config, experiments: list[Experiment]) -> Iterator[Problem]:
+    """A picture and some text fit below `model_max_length`, where the tower's grid is known; each place is
+    named once.
+    """
+    seen: set[str] = set()
+    for experiment in experiments:
+        needed = _least_tokens(config, experiment)
+        for name in STAGES:
+            length = experiment.stage(name).model_max_length
+            if needed is None or length > needed:
+                continue
+            spec: Any = getattr(config.experiments[experiment.name], name)
+            own = "model_max_length" in spec.model_fields_set
+            problem = Problem(
+                f"experiments.{experiment.name}.{name}.model_max_length"
+                if own
+                else f"stages.{name}.model_max_length",
+                length,
+                f"more than {needed}, the tokens of one picture in experiment {experiment.name}: they come"
+                " first, and nothing would be left of the text",
+                "raise it (LLaVA-1.5 has 2048), or use compression_after_projection",
+            )
+            if problem.key not in seen:
+                seen.add(problem.key)
+                yield problem
+
+
+def _least_tokens(config: Config, experiment: Experiment) -> int | None:
+    """Tokens that a picture takes at least; None where the tower's grid is not known or the flags are
+    wrong.
+    """
+    facts, chosen = tower_facts(config, experiment.model.vision_tower), experiment.interventions
+    if facts["side"] is None or chosen.problems(facts["side"], facts["layers"]):
+        return None
+    tokens = chosen.tokens_per_image(facts["side"])
+    return tokens + tokens // chosen.sparsity if chosen.interleave else tokens
+
+
 CHECKS: tuple[Callable[[Config, list[Experiment]], Iterator[Problem]], ...] = (
     check_mixtures,
     check_files,
     check_models,
     check_stages,
     check_interventions,
+    check_room,
 )

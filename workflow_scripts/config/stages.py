@@ -30,6 +30,19 @@ class LoraSpec(StrictModel):
     """Which biases are trained."""
 
 
+class SurveyBounds(StrictModel):
+    """What the survey of a stage's mixture may find, as shares of its samples, before it stops the workflow.
+    `max_mismatch_share` and `min_supervised_share` are counted there too, over all records.
+    """
+
+    max_unlabelled_share: Share = 0.05
+    """Samples of a source without any label after the cut, those aside that are masked by a mismatch."""
+    max_cut_share: Share = 0.1
+    """Samples of the mixture that are longer than `model_max_length`."""
+    max_picture_cut_share: Share = 0.01
+    """Samples of the mixture that lose tokens of a picture by the cut."""
+
+
 class StageSpec(StrictModel):
     """One training stage: its data, its recipe, and the kind of job that computes it."""
 
@@ -43,6 +56,7 @@ class StageSpec(StrictModel):
             "logging_steps",
             "max_mismatch_share",
             "min_supervised_share",
+            "survey",
             "report_to",
         }
     )
@@ -118,9 +132,11 @@ class StageSpec(StrictModel):
     min_supervised_share: Share = 0.01
     """Training stops before it starts when fewer than this share of the tokens carry a label."""
     max_mismatch_share: Share = 0.05
-    """Training stops before it starts when more than this share of the samples has no supervised token
+    """Training stops before it starts when more than this share of a source's samples has no supervised token
     because the template and the tokenizer disagree ("tokenization mismatch").
     """
+    survey: SurveyBounds = SurveyBounds()
+    """Further bounds of the survey."""
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
     """Where metrics go besides `metrics.jsonl`."""
 

@@ -16,6 +16,7 @@ from workflow_scripts.config.load import Loaded, load_files
 from workflow_scripts.config.stages import StageSpec
 from workflow_scripts.plan.runs import Run, find_runs
 from workflow_scripts.plan.specs import plain
+from workflow_scripts.plan.surveys import Survey, find_surveys, survey_name
 from workflow_scripts.stages import STAGES, last_stage
 
 
@@ -27,6 +28,7 @@ class Plan:
         self.experiments = loaded.experiments
         self.runs = find_runs(self.config, self.experiments)
         self.by_name = {(run.stage, run.name): run for run in self.runs.values()}
+        self.surveys = find_surveys(self.experiments)
 
     # -- runs ----------------------------------------------------------------------------------------------
 
@@ -47,6 +49,10 @@ class Plan:
     def trainings(self) -> list[Run]:
         """The runs of all stages, stage by stage."""
         return [self.by_name[stage, name] for stage in STAGES for name in self.names(stage)]
+
+    def survey_of(self, stage: str, name: str) -> Survey:
+        """The survey that a training waits for."""
+        return self.surveys[survey_name(self.experiment_of(stage, name), stage)]
 
     def used_by(self, stage: str, name: str) -> list[str]:
         """The experiments that share the run."""

@@ -20,6 +20,7 @@ class StepJob:
 STEP_JOBS = {
     "scan": StepJob(threads=8, runtime=360, mem_mb=8000),
     "mixture": StepJob(threads=1, runtime=120, mem_mb=8000),
+    "survey": StepJob(threads=8, runtime=120, mem_mb=8000),
     "export": StepJob(threads=1, runtime=120),
     "evaluate": StepJob(threads=1, runtime=120),
 }

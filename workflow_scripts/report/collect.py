@@ -24,6 +24,7 @@ class Collected:
     evaluations: dict[str, Manifest] = field(default_factory=dict)
     trainings: dict[tuple[str, str], Manifest] = field(default_factory=dict)
     mixtures: dict[str, Manifest] = field(default_factory=dict)
+    surveys: dict[str, Manifest] = field(default_factory=dict)
     scans: dict[str, Manifest] = field(default_factory=dict)
     sources: dict[str, Manifest] = field(default_factory=dict)
 
@@ -40,6 +41,8 @@ def collect(paths: Iterable[Path]) -> Collected:
             found.evaluations[content["checkpoint"]["run"]] = path, content
         elif {"stage", "run", "folder"} <= keys:
             found.trainings[content["stage"], content["run"]] = path, content
+        elif {"survey", "layouts"} <= keys:
+            found.surveys[content["survey"]] = path, content
         elif {"parts", "records", "name"} <= keys:
             found.mixtures[content["name"]] = path, content
         elif {"counts", "store", "name"} <= keys:
@@ -49,7 +52,7 @@ def collect(paths: Iterable[Path]) -> Collected:
         else:
             raise UserError(
                 f"{path}: no manifest that a report is made from; allowed: experiments/*/checkpoint.json and"
-                " the manifest.json files of sources, scans, mixtures, trainings and evaluations"
+                " the manifest.json files of sources, scans, mixtures, surveys, trainings and evaluations"
             )
     return found
 

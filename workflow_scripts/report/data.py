@@ -260,11 +260,46 @@ def mixture_cards(found: Collected) -> list[dict[str, Any]]:
                 "images": mixture.get("images"),
                 "text_only": mixture.get("text_only"),
                 "parts": mixture["parts"],
+                "surveys": survey_cards(found, name),
                 "samples": samples,
                 "problem": problem,
             }
         )
     return cards
+
+
+def survey_cards(found: Collected, mixture: str) -> list[dict[str, Any]]:
+    """One card a survey of the mixture: lengths, what is cut and what has no label, for each way in which an
+    image takes tokens.
+    """
+    from workflow_scripts.report import plots
+
+    cards = []
+    for _, content in found.surveys.values():
+        if content["mixture"] != mixture:
+            continue
+        layouts = sorted(content["layouts"], key=lambda layout: -layout["tokens_per_image"])
+        bars = [(place, *_bars(layout["histogram"])) for place, layout in enumerate(layouts)]
+        spoken = "; ".join(
+            f"{layout['tokens_per_image']} tokens per image: median {layout['all']['length']['median']},"
+            f" longest {layout['all']['length']['longest']}"
+            for layout in layouts
+        )
+        label = f"Samples of {mixture} by their length in tokens. {spoken}. The table below has more"
+        cards.append(
+            {
+                "prompt_version": content["prompt_version"],
+                "model_max_length": content["model_max_length"],
+                "figure": plots.length_figure(bars, content["model_max_length"], label),
+                "rows": [{**layout, "colour": plots.colour(place)} for place, layout in enumerate(layouts)],
+            }
+        )
+    return cards
+
+
+def _bars(histogram: dict[str, Any]) -> tuple[list[int], list[int]]:
+    both = zip(histogram["with_picture"], histogram["text_only"], strict=True)
+    return histogram["edges"], [sum(pair) for pair in both]
 
 
 def contact_sheet(manifest: Path, number: int = MOST_SAMPLES) -> tuple[list[dict[str, Any]], str]:

@@ -115,6 +115,24 @@ def loss_figure(curves: Mapping[str, tuple[int, Sequence[int], Sequence[float]]]
         return to_svg(figure, label)
 
 
+def length_figure(bars: Sequence[tuple[int, Sequence[int], Sequence[int]]], cut: int, label: str) -> str:
+    """How many samples have which length, one outline for each (colour index, edges, samples); dotted: the
+    cut.
+
+    ``edges`` are the lower ends of the bars and the last one's upper end.
+    """
+    with pyplot.rc_context(STYLE):
+        figure, axes = pyplot.subplots(figsize=(5.6, 2.2))
+        for index, edges, samples in bars:
+            axes.stairs(samples, edges, color=colour(index), linestyle=dash(index), linewidth=1.5)
+        axes.axvline(cut, color=INK, linewidth=0.8, linestyle=(0, (2, 3)), alpha=0.7)
+        axes.set_xlabel("tokens")
+        axes.set_ylabel("samples")
+        axes.set_ylim(bottom=0)
+        axes.margins(x=0.01)
+        return to_svg(figure, label)
+
+
 def _accuracy_panel(axes: Axes, kind: str, rows: Sequence[Mapping[str, Any]], chance: float | None) -> None:
     for y, row in enumerate(rows):
         found = {condition: shares.get(kind) for condition, shares in row["accuracy"].items()}

@@ -9,6 +9,7 @@ configuration without an evaluation gets a page without accuracies:
   runs/evaluate/<run>/manifest.json          accuracies and example answers
   runs/<stage>/<run>/manifest.json   losses and provenance, from the files beside it
   data/mixtures/<mixture>/manifest.json      what was dropped and kept, a contact sheet of samples
+  data/surveys/<survey>/manifest.json        lengths in tokens, what is cut, what has no label
   data/scans/<source>/manifest.json          counts by status, from the table beside it which file is damaged
   data/sources/<source>/manifest.json        where the pictures are, for thumbnails
 """

@@ -115,7 +115,7 @@ def kinds_of_job(plan: Plan, configfiles: Sequence[Path], profile: Path) -> list
     """Every kind of job that the configuration submits, each once: CPU steps, trainings, exports,
     evaluations.
     """
-    jobs = [_step(rule, {}, profile) for rule in ("scan", "mixture")]
+    jobs = [_step(rule, {}, profile) for rule in ("scan", "mixture", "survey")]
     for run in plan.trainings():
         name = plan.experiment_of(run.stage, run.name).stage(run.stage).compute
         compute = plan.compute(run.stage, run.name)

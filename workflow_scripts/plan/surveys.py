@@ -1,0 +1,88 @@
+"""Which surveys a configuration asks for: one serves all trainings to whose samples the same happens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from workflow_scripts.code_version import CODE_VERSION
+from workflow_scripts.config.experiments import Experiment
+from workflow_scripts.io import canonical_json, digest
+from workflow_scripts.stages import STAGES
+
+
+@dataclass
+class Survey:
+    """One survey of a mixture.
+
+    Attributes:
+        uses: by their JSON, each once: stage, layout of an image's tokens, bounds.
+    """
+
+    name: str
+    mixture: str
+    llm: str
+    prompt_version: str
+    model_max_length: int
+    uses: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def manifest(self) -> str:
+        """What says that the survey is finished and within its bounds."""
+        return f"data/surveys/{self.name}/manifest.json"
+
+    @property
+    def towers(self) -> list[str]:
+        """The vision towers whose grids count."""
+        return sorted({use["layout"]["vision_tower"] for use in self.uses.values()})
+
+    def spec(self) -> dict[str, Any]:
+        """What the step has to know."""
+        return {
+            "mixture": self.mixture,
+            "prompt_version": self.prompt_version,
+            "model_max_length": self.model_max_length,
+            "code_version": CODE_VERSION,
+            "uses": [self.uses[key] for key in sorted(self.uses)],
+        }
+
+
+def layout_of(experiment: Experiment) -> dict[str, Any]:
+    """What decides which tokens stand for an image, apart from the language model."""
+    return {
+        "vision_tower": experiment.model.vision_tower,
+        "vision_feature_select": experiment.model.vision_feature_select,
+        "flags": experiment.interventions.in_sequence(),
+    }
+
+
+def _use(experiment: Experiment, stage: str) -> dict[str, Any]:
+    spec = experiment.stage(stage)
+    bounds = {
+        "max_mismatch_share": spec.max_mismatch_share,
+        "min_supervised_share": spec.min_supervised_share,
+        **spec.survey.model_dump(),
+    }
+    return {"stage": stage, "layout": layout_of(experiment), "bounds": bounds}
+
+
+def survey_name(experiment: Experiment, stage: str) -> str:
+    """The folder of the survey that an experiment's stage needs."""
+    spec = experiment.stage(stage)
+    key = digest([spec.mixture, experiment.model.llm, spec.prompt_version, spec.model_max_length], 6)
+    return f"{spec.mixture}-{spec.prompt_version}-{key}"
+
+
+def find_surveys(experiments: Mapping[str, Experiment]) -> dict[str, Survey]:
+    """All surveys by name, in the order of the stages."""
+    found: dict[str, Survey] = {}
+    for stage in STAGES:
+        for experiment in experiments.values():
+            spec, name = experiment.stage(stage), survey_name(experiment, stage)
+            made = Survey(
+                name, spec.mixture, experiment.model.llm, spec.prompt_version, spec.model_max_length
+            )
+            use = _use(experiment, stage)
+            found.setdefault(name, made).uses.setdefault(canonical_json(use), use)
+    return found
