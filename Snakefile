@@ -33,6 +33,7 @@ include: "rules/common.smk"
 include: "rules/data.smk"
 include: "rules/models.smk"
 include: "rules/train.smk"
+include: "rules/evaluate.smk"
 include: "rules/results.smk"
 
 
@@ -46,6 +47,9 @@ localrules:
     acquire,
     prepare_model,
     checkpoint,
+    score,
+    evaluation,
+    compare,
     report,
     list_unused,
     clean_unused,

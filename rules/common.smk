@@ -73,6 +73,9 @@ wildcard_constraints:
     run="[^/]+",
     experiment="[^/]+",
     survey="[^/]+",
+    task="[^/]+",
+    shard="[0-9]+",
+    shards="[0-9]+",
 
 
 def lookup(section, name):

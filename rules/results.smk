@@ -46,44 +46,15 @@ rule checkpoint:
         + " --manifest {output.manifest}"
 
 
-rule evaluate:
-    input:
-        checkpoint=lambda wildcards: plan.run(
-            "export", training("evaluate", wildcards.run).name
-        ).manifest,
-        source=lambda wildcards: source_manifest(plan.config.evaluation.source),
-    output:
-        manifest="runs/evaluate/{run}/manifest.json",
-    log:
-        "logs/evaluate/{run}.log",
-    retries: ONCE_MORE
-    conda:
-        "../envs/environment.yaml"
-    resources:
-        mem_mb=lambda wildcards: plan.single_job("evaluate", wildcards.run)["mem_mb"],
-        runtime=STEP_JOBS["evaluate"].runtime,
-        gres=lambda wildcards: plan.single_job("evaluate", wildcards.run)["gres"],
-        train_slots=lambda wildcards: plan.single_job("evaluate", wildcards.run)[
-            "train_slots"
-        ],
-    params:
-        step=step,
-        spec=lambda wildcards, resources: compact(plan.evaluation_spec(wildcards.run)),
-    shell:
-        "{params.step} --log {log} evaluate --spec {params.spec:q} --checkpoint {input.checkpoint} --source {input.source}"
-        " --manifest {output.manifest}"
-
-
 rule report:
     input:
         checkpoints=expand(
             "experiments/{experiment}/checkpoint.json", experiment=plan.experiments
         ),
-        evaluations=[
-            plan.run("evaluate", name).manifest
-            for name in plan.experiments
-            if plan.config.evaluation
-        ],
+        evaluations=[item.named for item in plan.evaluations.values()],
+        comparisons=expand(
+            "experiments/{experiment}/comparison.json", experiment=plan.comparisons()
+        ),
         trainings=[run.manifest for run in plan.trainings()],
         mixtures=expand(
             "data/mixtures/{mixture}/manifest.json", mixture=plan.used_mixtures()

@@ -150,11 +150,11 @@ def test_what_a_kept_run_was_made_from_is_kept(folder):
     folder.training("pretrain", "p")
     folder.training("finetune", "f", parent="of-p")
     folder.made("export", "e", finetune="f")
-    folder.made("evaluate", "v", checkpoint={"run": "e"})
-    assert folder.going(**EVERYTHING) == ["evaluate/v", "export/e", "finetune/f", "pretrain/p"]
+    folder.made("predict", "v", checkpoint={"run": "e"})
+    assert folder.going(**EVERYTHING) == ["export/e", "finetune/f", "predict/v", "pretrain/p"]
     assert folder.going("export/e", **EVERYTHING) == []
     age(folder.root / "runs/export/e", 3600)
-    assert folder.going(unknown=True) == ["evaluate/v"]
+    assert folder.going(unknown=True) == ["predict/v"]
 
 
 def test_runs_of_a_finished_experiment_are_kept_until_it_is_forgotten(folder):

@@ -196,7 +196,23 @@ BAD = [
         "set attention: flash_attention_2",
     ),
     ("compute/laptop/memory", 3, "compute.laptop.memory", "mem_mb"),
-    ("evaluation/source", "shapes_tests", "evaluation.source", "did you mean 'shapes_test'?"),
+    (
+        "evaluation/tasks/shapes/source",
+        "shapes_tests",
+        "evaluation.tasks.shapes.source",
+        "did you mean 'shapes_test'?",
+    ),
+    ("evaluation/baseline", "vanila", "evaluation.baseline", "did you mean 'vanilla'?"),
+    ("evaluation/tasks/shapes/metric", "exact", "evaluation.tasks.shapes.metric", "'exact_match'"),
+    ("evaluation/tasks/shapes/kind", "table", "evaluation.tasks.shapes", "add fields: {}"),
+    ("evaluation/tasks/shapes/shots", 5, "there is no such key here", "prompt_prefix"),
+    ("evaluation/tasks", {}, "evaluation.tasks", "correct it"),
+    (
+        "experiments/vanilla/tasks",
+        ["pope"],
+        "experiments.vanilla.tasks[0]",
+        "section evaluation.tasks: shapes",
+    ),
     ("experimentz", {}, "experimentz", "did you mean 'experiments'?"),
 ]
 
@@ -249,6 +265,18 @@ def test_a_picture_of_576_tokens_needs_more_than_512():
     raw["experiments"]["interleaved"] = {"interventions": interleaved, "finetune": {"model_max_length": 128}}
     with pytest.raises(UserError, match=r"experiments.interleaved.finetune.model_max_length: found 128"):
         load_config(raw)
+
+
+def test_the_former_section_of_one_task_is_that_task():
+    former = {"source": "shapes_test", "pictures": 300, "permute_seed": 3, "blank_colour": [226, 226, 226]}
+    found = load_config(changed("evaluation", {**former, "task": "shapes"})).config.evaluation
+    spec = found.tasks["shapes"]
+    assert list(found.tasks) == ["shapes"] and (spec.kind, spec.pictures, spec.permute_seed) == (
+        "shapes",
+        300,
+        3,
+    )
+    assert load_config(changed("evaluation", former)).config.evaluation == found
 
 
 def test_identical_experiments_are_pointed_out():

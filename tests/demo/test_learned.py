@@ -17,15 +17,13 @@ SEVERAL_TOKENS = ("vanilla", "normalize", "normalize_multilayer", "compress_4")
 @pytest.fixture(scope="module")
 def accuracy():
     """Accuracies by experiment, condition and question type."""
-    names = {
-        load_json(path)["runs"]["export"]: path.parent.name
-        for path in FOLDER.glob("experiments/*/checkpoint.json")
-    }
     found = {}
-    for path in FOLDER.glob("runs/evaluate/*/manifest.json"):
+    for path in FOLDER.glob("experiments/*/evaluation/shapes.json"):
         content = load_json(path)
-        if content["checkpoint"]["run"] in names:
-            found[names[content["checkpoint"]["run"]]] = content["accuracy"]
+        found[content["experiment"]] = {
+            condition: {kind: cell["value"] for kind, cell in cells.items()}
+            for condition, cells in content["accuracy"].items()
+        }
     if not {*SEVERAL_TOKENS, "compress_1"} <= found.keys():
         pytest.skip(f"no results of the demo in {FOLDER}: run `make demo` first, or set DEMO_FOLDER")
     return found
@@ -50,3 +48,12 @@ def test_one_token_has_no_order_and_no_place(accuracy):
     found = accuracy["compress_1"]
     assert found["permuted"] == found["normal"]
     assert found["normal"]["where"] < accuracy["vanilla"]["normal"]["where"] - 0.3
+
+
+def test_intervals_differences_and_the_permutation_index_are_told(accuracy):
+    folder = FOLDER / "experiments"
+    psi = load_json(folder / "vanilla/evaluation/shapes.json")["psi"]
+    assert psi["where"]["low"] > 0.5 and psi["shape"]["high"] < 0.2
+    delta = load_json(folder / "compress_1/comparison.json")["tasks"]["shapes"]
+    assert delta["where"]["significant"] and delta["where"]["high"] < -0.5
+    assert not delta["colour"]["significant"]

@@ -16,7 +16,7 @@ from PIL import Image
 
 from workflow_scripts.acquire.step import main as acquire
 from workflow_scripts.config.two_d_shapes import TwoDShapesSource
-from workflow_scripts.evaluate.step import first_pictures
+from workflow_scripts.evaluate.questions import first_pictures
 from workflow_scripts.evaluate.tasks import TASKS
 from workflow_scripts.evaluate.two_d_shapes import (
     CHANCE,
@@ -128,7 +128,7 @@ def test_equal_specs_give_equal_bytes_and_another_seed_others(tmp_path):
 
 
 def test_the_evaluation_reads_its_questions(drawn):
-    questions = first_pictures(TASKS["shapes"].read(drawn[0] / "manifest.json"), 10)
+    questions = first_pictures(TASKS["shapes"].read(drawn[0] / "manifest.json", None), 10)
     assert len(questions) == 60 and {question.type for question in questions} == set(STRATA)
 
 
@@ -144,3 +144,12 @@ def test_a_published_table_is_read_like_a_drawn_one(drawn):
 def test_pictures_can_lie_in_a_folder(tmp_path):
     found = generate(TwoDShapesSource(pictures=2, archive="folder"), tmp_path)
     assert len(list(Path(tmp_path / found["images"]["path"]).glob("*.png"))) == 2
+
+
+def test_the_published_parquet_gives_the_same_questions(drawn):
+    """As the hub has it: the parquet as a file of the source, read by kind: two_d_shapes."""
+    source = drawn[0] / "manifest.json"
+    ours, published = (TASKS[kind].read(source, None) for kind in ("shapes", "two_d_shapes"))
+    assert published == ours
+    with TASKS["two_d_shapes"].pictures(source, None, published[:1]) as picture:
+        assert picture(published[0].image).startswith(b"\x89PNG")

@@ -9,6 +9,7 @@ import re
 import zipfile
 from html.parser import HTMLParser
 
+import pandas
 import pytest
 
 from tests.support.demo import load_json
@@ -54,29 +55,63 @@ class Page(HTMLParser):
         return re.sub(r"\s+", " ", " ".join(self.words))
 
 
-def evaluation(run, where, permuted):
-    png = "data:image/png;base64,AAAA"
+def estimate(value, questions):
+    spread = 1.96 * (value * (1 - value) / questions) ** 0.5
+    counts = {"questions": questions, "pictures": questions, "empty": 0, "unparsed": 0}
+    return {"value": value, "low": value - spread, "high": value + spread, **counts}
+
+
+def accuracies(where, shape):
+    cells = {"where": estimate(where, 240), "shape": estimate(shape, 100)}
+    return {"all": estimate((240 * where + 100 * shape) / 340, 340), **cells}
+
+
+def evaluation(experiment, where, permuted, task="shapes"):
+    """The scores of one task under an experiment's name."""
+    answers = {"normal": "top left", "permuted": HOSTILE, "blank": ""}
     asked = {
+        "name": "q1",
         "type": "where",
         "question": HOSTILE,
         "answer": "top left",
-        "answers": {"normal": "top left", "permuted": HOSTILE, "blank": ""},
-    }
-    return {
-        "checkpoint": {"run": run, "digest": "d", "loaded_with": "x"},
-        "accuracy": {
-            "normal": {"where": where, "shape": 0.9},
-            "permuted": {"where": permuted, "shape": 0.88},
-            "blank": {"where": 0.25, "shape": 0.2},
+        "answers": {
+            name: {"text": text, "score": float(text == "top left")} for name, text in answers.items()
         },
-        "question_types": ["where", "shape"],
-        "questions": {"where": 240, "shape": 100},
-        "chance": {"where": 0.25, "shape": 0.25},
-        "pictures": 240,
-        "source": {"name": "held_out", "digest": "d"},
-        "spec": {"permute_seed": 11},
-        "examples": [{"image": HOSTILE, "thumbnail": png, "questions": [asked]}],
     }
+    psi = {kind: {"value": 0.5, "low": 0.4, "high": 0.6} for kind in ("all", "where")}
+    blank = accuracies(0.25, 0.2)
+    blank["all"]["empty"] = 7
+    return {
+        "experiment": experiment,
+        "task": task,
+        "checkpoint": {"run": "x", "digest": "d", "loaded_with": "x"},
+        "accuracy": {
+            "normal": accuracies(where, 0.9),
+            "permuted": accuracies(permuted, 0.88),
+            "blank": blank,
+        },
+        "strata": ["where", "shape"],
+        "psi": psi | {"shape": None},
+        "chance": {"all": 0.25, "where": 0.25, "shape": 0.25},
+        "pictures": 240,
+        "source": {"name": "s", "digest": "d"},
+        "harness": {"name": "own", "version": 1},
+        "asked": {"kind": "shapes", "permute_seed": 11},
+        "scored": {"metric": "exact_match"},
+        "statistics": {"confidence": 0.95, "resamples": 2000, "seed": 0},
+        "examples": [{"image": HOSTILE, "questions": [asked]}, {"image": "a.jpg", "questions": [asked]}],
+    }
+
+
+def comparison(experiment, baseline):
+    """The differences to a baseline: one that is significant, one that is not."""
+
+    def delta(value, significant):
+        found = {"value": value, "low": value - 0.02, "high": value + 0.02, "p": 0.01, "p_holm": 0.02}
+        return found | {"detectable": 0.03, "questions": 340, "pictures": 240, "significant": significant}
+
+    cells = {"all": delta(-0.4, True), "where": delta(-0.58, True), "shape": delta(0.01, False)}
+    return {"experiment": experiment, "baseline": baseline, "confidence": 0.95, "tasks": {"shapes": cells}}
 
 
 def checkpoint(name, export, pretrain="p", finetune="f"):
@@ -217,11 +252,15 @@ def everything(tmp_path, data):
                 tmp_path / f"experiments/e{number}/checkpoint.json",
                 checkpoint(name, f"x{number}", "p", f"f{number}"),
             ),
-            (tmp_path / f"runs/evaluate/x{number}/manifest.json", evaluation(f"x{number}", where, permuted)),
+            (
+                tmp_path / f"experiments/e{number}/evaluation/shapes.json",
+                evaluation(name, where, permuted),
+            ),
         ):
             write_json(path, content)
             paths.append(path)
-    return paths
+    write_json(tmp_path / "experiments/odd/comparison.json", comparison("odd <name> & $x$", "vanilla"))
+    return [*paths, tmp_path / "experiments/odd/comparison.json"]
 
 
 def rendered(paths, tmp_path):
@@ -254,23 +293,57 @@ def test_the_page_needs_nothing_from_elsewhere(everything, tmp_path):
     assert "default-src 'none'" in text
 
 
-def test_accuracies_are_in_the_page_the_csv_and_the_text(everything, tmp_path):
+def test_accuracies_are_in_the_page_the_tables_and_the_text(everything, tmp_path):
     page = Page(rendered(everything, tmp_path)).text
     assert "vanilla 98 30 25 90 88 20" in page
     assert "chance 25 25 questions 240 100" in page
     rows = list(csv.DictReader((tmp_path / "report/accuracy.csv").open()))
-    assert len(rows) == 2 * 2 * 3
-    wanted = {
-        "experiment": "vanilla",
-        "question_type": "where",
-        "condition": "permuted",
-        "accuracy": "0.3",
-        "chance": "0.25",
-    }
-    wanted |= {"questions": "240", "standard_error": "0.0296", "permute_seed": "11"}
-    assert wanted in rows
+    assert len(rows) == 2 * 3 * 3
+    wanted = {"experiment": "vanilla", "task": "shapes", "stratum": "where", "condition": "permuted"}
+    wanted |= {"accuracy": "0.3", "chance": "0.25", "questions": "240", "psi": "0.5", "psi_low": "0.4"}
+    wanted |= {"metric": "exact_match", "harness": "own 1"}
+    assert [row for row in rows if wanted.items() <= row.items()]
     table = report.write_report(everything, tmp_path / "report" / "index.html").splitlines()
     assert table[2].split() == ["vanilla", "98", "30", "25", "|", "90", "88", "20"]
+    for name in ("accuracy", "differences"):
+        csv_rows = len(pandas.read_csv(tmp_path / f"report/{name}.csv"))
+        assert csv_rows == len(pandas.read_parquet(tmp_path / f"report/{name}.parquet")) > 0
+
+
+def test_tasks_and_experiments_have_intervals_differences_and_floors(everything, tmp_path):
+    text = rendered(everything, tmp_path)
+    page = Page(text).text
+    assert (
+        "vanilla 95.6 [93.5 to 97.8] PSI 50.0 [40.0 to 60.0] permuted 47.1, blank 23.5, chance 25.0" in page
+    )
+    assert "54.7 [49.4 to 60.0] -40.0 * PSI" in page
+    significant, other = (
+        re.search(rf'<span class="(\w+)" [^>]*>{words}', text) for words in (r"-58.0 \*", r"\+1.0 \(n")
+    )
+    assert (significant[1], other[1]) == ("bad", "soft")
+    assert "differences from 3.0 on" in text
+    assert "blank: 7 empty" in page
+    differences = list(csv.DictReader((tmp_path / "report/differences.csv").open()))
+    assert [row["stratum"] for row in differences if row["significant"] == "True"] == ["all", "where"]
+
+
+def test_a_task_that_an_experiment_is_not_asked_is_an_empty_place(everything, tmp_path):
+    path = tmp_path / "experiments/vanilla/evaluation/pope.json"
+    write_json(path, evaluation("vanilla", 0.9, 0.9, "pope"))
+    page = Page(rendered([*everything, path], tmp_path))
+    assert "not asked" in page.text
+    assert {"task-1", "task-2"} <= {value for _, key, value in page.attributes if key == "id"}
+
+
+def test_examples_show_the_pictures_that_are_still_there(everything, tmp_path):
+    assert rendered(everything, tmp_path).count('alt="example picture') == 0, (
+        "one of the two is not in the source"
+    )
+    for path in everything:
+        content = json.loads(path.read_text())
+        if "examples" in content and "accuracy" in content:
+            write_json(path, {**content, "examples": content["examples"][1:]})
+    assert rendered(everything, tmp_path).count('alt="example picture a.jpg') == 1
 
 
 def test_numbers_near_chance_are_marked(everything, tmp_path):
@@ -342,10 +415,10 @@ def test_a_training_says_which_records_it_left_out(tmp_path):
 
 
 def test_only_the_parts_that_exist_are_there(everything, data, tmp_path):
-    without_evaluation = [path for path in everything if "evaluate" not in str(path)]
+    without_evaluation = [path for path in everything if path.parent.name not in ("evaluation", "odd")]
     page = Page(rendered(without_evaluation, tmp_path))
     ids = {value for _, key, value in page.attributes if key == "id"}
-    assert "accuracy" not in ids
+    assert "evaluation" not in ids
     assert {"training", "data", "experiments"} <= ids
     assert not (tmp_path / "report/accuracy.csv").exists()
     for path in everything:
@@ -391,5 +464,12 @@ def test_the_help_documents_the_inputs(capsys):
     with pytest.raises(SystemExit, match="0"):
         report.main(["--help"])
     words = capsys.readouterr().out
-    for kind in ("checkpoint.json", "runs/evaluate", "data/mixtures", "data/scans", "data/sources"):
+    for kind in (
+        "checkpoint.json",
+        "comparison.json",
+        "evaluation/<task>.json",
+        "data/mixtures",
+        "data/scans",
+        "data/sources",
+    ):
         assert kind in words

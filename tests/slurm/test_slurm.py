@@ -58,11 +58,11 @@ def test_the_whole_path_goes_through_the_profile(finished_on_slurm, slurm):
         "pretrain": 2,
         "finetune": 3,
         "export": 3,
-        "evaluate": 3,
+        "predict": 3,
     }.items():
         assert len(submitted(workspace.output, rule)) == jobs, rule
         assert len(list(workspace.folder.glob(f"logs/slurm/rule_{rule}/**/*.log"))) == jobs, rule
-    for rule in ("acquire", "prepare_model", "checkpoint", "report"):
+    for rule in ("acquire", "prepare_model", "checkpoint", "score", "evaluation", "compare", "report"):
         assert not submitted(workspace.output, rule)
     for noise in ("sacct", "SLURM account", "never awaited"):
         assert noise not in workspace.output

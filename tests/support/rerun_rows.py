@@ -12,7 +12,8 @@ from tests.support.workspace import copy_code
 from workflow_scripts import code_version
 
 # What follows from a new stage 2 of one experiment, and from new data or models for all.
-AFTER_FINETUNE = {"finetune", "export", "evaluate", "checkpoint", "report"}
+SCORED = {"score", "evaluation", "compare", "report"}
+AFTER_FINETUNE = {"finetune", "export", "predict", "checkpoint", *SCORED}
 
 
 def lines(rule, experiments, workspace):
@@ -22,6 +23,14 @@ def lines(rule, experiments, workspace):
         return {f"checkpoint: experiments/{name}/checkpoint.json" for name in experiments}
     if rule == "report":
         return {"report: report/index.html"}
+    if rule == "compare":
+        chosen = set(plan.comparisons() if plan.baseline in experiments else experiments)
+        return {f"compare: experiments/{name}/comparison.json" for name in chosen & set(plan.comparisons())}
+    evaluations = [item for name in experiments for item in plan.evaluations_of(name)]
+    if rule == "evaluation":
+        return {f"evaluation: {item.named}" for item in evaluations}
+    if rule in ("predict", "score"):
+        return {f"{rule}: {getattr(item, rule).manifest}" for item in evaluations}
     return {f"{rule}: {plan.run(rule, name).manifest}" for name in experiments}
 
 
@@ -84,6 +93,21 @@ def survey_bounds(workspace):
     """What may be found decides nothing about a result: no training is looked at again."""
     workspace.config["stages"]["finetune"]["survey"] = {"max_cut_share": 0.5}
     return surveys(workspace, "finetune") | lines("report", [], workspace)
+
+
+def prompt(workspace):
+    workspace.config["evaluation"]["tasks"]["shapes"]["prompt_suffix"] = " Answer shortly."
+    return expected(workspace, {"predict", *SCORED}, ["vanilla", "gentle", "compress_4"])
+
+
+def metric(workspace):
+    workspace.config["evaluation"]["tasks"]["shapes"].update(metric="choice_letter", max_unparsed_share=1)
+    return expected(workspace, SCORED, ["vanilla", "gentle", "compress_4"])
+
+
+def batch_and_shards(workspace):
+    workspace.config["evaluation"]["tasks"]["shapes"].update(batch_size=3, shards=4, runtime_min=5)
+    return set()
 
 
 def new_experiment(workspace):
@@ -167,6 +191,9 @@ ROWS = {
     "length of one experiment's samples": longer_samples,
     "bounds of a survey": survey_bounds,
     "a new experiment": new_experiment,
+    "prompt of a task": prompt,
+    "metric of a task": metric,
+    "batch size and shards of a task": batch_and_shards,
     "caption policy": caption_policy,
     "mixture weight": mixture_weight,
     "a data file": replaced_data,
@@ -197,8 +224,9 @@ def check_raised_version(finished, folder, options=()):
     code_version_raised(workspace)
     rules = [line.split(":")[0] for line in workspace.planned(*options)]
     counts = {rule: rules.count(rule) for rule in set(rules)}
-    trained = {"pretrain": 2, "finetune": 3, "export": 3, "evaluate": 3, "checkpoint": 3, "report": 1}
-    assert counts == {"survey": 2} | trained
+    trained = {"pretrain": 2, "finetune": 3, "export": 3, "checkpoint": 3, "report": 1}
+    asked = {"predict": 3, "score": 3, "evaluation": 3, "compare": 2}
+    assert counts == {"survey": 2} | trained | asked
 
 
 rows = pytest.mark.parametrize("row", ROWS)

@@ -87,7 +87,9 @@ SMALL = {
         "gentle": {"finetune": {"learning_rate": 1e-3}},
         "compress_4": {"interventions": {"compression_after_projection": True, "final_spatial_size": 4}},
     },
-    "evaluation": {"source": "test", "pictures": 6, "examples": 2},
+    "evaluation": {
+        "tasks": {"shapes": {"source": "test", "pictures": 6, "examples": 2, "max_empty_share": 1}}
+    },
 }
 
 

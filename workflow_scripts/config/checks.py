@@ -34,8 +34,20 @@ def check_mixtures(config: Config, experiments: list[Experiment]) -> Iterator[Pr
                 yield from _reference(
                     f"{where}.images[{place}].source", mapping.source, "sources", config.sources
                 )
-    if config.evaluation:
-        yield from _reference("evaluation.source", config.evaluation.source, "sources", config.sources)
+
+
+def check_evaluation(config: Config, experiments: list[Experiment]) -> Iterator[Problem]:
+    """Tasks name sources that exist, experiments tasks, and the baseline is an experiment."""
+    spec = config.evaluation
+    tasks = spec.tasks if spec else {}
+    for name, task in tasks.items():
+        yield from _reference(f"evaluation.tasks.{name}.source", task.source, "sources", config.sources)
+    if spec and spec.baseline is not None:
+        yield from _reference("evaluation.baseline", spec.baseline, "experiments", config.experiments)
+    for experiment in experiments:
+        for place, chosen in enumerate(experiment.tasks or ()):
+            key = f"experiments.{experiment.name}.tasks[{place}]"
+            yield from _reference(key, chosen, "evaluation.tasks", tasks)
 
 
 def check_files(config: Config, experiments: list[Experiment]) -> Iterator[Problem]:
@@ -243,6 +255,7 @@ def _least_tokens(config: Config, experiment: Experiment) -> int | None:
 
 CHECKS: tuple[Callable[[Config, list[Experiment]], Iterator[Problem]], ...] = (
     check_mixtures,
+    check_evaluation,
     check_files,
     check_models,
     check_stages,

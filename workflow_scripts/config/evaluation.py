@@ -1,44 +1,139 @@
-"""What is measured on the finished checkpoints."""
+"""What is measured on the finished checkpoints: named tasks."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeAlias
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from workflow_scripts.config.base import StrictModel
+from workflow_scripts.config.question_fields import FieldsSpec
+from workflow_scripts.config.types import Count, Name, Positive, Seed, Share
+from workflow_scripts.evaluate.metrics import METRICS
 from workflow_scripts.evaluate.tasks import TASKS
 
 if TYPE_CHECKING:
-    TaskName: TypeAlias = str
+    KindName: TypeAlias = str
+    MetricName: TypeAlias = str
 else:
-    TaskName = Literal[tuple(TASKS)]
+    KindName = Literal[tuple(TASKS)]
+    MetricName = Literal[tuple(METRICS)]
 Level = Annotated[int, Field(ge=0, le=255)]
 
 
-class EvaluationSpec(StrictModel):
-    """Accuracy by question type, by greedy generation on held-out questions.
+class ConditionsSpec(StrictModel):
+    """How each question is asked besides as it is."""
 
-    Each question is asked three times: as it is, with the vision tokens permuted, and about a blank picture
-    (what can be guessed without seeing anything).
+    permuted: Annotated[Count, Field(le=100)] = 1
+    """In so many random orders of the picture's vision tokens, each with a seed of its own; the permutation
+    index PSI needs one."""
+    blank: bool = True
+    """About a picture of one colour and the same size: what can be guessed without seeing."""
+    text_only: bool = False
+    """Without any picture."""
+
+
+class TaskSpec(StrictModel):
+    """One task: where its questions come from, how they are asked, and what counts as right.
+
+    Metric, bounds and examples are about scores: a change of them counts the same answers again. The size of
+    batches, the shards and the time limit are about jobs: a change of them changes nothing.
     """
 
+    ABOUT_SCORES: ClassVar = frozenset(
+        {"metric", "examples", "max_empty_share", "max_unparsed_share", "expected_questions"}
+    )
+    ABOUT_JOBS: ClassVar = frozenset({"batch_size", "shards", "runtime_min"})
+
     source: str
-    """Name of the source with the questions: one question a record, with `question_type` (a `shapes` source
-    with `split: test`)."""
-    task: TaskName = "shapes"
-    """What kind of questions they are, and what counts as right (`workflow_scripts/evaluate/tasks/`)."""
-    pictures: int | None = Field(default=None, ge=1)
-    """Use the first so many pictures of the source; null means all."""
-    permute_seed: int = 0
-    """Seed of the permutation of the vision tokens; each question gets its own permutation."""
+    """Name of the source with the questions and their pictures."""
+    kind: KindName = "shapes"
+    """The form of the questions: `shapes` (one LLaVA record a question, with `question_type`: drawn sources
+    with `split: test` and `two_d_shapes`), `two_d_shapes` (parquet in the published form of 2DS), or `table`
+    (your own JSON, JSON lines, CSV or parquet, see `fields`)."""
+    fields: FieldsSpec | None = None
+    """The columns of a `table`."""
+    prompt_prefix: str = ""
+    """Put before each question."""
+    prompt_suffix: str = ""
+    """Put behind each question and its choices: "\\nAnswer the question using a single word or phrase."."""
+    metric: MetricName = "exact_match"
+    """What counts as right: `exact_match` (without case, blanks and a final full stop), `yes_no` (the
+    answer's first word), `choice_letter`, `vqa_accuracy` (a share, by ten people's answers)."""
+    conditions: ConditionsSpec = ConditionsSpec()
+    """Under which conditions each question is asked besides as it is."""
+    pictures: Positive | None = None
+    """Use the questions about the first so many pictures; null means all."""
+    permute_seed: Seed = 0
+    """Seed of the permutations; each question has its own, the same for every checkpoint."""
     blank_colour: tuple[Level, Level, Level] = (122, 116, 104)
     """Red, green and blue (0 to 255) of the blank picture; the default is the mean of CLIP's training
     pictures.
     """
-    batch_size: int = Field(default=128, ge=1)
-    """Questions answered at once."""
-    max_new_tokens: int = Field(default=8, ge=1, le=256)
+    max_new_tokens: Annotated[Positive, Field(le=1024)] = 8
     """Longest answer, in tokens."""
-    examples: int = Field(default=6, ge=0, le=50)
+    batch_size: Positive = 32
+    """Questions answered at once."""
+    shards: Annotated[Positive, Field(le=1000)] = 1
+    """Jobs that share the questions."""
+    runtime_min: Positive = 120
+    """Time limit of one job in minutes; what it has answered by then is kept, and the next continues."""
+    expected_questions: Positive | None = None
+    """Number of questions; another number is an error."""
+    max_empty_share: Share = 0.02
+    """More empty answers (as the questions are, without a condition) are an error, with examples."""
+    max_unparsed_share: Share = 0.1
+    """More answers that the metric can't read are an error, with examples."""
+    examples: Annotated[Count, Field(le=50)] = 6
     """Pictures shown in the report with each checkpoint's answers."""
+
+    def asked(self) -> dict[str, Any]:
+        """What decides the answers, the questions' content aside: JSON values, without defaults."""
+        other = self.ABOUT_SCORES | self.ABOUT_JOBS | {"source", "kind"}
+        return {"kind": self.kind, **self.model_dump(mode="json", exclude_defaults=True, exclude=set(other))}
+
+    def scored(self) -> dict[str, Any]:
+        """What decides the scores of given answers: JSON values, without defaults."""
+        return self.model_dump(mode="json", exclude_defaults=True, include=set(self.ABOUT_SCORES))
+
+    @model_validator(mode="after")
+    def _fields_of_a_table(self) -> Self:
+        if (self.fields is not None) != TASKS[self.kind].takes_fields:
+            takers = [name for name, kind in TASKS.items() if kind.takes_fields]
+            raise ValueError(
+                f"kind: {self.kind} {'needs' if self.fields is None else 'takes no'} fields; "
+                + (
+                    "add fields: {}"
+                    if self.fields is None
+                    else f"remove them or set kind: {' or '.join(takers)}"
+                )
+            )
+        return self
+
+
+class EvaluationSpec(StrictModel):
+    """Tasks that every finished checkpoint is asked, and how the checkpoints are compared.
+
+    A section without `tasks` is one task, as it was when there was one: its keys are the task's, and its
+    `task` (`shapes`) is both name and kind.
+    """
+
+    tasks: Annotated[dict[Name, TaskSpec], Field(min_length=1)]
+    """The tasks, by name: each becomes `experiments/<experiment>/evaluation/<task>.json`."""
+    baseline: str | None = None
+    """The experiment that all others are compared with, question by question; left out, the first."""
+    confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.95
+    """Share of the intervals that hold the true value; 1 minus it is the level of the tests."""
+    resamples: Annotated[Positive, Field(ge=100, le=100_000)] = 2000
+    """Bootstrap samples of an interval."""
+    seed: Seed = 0
+    """Seed of the bootstrap."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_task(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping) or "tasks" in data or "source" not in data:
+            return data
+        kind = str(data.get("task", "shapes"))
+        return {"tasks": {kind: {"kind": kind, **{key: data[key] for key in data if key != "task"}}}}

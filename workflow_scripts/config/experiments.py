@@ -13,6 +13,7 @@ from llava_ext.model.interventions import DEFAULTS, ROLES, Interventions, descri
 from workflow_scripts.config.base import StrictModel
 from workflow_scripts.config.models import ModelSection
 from workflow_scripts.config.stages import StageOverrides, StageSpec, partial_model
+from workflow_scripts.config.types import Name
 from workflow_scripts.stages import STAGES
 
 
@@ -47,6 +48,8 @@ class _Experiment(StrictModel):
     """The flags, in both stages."""
     model: ModelOverrides = Field(default_factory=ModelOverrides)  # type: ignore[valid-type]
     """Other models or another projector."""
+    tasks: tuple[Name, ...] | None = None
+    """Which of the evaluation's tasks it is asked; left out, all."""
 
 
 ExperimentSpec = create_model(
@@ -72,6 +75,7 @@ class Experiment:
     interventions: Interventions
     model: ModelSection
     stages: Mapping[str, StageSpec]
+    tasks: tuple[str, ...] | None = None
 
     def stage(self, name: str) -> StageSpec:
         """The stage called ``name``."""

@@ -106,7 +106,8 @@ def resolve(config: Config, name: str) -> Experiment:
     if problems:
         raise _OverrideError(problems)
     flags = {key: getattr(spec.interventions, key) for key in spec.interventions.model_fields_set}
-    return Experiment(name, spec.description or "", Interventions(**flags), parts.pop("model"), parts)
+    model = parts.pop("model")
+    return Experiment(name, spec.description or "", Interventions(**flags), model, parts, spec.tasks)
 
 
 def _warnings(experiments: dict[str, Experiment]) -> list[str]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from workflow_scripts.io import read_json
 from workflow_scripts.plan.plan import Plan
@@ -23,24 +23,19 @@ def announce(plan: Plan) -> None:
         print(
             "\ncheckpoints (checkpoint.json beside each says what it is):", *lines, sep="\n", file=sys.stderr
         )
-    table = accuracy_table(
-        {name: run.manifest for (stage, name), run in plan.runs.items() if stage == "evaluate"}
-    )
+    table = accuracy_table(plan)
     if table:
-        print(
-            "\naccuracy in % (as is, vision tokens permuted, blank picture):",
-            table,
-            sep="\n",
-            file=sys.stderr,
-        )
+        print("\naccuracy in %:", table, sep="\n", file=sys.stderr)
     for line in lines_of_others(plan):
         print(f"\n{line}", file=sys.stderr)
     if Path("report/index.html").is_file():
         print(f"\nreport: {Path('report/index.html').absolute()}\n", file=sys.stderr)
 
 
-def accuracy_table(manifests: Mapping[str, str]) -> str:
-    """The evaluations' accuracies as a text table, one line an experiment; empty when there are none."""
-    return text_table(
-        {name: read_json(Path(path)) for name, path in manifests.items() if Path(path).is_file()}
-    )
+def accuracy_table(plan: Plan) -> str:
+    """The accuracies as text, a table a task; empty when there are none."""
+    tasks: dict[str, dict[str, Any]] = {}
+    for item in plan.evaluations.values():
+        if Path(item.named).is_file():
+            tasks.setdefault(item.task, {})[item.experiment] = read_json(Path(item.named))
+    return text_table(tasks)

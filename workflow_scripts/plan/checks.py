@@ -16,19 +16,39 @@ from workflow_scripts.plan.plan import Plan
 
 
 def check_targets(plan: Plan, targets: Iterable[str]) -> None:
-    """Raises UserError for a checkpoint of an experiment that does not exist, before Snakemake only says
-    "no rule".
+    """Raises UserError for a result of an experiment, or of a task, that does not exist, before Snakemake
+    only says "no rule".
     """
     for target in targets:
-        parts = Path(target).parts[-3:]
-        if len(parts) == 3 and parts[0] == "experiments" and parts[2] == "checkpoint.json":
-            name = parts[1]
-            if name not in plan.experiments:
-                advice = suggestion(name, plan.experiments, "add it to the section experiments")
-                raise UserError(
-                    f"{target}: no experiment is called {name!r}; experiments: {known(plan.experiments)};"
-                    f" {advice}"
-                )
+        match Path(target).parts[-4:]:
+            case (*_, "experiments", name, "checkpoint.json" | "comparison.json" as file):
+                _check_experiment(plan, target, name)
+                if file == "comparison.json" and name not in plan.comparisons():
+                    raise UserError(_not_compared(plan, target, name))
+            case ("experiments", name, "evaluation", file) if file.endswith(".json"):
+                _check_experiment(plan, target, name)
+                _check_task(plan, target, name, file.removesuffix(".json"))
+
+
+def _check_experiment(plan: Plan, target: str, name: str) -> None:
+    if name not in plan.experiments:
+        advice = suggestion(name, plan.experiments, "add it to the section experiments")
+        raise UserError(
+            f"{target}: no experiment is called {name!r}; experiments: {known(plan.experiments)}; {advice}"
+        )
+
+
+def _check_task(plan: Plan, target: str, name: str, task: str) -> None:
+    tasks = [item.task for item in plan.evaluations_of(name)]
+    if task not in tasks:
+        advice = suggestion(task, tasks, f"add it to evaluation.tasks (and to experiments.{name}.tasks)")
+        raise UserError(f"{target}: {name} is not asked {task!r}; tasks: {known(tasks)}; {advice}")
+
+
+def _not_compared(plan: Plan, target: str, name: str) -> str:
+    if name == plan.baseline:
+        return f"{target}: {name} is the baseline, and is not compared; set evaluation.baseline to another"
+    return f"{target}: {name} and the baseline {plan.baseline} share no task; see experiments.{name}.tasks"
 
 
 NEEDED = ("input-output", "sources")

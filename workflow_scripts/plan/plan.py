@@ -11,9 +11,11 @@ from typing import Any
 
 from workflow_scripts.code_version import CODE_VERSION
 from workflow_scripts.config.compute import ComputeSpec, split_gres
+from workflow_scripts.config.evaluation import TaskSpec
 from workflow_scripts.config.experiments import Experiment
 from workflow_scripts.config.load import Loaded, load_files
 from workflow_scripts.config.stages import StageSpec
+from workflow_scripts.plan.evaluations import Evaluation, find_evaluations, shard_files, statistics_of
 from workflow_scripts.plan.runs import Run, find_runs
 from workflow_scripts.plan.specs import plain
 from workflow_scripts.plan.surveys import Survey, find_surveys, survey_name
@@ -27,13 +29,15 @@ class Plan:
         self.config = loaded.config
         self.experiments = loaded.experiments
         self.runs = find_runs(self.config, self.experiments)
-        self.by_name = {(run.stage, run.name): run for run in self.runs.values()}
+        self.evaluations = find_evaluations(self.config, self.experiments, self.runs)
+        answered = [run for item in self.evaluations.values() for run in (item.predict, item.score)]
+        self.by_name = {(run.stage, run.name): run for run in [*self.runs.values(), *answered]}
         self.surveys = find_surveys(self.experiments)
 
     # -- runs ----------------------------------------------------------------------------------------------
 
     def run(self, stage: str, experiment: str) -> Run:
-        """The run of ``experiment`` in ``stage`` (one of the register's, `export`, `evaluate`)."""
+        """The run of ``experiment`` in ``stage`` (one of the register's, or `export`)."""
         return self.runs[stage, experiment]
 
     def experiment_of(self, stage: str, name: str) -> Experiment:
@@ -67,9 +71,9 @@ class Plan:
         return self.config.compute[self.experiment_of(stage, name).stage(stage).compute]
 
     def single_job(self, stage: str, name: str) -> dict[str, Any]:
-        """Resources of an export (CPU) or an evaluation (one GPU where the training has some)."""
+        """Resources of an export (CPU) or of predictions (one GPU where the training has some)."""
         compute = self.config.compute[self.experiment_of(stage, name).stage(last_stage()).compute]
-        on_gpu = stage == "evaluate" and compute.gpus_per_node > 0
+        on_gpu = stage == "predict" and compute.gpus_per_node > 0
         return {
             "mem_mb": min(compute.mem_mb, 64000),
             "gres": f"{split_gres(compute.gres or 'gpu')[0]}:1" if on_gpu else None,
@@ -104,7 +108,7 @@ class Plan:
             for mixture in self.used_mixtures()
             for part in self.config.mixtures[mixture].source_names()
             for name in part
-        } | ({self.config.evaluation.source} if self.config.evaluation else set())
+        } | {self.task_spec(item.task).source for item in self.evaluations.values()}
         return [name for name in self.config.sources if name in used]
 
     def scanned(self) -> list[str]:
@@ -161,11 +165,49 @@ class Plan:
             "runs": {stage: self.runs[stage, name].name for stage in (*STAGES, "export")},
         }
 
-    def evaluation_spec(self, name: str) -> dict[str, Any]:
-        """The evaluation's section, in full."""
+    # -- evaluations ---------------------------------------------------------------------------------------
+
+    def task_spec(self, task: str) -> TaskSpec:
+        """The section of an evaluation's task."""
         if self.config.evaluation is None:
-            raise KeyError(name)
-        return self.config.evaluation.model_dump(mode="json")
+            raise KeyError(task)
+        return self.config.evaluation.tasks[task]
+
+    def task_of(self, stage: str, name: str) -> tuple[str, TaskSpec]:
+        """The task of a run of predictions or scores. Raises KeyError for a folder of another config."""
+        task = self.by_name[stage, name].task
+        return task, self.task_spec(task)
+
+    def shard_files(self, name: str) -> list[str]:
+        """What says that the shards of predictions are done."""
+        return shard_files(self.by_name["predict", name], self.task_of("predict", name)[1])
+
+    def evaluations_of(self, experiment: str) -> list[Evaluation]:
+        """An experiment's evaluations."""
+        return [item for (name, _), item in self.evaluations.items() if name == experiment]
+
+    @property
+    def baseline(self) -> str | None:
+        """The experiment that all others are compared with; None without an evaluation."""
+        spec = self.config.evaluation
+        return (spec.baseline or next(iter(self.experiments))) if spec else None
+
+    def comparisons(self) -> list[str]:
+        """The experiments that share a task with the baseline."""
+        asked = {item.task for item in self.evaluations_of(self.baseline or "")}
+        others = [name for name in self.experiments if name != self.baseline]
+        return [name for name in others if asked & {item.task for item in self.evaluations_of(name)}]
+
+    def score_spec(self, name: str) -> dict[str, Any]:
+        """What has to be known to score predictions."""
+        return {"task": plain(self.task_of("score", name)[1]), **self._statistics()}
+
+    def comparison_spec(self, experiment: str) -> dict[str, Any]:
+        """What has to be known to compare an experiment with the baseline."""
+        return {"experiment": experiment, "baseline": self.baseline, **self._statistics()}
+
+    def _statistics(self) -> dict[str, Any]:
+        return statistics_of(self.config.evaluation) if self.config.evaluation else {}
 
 
 def read_plan(files: Sequence[Path]) -> Plan:

@@ -22,7 +22,7 @@ STEP_JOBS = {
     "mixture": StepJob(threads=1, runtime=120, mem_mb=8000),
     "survey": StepJob(threads=8, runtime=120, mem_mb=8000),
     "export": StepJob(threads=1, runtime=120),
-    "evaluate": StepJob(threads=1, runtime=120),
+    "predict": StepJob(threads=1, runtime=120),
 }
 
 

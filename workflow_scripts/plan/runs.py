@@ -22,11 +22,14 @@ from workflow_scripts.stages import STAGES, last_stage
 
 @dataclass(frozen=True)
 class Run:
-    """One piece of work under ``runs/``, with the experiment that stands for all that share it."""
+    """One piece of work under ``runs/``, with the experiment (and the evaluation's task) that stands for all
+    that share it.
+    """
 
     stage: str
     name: str
     experiment: str
+    task: str = ""
 
     @property
     def folder(self) -> str:
@@ -40,7 +43,7 @@ class Run:
 
 
 def find_runs(config: Config, experiments: Mapping[str, Experiment]) -> dict[tuple[str, str], Run]:
-    """The run of each (stage, experiment); stages are those of the register, then `export` and `evaluate`."""
+    """The run of each (stage, experiment); stages are those of the register, then `export`."""
     shared: dict[tuple[str, str], Run] = {}
     found: dict[tuple[str, str], Run] = {}
     for experiment in experiments.values():
@@ -72,12 +75,7 @@ def run_keys(config: Config, experiment: Experiment) -> Iterator[tuple[str, str]
             stage.name, content | ({"parent": keys[stage.parent]} if stage.parent else {})
         )
         yield stage.name, keys[stage.name]
-    exported = _key("export", {last_stage(): keys[last_stage()]})
-    yield "export", exported
-    if spec := config.evaluation:
-        source = known_recipe(spec.source, config.sources[spec.source])
-        content = {"export": exported, "evaluation": recipe(spec), "source": source}
-        yield "evaluate", _key("evaluate", content)
+    yield "export", _key("export", {last_stage(): keys[last_stage()]})
 
 
 def _key(stage: str, content: Mapping[str, Any]) -> str:

@@ -21,7 +21,8 @@ class Collected:
     """The manifests by kind, each under its own name."""
 
     checkpoints: dict[str, Manifest] = field(default_factory=dict)
-    evaluations: dict[str, Manifest] = field(default_factory=dict)
+    evaluations: dict[tuple[str, str], Manifest] = field(default_factory=dict)
+    comparisons: dict[str, Manifest] = field(default_factory=dict)
     trainings: dict[tuple[str, str], Manifest] = field(default_factory=dict)
     mixtures: dict[str, Manifest] = field(default_factory=dict)
     surveys: dict[str, Manifest] = field(default_factory=dict)
@@ -37,8 +38,10 @@ def collect(paths: Iterable[Path]) -> Collected:
         keys = content.keys() if isinstance(content, dict) else set()
         if {"experiment", "paths", "runs"} <= keys:
             found.checkpoints[content["experiment"]] = path, content
-        elif {"accuracy", "checkpoint"} <= keys:
-            found.evaluations[content["checkpoint"]["run"]] = path, content
+        elif {"experiment", "accuracy", "task"} <= keys:
+            found.evaluations[content["experiment"], content["task"]] = path, content
+        elif {"experiment", "baseline", "tasks"} <= keys:
+            found.comparisons[content["experiment"]] = path, content
         elif {"stage", "run", "folder"} <= keys:
             found.trainings[content["stage"], content["run"]] = path, content
         elif {"survey", "layouts"} <= keys:
@@ -51,20 +54,21 @@ def collect(paths: Iterable[Path]) -> Collected:
             found.sources[content["name"]] = path, content
         else:
             raise UserError(
-                f"{path}: no manifest that a report is made from; allowed: experiments/*/checkpoint.json and"
-                " the manifest.json files of sources, scans, mixtures, surveys, trainings and evaluations"
+                f"{path}: no manifest that a report is made from; allowed: experiments/*/checkpoint.json,"
+                " experiments/*/comparison.json, experiments/*/evaluation/*.json and the manifest.json"
+                " files of sources, scans, mixtures, surveys and trainings"
             )
     return found
 
 
-def experiment_evaluations(found: Collected) -> dict[str, dict[str, Any]]:
-    """The evaluations by experiment; by the exported run's name where no checkpoint.json says which
-    experiment it is.
-    """
-    names = {content["runs"]["export"]: name for name, (_, content) in found.checkpoints.items()}
-    results = {names.get(run, run): content for run, (_, content) in found.evaluations.items()}
-    order = [name for name in found.checkpoints if name in results]
-    return {name: results[name] for name in [*order, *(name for name in results if name not in order)]}
+def evaluations_by_task(found: Collected) -> dict[str, dict[str, dict[str, Any]]]:
+    """The scores by task and experiment, the experiments in the order of their checkpoints."""
+    order = {name: place for place, name in enumerate(found.checkpoints)}
+    keys = sorted(found.evaluations, key=lambda key: order.get(key[0], len(order)))
+    tasks: dict[str, dict[str, dict[str, Any]]] = {}
+    for name, task in keys:
+        tasks.setdefault(task, {})[name] = found.evaluations[name, task][1]
+    return tasks
 
 
 def training_users(found: Collected) -> dict[tuple[str, str], list[str]]:

@@ -1,4 +1,4 @@
-"""Writes the report: one HTML page without any other file, and the accuracies as CSV beside it.
+"""Writes the report: one HTML page without any other file, and its numbers as CSV and parquet beside it.
 
     python -m workflow_scripts.report --inputs MANIFEST... --output report/index.html
 
@@ -6,7 +6,8 @@ The inputs are manifests in any order; each kind is recognised by its content an
 configuration without an evaluation gets a page without accuracies:
 
   experiments/<experiment>/checkpoint.json   names of the experiments, their runs, links to the checkpoints
-  runs/evaluate/<run>/manifest.json          accuracies and example answers
+  experiments/<experiment>/evaluation/<task>.json   accuracies and example answers
+  experiments/<experiment>/comparison.json   differences to the baseline
   runs/<stage>/<run>/manifest.json   losses and provenance, from the files beside it
   data/mixtures/<mixture>/manifest.json      what was dropped and kept, a contact sheet of samples
   data/surveys/<survey>/manifest.json        lengths in tokens, what is cut, what has no label
@@ -22,84 +23,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_ext.files import atomic_path, write_text
+from llava_ext.files import write_text
 from workflow_scripts.command_line import command_line
-from workflow_scripts.evaluate.tasks import TASKS
 from workflow_scripts.io import user_errors
-from workflow_scripts.report import collect
+from workflow_scripts.report import collect, evaluations
 from workflow_scripts.report.collect import Collected
-from workflow_scripts.report.table import (
-    CONDITIONS,
-    accuracy_rows,
-    is_near_chance,
-    question_types,
-    standard_error,
-    text_table,
-)
+from workflow_scripts.report.table import text_table
 from workflow_scripts.stages import STAGES
-
-
-def accuracy_section(
-    evaluations: Mapping[str, Mapping[str, Any]], colours: Mapping[str, int]
-) -> dict[str, Any] | None:
-    """Table, figure and footnotes of the accuracies; None without evaluations."""
-    from workflow_scripts.report import plots
-
-    if not evaluations:
-        return None
-    kinds = question_types(evaluations)
-    first = next(iter(evaluations.values()))
-    rows = [
-        {
-            "name": name,
-            "index": colours[name],
-            "accuracy": found["accuracy"],
-            "cells": accuracy_cells(found, kinds),
-        }
-        for name, found in evaluations.items()
-    ]
-    label = "Accuracy by question type and experiment; the table below has the same numbers"
-    return {
-        "kinds": kinds,
-        "rows": rows,
-        "chance": first["chance"],
-        "questions": first["questions"],
-        "pictures": first["pictures"],
-        "source": first["source"]["name"],
-        "permute_seed": first["spec"]["permute_seed"],
-        "figure": plots.accuracy_figure(rows, kinds, first["chance"], label),
-    }
-
-
-def accuracy_cells(found: Mapping[str, Any], kinds: Sequence[str]) -> list[dict[str, Any]]:
-    """The table's cells of one experiment: for each question type its three conditions."""
-    cells = []
-    for kind in kinds:
-        for condition in CONDITIONS:
-            share = found["accuracy"].get(condition, {}).get(kind)
-            cell: dict[str, Any] = {"kind": kind, "condition": condition, "share": share}
-            if share is not None:
-                number = found["questions"][kind]
-                cell["error"] = standard_error(share, number)
-                cell["guess"] = is_near_chance(share, found["chance"][kind], number)
-            cells.append(cell)
-    return cells
-
-
-def example_cards(evaluations: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The example pictures, each with every experiment's answers to its questions."""
-    cards: dict[str, dict[str, Any]] = {}
-    for name, found in evaluations.items():
-        task = TASKS[found["spec"].get("task", "shapes")]  # no manifest had it when there was one kind
-        for example in found["examples"]:
-            card = cards.setdefault(example["image"], {**example, "rows": {}})
-            for asked in example["questions"]:
-                row = card["rows"].setdefault(asked["question"], {"asked": asked, "answers": {}})
-                row["answers"][name] = {
-                    condition: {"text": text, "right": task.is_right(text, asked["answer"])}
-                    for condition, text in asked["answers"].items()
-                }
-    return list(cards.values())
 
 
 def loss_sections(found: Collected, colours: Mapping[str, int]) -> list[dict[str, Any]]:
@@ -204,10 +134,10 @@ def render(found: Collected, page: Path) -> str:
 
     from workflow_scripts.report import data
 
-    evaluations = collect.experiment_evaluations(found)
-    colours = {name: i for i, name in enumerate(dict.fromkeys([*found.checkpoints, *evaluations]))}
+    tasks = collect.evaluations_by_task(found)
+    asked = [name for scores in tasks.values() for name in scores]
+    colours = {name: i for i, name in enumerate(dict.fromkeys([*found.checkpoints, *asked]))}
     trainings = loss_sections(found, colours)
-    accuracy = accuracy_section(evaluations, colours)
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -217,10 +147,10 @@ def render(found: Collected, page: Path) -> str:
     environment.filters["duration"] = duration
     return environment.get_template("page.html.j2").render(
         experiments=experiment_rows(found, colours, page),
-        accuracy=accuracy,
-        conditions=CONDITIONS,
-        examples=example_cards(evaluations),
-        names=list(evaluations),
+        evaluation=evaluations.summary(tasks, found, colours),
+        tasks=evaluations.task_sections(tasks, found, colours),
+        examples=evaluations.example_cards(tasks, found),
+        names=list(dict.fromkeys(asked)),
         trainings=trainings,
         sources=data.source_cards(found),
         mixtures=data.mixture_cards(found),
@@ -238,32 +168,14 @@ def duration(seconds: float | None) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def write_csv(evaluations: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    """One line for each experiment, question type and condition."""
-    import pandas
-
-    columns = [
-        "experiment",
-        "question_type",
-        "condition",
-        "accuracy",
-        "chance",
-        "questions",
-        "standard_error",
-        "permute_seed",
-    ]
-    with atomic_path(path) as temporary:
-        pandas.DataFrame(accuracy_rows(evaluations), columns=columns).to_csv(temporary, index=False)
-
-
 def write_report(inputs: Sequence[Path], output: Path) -> str:
-    """Writes the page and, where there are evaluations, accuracy.csv; returns the table as text."""
+    """Writes the page and, where there are evaluations, their tables; returns the accuracies as text."""
     found = collect.collect(inputs)
-    evaluations = collect.experiment_evaluations(found)
-    if evaluations:
-        write_csv(evaluations, output.with_name("accuracy.csv"))
+    tasks = collect.evaluations_by_task(found)
+    if tasks:
+        evaluations.write_tables(tasks, found, output.parent)
     write_text(output, render(found, output))
-    return text_table(evaluations)
+    return text_table(tasks)
 
 
 @user_errors()
@@ -274,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     table = write_report(options.inputs, options.output)
     if table:
-        print(f"accuracy in % (as is, vision tokens permuted, blank picture):\n{table}", flush=True)
+        print(f"accuracy in %:\n{table}", flush=True)
     print(f"report: {options.output.absolute()}", flush=True)
 
 

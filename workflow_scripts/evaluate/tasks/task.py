@@ -1,34 +1,56 @@
-"""What a kind of evaluation task is."""
+"""What a kind of question is."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+
+from workflow_scripts.config.question_fields import FieldsSpec
+from workflow_scripts.io import digest
 
 
 @dataclass(frozen=True)
 class Question:
-    """One held-out question with its right answer."""
+    """One question with its right answers.
+
+    Attributes:
+        name: names it, within its task, for every checkpoint.
+        image: the picture that it asks about; questions about one picture are not independent.
+        type: its stratum.
+        answers: the right one, or those that people gave.
+        choices: the texts of the options, in order.
+    """
 
     name: str
     image: str
     type: str
     text: str
-    answer: str
+    answers: tuple[str, ...]
+    choices: tuple[str, ...] = ()
+
+    @property
+    def digest(self) -> str:
+        """Of all that is asked and expected."""
+        return digest([self.name, self.image, self.type, self.text, self.answers, self.choices], 16)
+
+
+Pictures = Callable[[str], bytes]
+"""From a question's `image` to the bytes of the picture's file. Raises UserError where there is none."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """One kind of task: where its questions come from and what counts as right."""
+    """One form of questions."""
 
     name: str
-    """The value of `evaluation.task`."""
-    read: Callable[[Path], list[Question]]
+    """The value of `kind` in `evaluation.tasks.<name>`."""
+    read: Callable[[Path, FieldsSpec | None], list[Question]]
     """The questions of a source, given its manifest, in a fixed order. Raises UserError for records that
     are none.
     """
-    is_right: Callable[[str, str], bool]
-    """Whether the first, a given answer, is as good as the second, the right one."""
-    chance: Callable[[Sequence[Question]], dict[str, float]]
-    """By question type: the share of right answers of one who guesses."""
+    pictures: Callable[[Path, FieldsSpec | None, Sequence[Question]], AbstractContextManager[Pictures]]
+    """The pictures of these questions, read when they are asked for."""
+    takes_fields: bool = False
+    """Whether `fields` says which columns hold what."""

@@ -1,0 +1,131 @@
+"""Questions of one's own: JSON, JSON lines, CSV and parquet, pictures beside them or inside."""
+
+import csv
+import io
+import json
+
+import pandas as pd
+import pytest
+from PIL import Image
+
+from workflow_scripts.acquire.step import main as acquire
+from workflow_scripts.config.evaluation import TaskSpec
+from workflow_scripts.config.question_fields import FieldsSpec
+from workflow_scripts.evaluate.questions import read_questions
+from workflow_scripts.evaluate.tasks import TASKS
+from workflow_scripts.io import UserError
+
+TABLE = TASKS["table"]
+FIELDS = {"question": "q", "answer": "a", "picture": "file", "stratum": "kind", "choices": "options"}
+RECORDS = [
+    {"q": "What is it?", "a": 1, "file": "1.png", "kind": "what", "options": ["a cat", "a dog"]},
+    {"q": "Where is it?", "a": "B", "file": "2.png", "kind": "where", "options": ["left", "right", "top"]},
+]
+
+
+def picture(shade):
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 8), (shade, 0, 0)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def write(path, records):
+    if path.suffix == ".json":
+        path.write_text(json.dumps(records))
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    elif path.suffix == ".parquet":
+        pd.DataFrame([{**record, "a": str(record["a"])} for record in records]).to_parquet(path)
+    else:
+        with path.open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, list(records[0]))
+            writer.writeheader()
+            writer.writerows({**r, "options": json.dumps(r["options"])} for r in records)
+
+
+def source(folder, path, images=True):
+    """The user's own files as a source, by the acquire step."""
+    (folder / "pictures").mkdir(exist_ok=True)
+    for number in (1, 2):
+        (folder / "pictures" / f"{number}.png").write_bytes(picture(number))
+    spec = {"kind": "path", "annotations": [str(path)]}
+    spec |= {"images": str(folder / "pictures")} if images else {}
+    manifest = folder / "source" / "manifest.json"
+    acquire(["--name", "mine", "--spec", json.dumps(spec), "--manifest", str(manifest)])
+    return manifest
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".parquet"])
+def test_every_form_gives_the_same_questions(tmp_path, suffix):
+    records = RECORDS if suffix in (".json", ".jsonl") else [{**RECORDS[0], "a": "B"}, RECORDS[1]]
+    path = tmp_path / f"questions{suffix}"
+    write(path, records)
+    manifest = source(tmp_path, path)
+    spec = TaskSpec(source="mine", kind="table", fields=FieldsSpec(**FIELDS), prompt_suffix="\nLetter:")
+    first, second = read_questions(spec, manifest)
+    assert first.text == "What is it?\nA. a cat\nB. a dog\nLetter:"
+    assert (first.answers, first.choices, first.type) == (("B",), ("a cat", "a dog"), "what")
+    assert (second.name, second.image, second.choices[2]) == ("2", "2.png", "top")
+    with TABLE.pictures(manifest, spec.fields, [first, second]) as shown:
+        assert shown("2.png") == picture(2)
+
+
+def test_pictures_inside_parquet_are_told_apart_by_their_content(tmp_path):
+    """As the hub's files hold them, each picture once more for each of its questions."""
+    shades = [1, 1, 2]
+    rows = [
+        {"question": f"{i}?", "answer": "yes", "image": {"bytes": picture(shade), "path": None}}
+        for i, shade in enumerate(shades)
+    ]
+    pd.DataFrame(rows).to_parquet(tmp_path / "test.parquet")
+    manifest = source(tmp_path, tmp_path / "test.parquet", images=False)
+    questions = TABLE.read(manifest, FieldsSpec())
+    names = [item.image for item in questions]
+    assert names[0] == names[1] != names[2]
+    with TABLE.pictures(manifest, FieldsSpec(), questions) as shown:
+        assert [shown(name) for name in names] == [picture(shade) for shade in shades]
+
+
+def test_answers_of_ten_people_are_kept(tmp_path):
+    people = [{"answer": "red", "answer_id": i} for i in range(10)]
+    (tmp_path / "v.json").write_text(json.dumps([{"question": "?", "image": "1.png", "answer": people}]))
+    [found] = TABLE.read(source(tmp_path, tmp_path / "v.json"), FieldsSpec())
+    assert found.answers == ("red",) * 10
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", "[]", "no questions of kind: table"),
+        ("a.json", '{"a": 1}', r"a\.json: no list of records"),
+        ("a.jsonl", '{"q": "?", "a": "x", "file": "1.png"}\nx\n', r"a\.jsonl, line 2: no JSON object"),
+        (
+            "a.csv",
+            "q,a,file\n?,yes,\n",
+            r"a\.csv, record 1: no 'file', which fields\.picture names; columns: q, a",
+        ),
+        ("a.csv", "question,a,file\n", "no questions"),
+        ("a.json", '[{"question": "?", "a": "yes", "file": "1.png"}]', "no 'q', which fields.question names"),
+        ("a.json", '[{"q": "?", "a": "yes", "file": 7}]', r"7, which is no picture and no name of one"),
+        ("a.txt", "?", r"a\.txt: kind: table reads \.json, \.jsonl, \.csv, \.parquet"),
+    ],
+)
+def test_what_is_no_table_of_questions_is_named(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    fields = FieldsSpec(question="q", answer="a", picture="file")
+    spec = TaskSpec(source="mine", kind="table", fields=fields)
+    with pytest.raises(UserError, match=message):
+        read_questions(spec, source(tmp_path, tmp_path / name))
+
+
+def test_an_answer_that_is_no_choice_is_named(tmp_path):
+    write(tmp_path / "q.json", [{**RECORDS[0], "a": 2}])
+    with pytest.raises(UserError, match="the answer 2 is no place among 2 choices"):
+        TABLE.read(source(tmp_path, tmp_path / "q.json"), FieldsSpec(**FIELDS))
+
+
+def test_fields_and_kind_go_together():
+    with pytest.raises(ValueError, match="kind: table needs fields; add fields"):
+        TaskSpec(source="s", kind="table")
+    with pytest.raises(ValueError, match="kind: shapes takes no fields; remove them or set kind: table"):
+        TaskSpec(source="s", fields=FieldsSpec())

@@ -1,0 +1,120 @@
+"""What counts as right, the only list of it: a function here and a line in `METRICS` are a new metric."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One way to score an answer.
+
+    Attributes:
+        score: (given, right answers, choices) to 1 for right, 0 for wrong, a share between them, or None
+            where the answer can't be read, which counts as wrong and is counted apart.
+        chance: (right answers and choices of each question) to the score of one who guesses; None: unknown.
+    """
+
+    name: str
+    score: Callable[[str, Sequence[str], Sequence[str]], float | None]
+    chance: Callable[[Sequence[tuple[Sequence[str], Sequence[str]]]], float | None]
+
+
+def normal_form(answer: str) -> str:
+    """Without case, surrounding blanks and a final full stop."""
+    return " ".join(answer.lower().split()).removesuffix(".")
+
+
+# ---- exact match ----------------------------------------------------------------------------------------
+
+
+def _exact(given: str, right: Sequence[str], choices: Sequence[str]) -> float:
+    return float(normal_form(given) in {normal_form(answer) for answer in right})
+
+
+def _one_of_the_answers(asked: Sequence[tuple[Sequence[str], Sequence[str]]]) -> float:
+    return 1 / len({normal_form(right[0]) for right, _ in asked})
+
+
+# ---- yes or no ------------------------------------------------------------------------------------------
+
+_TRUTH = {"yes": "yes", "no": "no", "true": "yes", "false": "no"}
+
+
+def _truth(text: str) -> str | None:
+    word = re.match(r"\W*(\w+)", text.lower())
+    return _TRUTH.get(word[1]) if word else None
+
+
+def _yes_no(given: str, right: Sequence[str], choices: Sequence[str]) -> float | None:
+    found = _truth(given)
+    return None if found is None else float(found == _truth(right[0]))
+
+
+# ---- the letter of a choice -----------------------------------------------------------------------------
+
+_LETTER = re.compile(r"(?:.*\banswer\s*(?:is|:)\s*)?\(?([a-z])\)?\s*(?:[.:),]|$)", re.I | re.S)
+
+
+def _letter(text: str, choices: Sequence[str]) -> str | None:
+    """`B`, `(B)`, `B. a dog`, `The answer is B`, or the text of a choice."""
+    for place, choice in enumerate(choices):
+        if normal_form(text) == normal_form(choice):
+            return chr(ord("A") + place)
+    found = _LETTER.match(text.strip())
+    return found[1].upper() if found else None
+
+
+def _choice(given: str, right: Sequence[str], choices: Sequence[str]) -> float | None:
+    found = _letter(given, choices)
+    return None if found is None else float(found == _letter(right[0], choices))
+
+
+def _one_of_the_choices(asked: Sequence[tuple[Sequence[str], Sequence[str]]]) -> float:
+    letters = len({_letter(right[0], choices) for right, choices in asked})
+    return sum(1 / (len(choices) or letters) for _, choices in asked) / len(asked)
+
+
+# ---- VQA ------------------------------------------------------------------------------------------------
+
+_DIGITS = "zero one two three four five six seven eight nine ten"
+_NUMBERS = {"none": "0"} | {word: str(number) for number, word in enumerate(_DIGITS.split())}
+_SHORT = (
+    "ain't aren't can't couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how's i'd i'm i've"
+    " isn't it'd it's mustn't she'd she's shouldn't that's there's they'd they're they've wasn't we've"
+    " weren't what's where's who's won't wouldn't y'all you'd you'll you're you've"
+)
+_APOSTROPHES = {word.replace("'", ""): word for word in _SHORT.split()}
+
+
+def vqa_form(answer: str) -> str:
+    """An answer as the VQA challenge compares them: no articles and punctuation, digits for number words."""
+    text = " ".join(answer.lower().split())
+    text = re.sub(r"(?<=\d),(?=\d)", "", text)
+    text = re.sub(r"(?<!\d)\.|\.(?!\d)", "", text)
+    text = re.sub(r"[;/\[\]\"{}()=+\\_<>@`,?!-]", " ", text)
+    words = [_NUMBERS.get(word, word) for word in text.split() if word not in ("a", "an", "the")]
+    return " ".join(_APOSTROPHES.get(word, word) for word in words)
+
+
+def _vqa(given: str, right: Sequence[str], choices: Sequence[str]) -> float:
+    """Mean over all but one of the people: a third for each who said the same, at most 1."""
+    said, mine = [vqa_form(answer) for answer in right], vqa_form(given)
+    agree = said.count(mine)
+    if len(said) < 2:
+        return float(agree)
+    shares = [min(1.0, (agree - (answer == mine)) / 3) for answer in said]
+    return sum(shares) / len(shares)
+
+
+METRICS = {
+    metric.name: metric
+    for metric in (
+        Metric("exact_match", _exact, _one_of_the_answers),
+        Metric("yes_no", _yes_no, lambda asked: 0.5),
+        Metric("choice_letter", _choice, _one_of_the_choices),
+        Metric("vqa_accuracy", _vqa, lambda asked: None),
+    )
+}

@@ -1,0 +1,168 @@
+"""Questions of one's own: JSON, JSON lines, CSV or parquet, with the columns that the configuration names.
+
+Parquet may hold the pictures themselves, as files of the Hugging Face hub do: bytes, or a struct with
+`bytes`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from workflow_scripts.config.question_fields import FieldsSpec
+from workflow_scripts.evaluate.tasks.stores import stored_pictures
+from workflow_scripts.evaluate.tasks.task import Pictures, Question, Task
+from workflow_scripts.io import UserError, read_json
+
+Record = Mapping[str, Any]
+
+
+def _json(path: Path) -> Iterator[Record]:
+    found = read_json(path)
+    if not isinstance(found, list) or not all(isinstance(record, dict) for record in found):
+        raise UserError(
+            f"{path}: no list of records; write [{{...}}, ...] or one record a line in a .jsonl file"
+        )
+    yield from found
+
+
+def _json_lines(path: Path) -> Iterator[Record]:
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            if line.strip():
+                yield dict(json.loads(line))
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: no JSON object ({error}); correct it") from None
+
+
+def _csv(path: Path) -> Iterator[Record]:
+    import csv
+
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        yield from csv.DictReader(stream)
+
+
+def _parquet(path: Path) -> Iterator[Record]:
+    import pyarrow.parquet as pq
+
+    for batch in pq.ParquetFile(path).iter_batches(batch_size=512):
+        yield from batch.to_pylist()
+
+
+READERS: Mapping[str, Callable[[Path], Iterator[Record]]] = {
+    ".json": _json,
+    ".jsonl": _json_lines,
+    ".csv": _csv,
+    ".parquet": _parquet,
+}
+
+
+def records_of(source: Path) -> Iterator[tuple[str, Record]]:
+    """The records of a source's annotation files, each with the words that name it in messages."""
+    for annotation in read_json(source)["annotations"]:
+        path = source.parent / annotation["path"]
+        if path.suffix not in READERS:
+            raise UserError(f"{path}: kind: table reads {', '.join(READERS)}; convert the file or rename it")
+        for number, record in enumerate(READERS[path.suffix](path), 1):
+            yield f"{path}, record {number}", record
+
+
+def read_table(source: Path, fields: FieldsSpec | None) -> list[Question]:
+    """The questions of a source's annotation files. Raises UserError for unfit records."""
+    columns = fields or FieldsSpec()
+    return [
+        _question(record, columns, str(number), where)
+        for number, (where, record) in enumerate(records_of(source), 1)
+    ]
+
+
+def _question(record: Record, columns: FieldsSpec, number: str, where: str) -> Question:
+    def cell(key: str) -> Any:
+        column = getattr(columns, key)
+        if record.get(column) in (None, ""):
+            raise UserError(
+                f"{where}: no {column!r}, which fields.{key} names; columns: {', '.join(map(str, record))}"
+            )
+        return record[column]
+
+    choices = tuple(map(str, _listed(cell("choices")))) if columns.choices else ()
+    text = str(cell("question")).replace("<image>", "").strip()
+    for letter, choice in zip(_LETTERS, choices, strict=False):
+        text += f"\n{letter}. {choice}"
+    return Question(
+        name=str(cell("name")) if columns.name else number,
+        image=_picture_name(cell("picture"), where),
+        type=str(cell("stratum")) if columns.stratum else "all",
+        text=text,
+        answers=_answers(cell("answer"), choices, where),
+        choices=choices,
+    )
+
+
+_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+def _listed(value: Any) -> list[Any]:
+    """A list; also one that CSV holds as JSON text."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return [value]
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _answers(value: Any, choices: Sequence[str], where: str) -> tuple[str, ...]:
+    """The right answers as text; a number is the place of a choice, from 0."""
+    if isinstance(value, int) and not isinstance(value, bool) and choices:
+        if not 0 <= value < len(choices):
+            raise UserError(f"{where}: the answer {value} is no place among {len(choices)} choices, from 0")
+        return (_LETTERS[value],)
+    found = [item["answer"] if isinstance(item, Mapping) else item for item in _listed(value)]
+    return tuple(str(item) for item in found)
+
+
+def _picture_bytes(value: Any) -> bytes | None:
+    """The picture that a cell holds itself; None where it holds a name."""
+    found = value.get("bytes") if isinstance(value, Mapping) else value
+    return bytes(found) if isinstance(found, bytes | bytearray) else None
+
+
+def _picture_name(value: Any, where: str) -> str:
+    """What a picture is called: its name, or its content's digest where the table holds it."""
+    data = _picture_bytes(value)
+    if data is not None:
+        return hashlib.sha256(data).hexdigest()[:16]
+    name = value.get("path") if isinstance(value, Mapping) else value
+    if not isinstance(name, str):
+        raise UserError(
+            f"{where}: fields.picture names {value!r:.60}, which is no picture and no name of one"
+        )
+    return name
+
+
+@contextmanager
+def table_pictures(
+    source: Path, fields: FieldsSpec | None, questions: Sequence[Question]
+) -> Iterator[Pictures]:
+    """From the source's archive where it has one, else from the table itself."""
+    if read_json(source)["images"] is not None:
+        with stored_pictures(source, fields, questions) as picture:
+            yield picture
+        return
+    column, wanted = (fields or FieldsSpec()).picture, {item.image for item in questions}
+    found: dict[str, bytes] = {}
+    for where, record in records_of(source):
+        data = _picture_bytes(record.get(column))
+        if data is not None and (name := _picture_name(record[column], where)) in wanted:
+            found[name] = data
+    if absent := sorted(wanted - found.keys()):
+        raise UserError(f"{source}: has no picture {absent[0]}; name an archive or a folder under `images`")
+    yield found.__getitem__
+
+
+TABLE = Task("table", read_table, table_pictures, takes_fields=True)

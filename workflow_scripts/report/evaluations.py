@@ -1,0 +1,179 @@
+"""What the report tells about evaluations: tasks x experiments, each task in detail, examples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llava_ext.files import atomic_path
+from workflow_scripts.config.question_fields import FieldsSpec
+from workflow_scripts.evaluate.tasks import TASKS
+from workflow_scripts.evaluate.tasks.task import Question
+from workflow_scripts.io import UserError
+from workflow_scripts.report.collect import Collected
+from workflow_scripts.report.table import (
+    ALL,
+    CONDITIONS,
+    Tasks,
+    accuracy_rows,
+    conditions_of,
+    difference_rows,
+    is_near_chance,
+    strata_of,
+)
+
+
+def summary(tasks: Tasks, found: Collected, colours: Mapping[str, int]) -> dict[str, Any] | None:
+    """The table of tasks x experiments; None without evaluations."""
+    if not tasks:
+        return None
+    names = [name for name in colours if any(name in scores for scores in tasks.values())]
+    baselines = {content["baseline"] for _, content in found.comparisons.values()}
+    rows = [
+        {"name": name, "cells": [_summary_cell(tasks[task].get(name), task, name, found) for task in tasks]}
+        for name in names
+    ]
+    return {"tasks": list(tasks), "rows": rows, "baseline": ", ".join(sorted(baselines))}
+
+
+def _summary_cell(
+    scores: Mapping[str, Any] | None, task: str, name: str, found: Collected
+) -> dict[str, Any] | None:
+    """An experiment's whole result in a task: accuracy, difference to the baseline, PSI, floors."""
+    if scores is None:
+        return None
+    floors = {
+        label: scores["accuracy"][key][ALL]["value"]
+        for key, label in CONDITIONS.items()
+        if key != "normal" and key in scores["accuracy"]
+    }
+    compared = found.comparisons.get(name)
+    return {
+        "accuracy": scores["accuracy"]["normal"][ALL],
+        "chance": scores["chance"].get(ALL),
+        "floors": floors,
+        "psi": scores["psi"].get(ALL),
+        "delta": compared[1]["tasks"].get(task, {}).get(ALL) if compared else None,
+    }
+
+
+def task_sections(tasks: Tasks, found: Collected, colours: Mapping[str, int]) -> list[dict[str, Any]]:
+    """One section a task: table, figure and footnotes."""
+    return [_task_section(task, scores, found, colours) for task, scores in tasks.items()]
+
+
+def _task_section(
+    task: str, scores: Mapping[str, Mapping[str, Any]], found: Collected, colours: Mapping[str, int]
+) -> dict[str, Any]:
+    from workflow_scripts.report import plots
+
+    kinds, conditions = strata_of(scores), conditions_of(scores)
+    first = next(iter(scores.values()))
+    rows = [
+        {
+            "name": name,
+            "index": colours[name],
+            "accuracy": _shares(item),
+            "cells": [_cell(item, kind, condition) for kind in kinds for condition in conditions],
+            "psi": [item["psi"].get(kind) for kind in kinds],
+            "deltas": [_delta(found, name, task, kind) for kind in kinds],
+            "odd": [
+                f"{CONDITIONS[condition]}: {cells[ALL][what]} {what}"
+                for condition, cells in item["accuracy"].items()
+                for what in ("empty", "unparsed")
+                if cells[ALL][what]
+            ],
+        }
+        for name, item in scores.items()
+    ]
+    chance = {kind: level for kind, level in first["chance"].items() if level is not None}
+    label = f"{task}: accuracy by stratum and experiment; the table below has the same numbers"
+    return {
+        "task": task,
+        "kinds": kinds,
+        "conditions": [(name, CONDITIONS[name]) for name in conditions],
+        "rows": rows,
+        "chance": chance,
+        "questions": {kind: cell["questions"] for kind, cell in first["accuracy"]["normal"].items()},
+        "pictures": first["pictures"],
+        "source": first["source"]["name"],
+        "metric": first["scored"]["metric"],
+        "harness": "{name} {version}".format(**first["harness"]),
+        "confidence": first["statistics"]["confidence"],
+        "permutations": first["asked"].get("conditions", {}).get("permuted", 1),
+        "permute_seed": first["asked"].get("permute_seed", 0),
+        "figure": plots.accuracy_figure(rows, kinds, chance, label),
+    }
+
+
+def _shares(item: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    return {
+        condition: {kind: cell["value"] for kind, cell in cells.items()}
+        for condition, cells in item["accuracy"].items()
+    }
+
+
+def _cell(item: Mapping[str, Any], kind: str, condition: str) -> dict[str, Any]:
+    found = item["accuracy"].get(condition, {}).get(kind)
+    guess = found is not None and is_near_chance(found, item["chance"].get(kind))
+    return {"kind": kind, "condition": condition, "found": found, "guess": guess}
+
+
+def _delta(found: Collected, name: str, task: str, kind: str) -> dict[str, Any] | None:
+    compared = found.comparisons.get(name)
+    return compared[1]["tasks"].get(task, {}).get(kind) if compared else None
+
+
+def example_cards(tasks: Tasks, found: Collected) -> list[dict[str, Any]]:
+    """The example pictures of each task, each with every experiment's answers to its questions."""
+    return [card for task, scores in tasks.items() for card in _task_cards(task, scores, found)]
+
+
+def _task_cards(
+    task: str, scores: Mapping[str, Mapping[str, Any]], found: Collected
+) -> Iterator[dict[str, Any]]:
+    cards: dict[str, dict[str, Any]] = {}
+    for name, item in scores.items():
+        for example in item["examples"]:
+            card = cards.setdefault(example["image"], {"task": task, "image": example["image"], "rows": {}})
+            for asked in example["questions"]:
+                row = card["rows"].setdefault(asked["question"], {"asked": asked, "answers": {}})
+                row["answers"][name] = {
+                    condition: {"text": said["text"], "right": said["score"] >= 0.5}
+                    for condition in CONDITIONS
+                    if (said := asked["answers"].get(condition))
+                }
+    pictures = _thumbnails(next(iter(scores.values())), list(cards), found)
+    for image, card in cards.items():
+        yield card | {"thumbnail": pictures.get(image)}
+
+
+def _thumbnails(scores: Mapping[str, Any], images: Sequence[str], found: Collected) -> dict[str, str | None]:
+    """The pictures, small; none where the source is no longer there."""
+    from workflow_scripts.report.data import thumbnail
+
+    source = found.sources.get(scores["source"]["name"])
+    if source is None or not images:
+        return {}
+    asked = [Question(image, image, "", "", ()) for image in images]
+    fields = scores["asked"].get("fields")
+    columns = None if fields is None else FieldsSpec.model_validate(fields)
+    try:
+        with TASKS[scores["asked"]["kind"]].pictures(source[0], columns, asked) as picture:
+            return {image: thumbnail(picture(image), 160) for image in images}
+    except (UserError, OSError):
+        return {}
+
+
+def write_tables(tasks: Tasks, found: Collected, folder: Path) -> None:
+    """accuracy and differences, each as CSV and parquet, one line a number."""
+    import pandas
+
+    compared = {name: content for name, (_, content) in found.comparisons.items()}
+    for name, rows in (("accuracy", accuracy_rows(tasks)), ("differences", difference_rows(compared))):
+        table = pandas.DataFrame(rows)
+        with atomic_path(folder / f"{name}.csv") as temporary:
+            table.to_csv(temporary, index=False)
+        with atomic_path(folder / f"{name}.parquet") as temporary:
+            table.to_parquet(temporary, index=False)
