@@ -6,11 +6,14 @@ from snakemake.utils import min_version
 
 from workflow_scripts.acquire.signals import end_downloads_with_snakemake
 from workflow_scripts.configs_seen import remember
-from workflow_scripts.launch import requeue
+from workflow_scripts.launch import requeue, snakemakes
 from workflow_scripts.launch.accounts import use_default_account
 from workflow_scripts.launch.retries import spare_vain_attempts
 from workflow_scripts.plan.describe import describe_plan, is_dry_run
+from workflow_scripts.selftest.start import check_start
 from workflow_scripts.status.failures import say_failures
+from workflow_scripts.status.messages import explain_failures
+from workflow_scripts.status.queue import watch_queue
 
 min_version("9.0")
 
@@ -37,8 +40,12 @@ include: "rules/evaluate.smk"
 include: "rules/results.smk"
 
 
-if workflow.is_main_process and is_dry_run(sys.argv):
-    print(describe_plan(plan), file=sys.stderr)
+if workflow.is_main_process:
+    if is_dry_run(sys.argv):
+        print(describe_plan(plan), file=sys.stderr)
+    else:
+        with readable_errors():
+            snakemakes.enter(unlock="--unlock" in sys.argv)
 
 
 localrules:
@@ -64,6 +71,8 @@ rule all:
 
 # Not called in dry runs, nor inside jobs.
 onstart:
+    with readable_errors():
+        check_start(workflow, plan)
     remember(
         Path.cwd(),
         workflow.configfiles,
@@ -71,8 +80,11 @@ onstart:
         plan.used_folders(),
     )
     use_default_account(workflow)
+    snakemakes.beat()
     requeue.watch(workflow)
     spare_vain_attempts(workflow, training_of)
+    watch_queue(workflow, Path())
+    explain_failures(workflow, Path())
     end_downloads_with_snakemake()
 
 

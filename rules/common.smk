@@ -1,5 +1,6 @@
 # What all rules share: the checked configuration, the plan of runs, the command that starts a step.
 import sys
+from contextlib import contextmanager
 
 from snakemake.exceptions import WorkflowError
 from snakemake_interface_executor_plugins.settings import DeploymentMethod
@@ -19,10 +20,21 @@ from workflow_scripts.plan.source_keys import watched_recipe
 from workflow_scripts.plan.specs import compact, plain
 from workflow_scripts.launch.step import prepare
 from workflow_scripts.plan.resources import STEP_JOBS, resources_of
+from workflow_scripts.plan.scans import scan_job
 from workflow_scripts.stages import STAGES, last_stage
 from workflow_scripts.step import command
 
-try:
+
+@contextmanager
+def readable_errors():
+    """Turns a mistake of the user into a message of Snakemake without a traceback."""
+    try:
+        yield
+    except UserError as error:
+        raise WorkflowError(str(error)) from None
+
+
+with readable_errors():
     if workflow.modifier.is_main_snakefile():
         check_files([Path(file) for file in workflow.configfiles])
     plan = Plan(load_config(config, workflow.configfiles))
@@ -35,8 +47,6 @@ try:
     )
     if DeploymentMethod.APPTAINER in workflow.deployment_settings.deployment_method:
         check_containers(plan)
-except UserError as error:
-    raise WorkflowError(str(error)) from None
 
 
 def interpreter():

@@ -40,10 +40,11 @@ rule scan:
     retries: ONCE_MORE
     conda:
         "../envs/environment.yaml"
-    threads: STEP_JOBS["scan"].threads
+    threads: lambda wildcards: scan_job(plan, wildcards.source).threads
     resources:
         mem_mb=STEP_JOBS["scan"].mem_mb,
-        runtime=STEP_JOBS["scan"].runtime,
+        runtime=lambda wildcards, attempt: scan_job(plan, wildcards.source).runtime
+        * attempt,
     params:
         step=step,
     shell:

@@ -34,6 +34,7 @@ from workflow_scripts.launch.command import (
 )
 from workflow_scripts.launch.ownership import Ownership
 from workflow_scripts.launch.process import Training
+from workflow_scripts.launch.processes import process_start
 from workflow_scripts.launch.retries import spare_vain_attempts
 from workflow_scripts.launch.step import complete
 from workflow_scripts.plan.plan import read_plan
@@ -222,7 +223,7 @@ def test_a_reused_pid_is_not_taken_for_the_owner(tmp_path):
 def test_a_living_owner_may_save_before_it_is_replaced(tmp_path):
     other = subprocess.Popen([sys.executable, "-c", SLOW_TO_END], stdout=subprocess.PIPE)
     other.stdout.readline()
-    owner_file(tmp_path, pid=other.pid, start=ownership.process_start(other.pid))
+    owner_file(tmp_path, pid=other.pid, start=process_start(other.pid))
     begin = time.monotonic()
     Ownership(tmp_path).claim()
     assert time.monotonic() - begin >= 0.4
@@ -276,7 +277,7 @@ def test_a_training_outlives_nobody(tmp_path):
         time.sleep(0.05)
     launcher.kill()
     launcher.wait()
-    while ownership.process_start(pid) is not None:
+    while process_start(pid) is not None:
         assert time.monotonic() < deadline + 10
         time.sleep(0.05)
 

@@ -7,7 +7,8 @@ from tests.slurm.sandbox import missing, running
 from tests.support.workspace import ROOT
 from workflow_scripts.plan.plan import read_plan
 from workflow_scripts.selftest.jobs import check_jobs
-from workflow_scripts.selftest.settings import kinds_of_job, line_of, misnamed
+from workflow_scripts.selftest.settings import kinds_of_job, misnamed
+from workflow_scripts.site import line_of
 
 DEMO = ROOT / "config/config.yaml"
 FULL = ROOT / "config/llava-v1.5-7b.yaml"
@@ -31,7 +32,7 @@ def test_every_kind_of_job_with_the_line_that_says_what_it_asks_for(tmp_path):
     )
     jobs = kinds_of_job(read_plan([FULL]), [FULL], profile)
     names = ["pretrain on compute.pretrain_8gpu", "finetune on compute.finetune_8gpu"]
-    assert [item.name for item in jobs][:5] == ["scan", "mixture", "survey", *names]
+    assert list(dict.fromkeys(item.name for item in jobs))[:5] == ["scan", "mixture", "survey", *names]
     scan, finetune = job(jobs, "scan"), job(jobs, names[1])
     assert scan.value("slurm_partition") == "cpu" and scan.value("runtime") == 120
     assert scan.settings["runtime"].where == f"{profile}, line 7: set-resources.scan.runtime"
@@ -113,8 +114,8 @@ def test_what_a_real_slurm_refuses_names_the_line_to_change(refused, sandbox, tm
 
     late = refused("default-resources:\n  slurm_partition: short\n", runtime_min=20)
     assert "finetune on compute.laptop" not in late  # 20 of the 30 minutes that `short` allows
-    assert "360 minutes; the partition short allows 30" in late["scan"]
-    assert f"{site}: add set-resources.scan.runtime (now 360)" in late["scan"]
-    assert f"{site}, line 2: default-resources.slurm_partition (now short)" in late["scan"]
+    assert "120 minutes; the partition short allows 30" in late["mixture"]
+    assert f"{site}: add set-resources.mixture.runtime (now 120)" in late["mixture"]
+    assert f"{site}, line 2: default-resources.slurm_partition (now short)" in late["mixture"]
 
     assert sandbox.output("squeue", "-h", "--states=all") == ""  # nothing was ever submitted

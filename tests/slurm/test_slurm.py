@@ -3,6 +3,8 @@
 import json
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
 
@@ -202,7 +204,6 @@ def test_a_cancelled_job_and_a_killed_snakemake_continue(finished_on_slurm, stra
     kill_group(process)
     assert slurm.output("squeue", "-h", "-j", orphan)
 
-    workspace.run("--unlock")
     done = workspace.run(TRAINED)
     rows = attempts(state)
     if len(rows) > 2:
@@ -215,6 +216,51 @@ def test_a_cancelled_job_and_a_killed_snakemake_continue(finished_on_slurm, stra
         )
     assert rows[-1]["outcome"] == "finished", done.stdout[-2000:]
     assert (losses(state), workspace.json(TRAINED)["digest"]) == straight
+
+
+def test_waiting_in_vain_is_said_at_once_and_an_end_is_for_good(finished_on_slurm, slurm, tmp_path):
+    hog = slurm.output(
+        "sbatch", "--parsable", "-N2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 99"
+    )
+    wait_for(lambda: slurm.output("squeue", "-h", "-j", hog, "-o", "%T") == "RUNNING", 30, "the other job")
+    workspace = training(finished_on_slurm, tmp_path)
+    run = workspace.plan().run("finetune", "long").name
+    process = workspace.start(TRAINED)
+    out = workspace.folder / "snakemake.out"
+    job = wait_for(lambda: submitted(out.read_text(), "finetune"), 60, "the submission", process)[0]
+    slurm.output("scontrol", "uhold", job)
+    vain = f"finetune {run} (Slurm job {job}) waits since 20"
+    wait_for(lambda: vain in out.read_text(), 30, "what Snakemake says", process)
+    assert f"JobHeldUser; waiting will not help: only `scontrol release {job}` starts it" in out.read_text()
+    command = [sys.executable, "-m", "workflow_scripts.end", f"finetune/{run}"]
+    options = {"cwd": workspace.folder, "env": workspace.environment()}
+    done = subprocess.run(command, **options, text=True, check=True, stdout=subprocess.PIPE)
+    assert f"Slurm job {job} is cancelled" in done.stdout
+    slurm.output("scancel", hog)
+    assert process.wait(timeout=120) != 0
+    assert out.read_text().count("waits since") == 1
+    assert f"finetune {run}: ended by root at 20" in out.read_text()
+    state = workspace.state("finetune", "long")
+    assert state is None or not (state / "attempts.jsonl").exists(), "it was trained"
+
+
+def test_what_slurm_would_refuse_ends_the_start_with_the_line_to_change(finished_on_slurm, tmp_path):
+    workspace = finished_on_slurm.copy_to(tmp_path / "w")
+    site = tmp_path / "site.yaml"
+    site.write_text("default-resources:\n  slurm_partition: nope\n")
+    workspace.extra_environment["LLAVA_SLURM_SITE"] = str(site)
+    wanted = ["--forcerun", "acquire", "--set-resources", "scan:slurm_partition=short", "scan:runtime=45"]
+    done = workspace.run("data", *wanted, check=False)
+    assert done.returncode != 0 and "Traceback" not in done.stdout
+    assert "FAIL mixture: Slurm refuses the job" in done.stdout
+    assert f"change one of: {site}, line 2: default-resources.slurm_partition (now nope)" in done.stdout
+    assert (
+        "FAIL scan: Slurm would never start the job (45 minutes; the partition short allows 30)"
+        in done.stdout
+    )
+    assert "the command line (--set-resources scan:runtime) (now 45)" in done.stdout
+    assert "nothing was fetched or submitted" in done.stdout and "localrule acquire" not in done.stdout
+    assert "Nothing to be done" not in workspace.run("-n", "data", *wanted).stdout  # a dry run asks nobody
 
 
 def test_a_lost_node_costs_the_steps_since_the_last_checkpoint(finished_on_slurm, straight, slurm, tmp_path):
@@ -268,6 +314,9 @@ def test_a_job_on_two_nodes_saves_when_told_to_end_and_when_cancelled(
     assert 0 < first["to_step"] == second["from_step"] <= third["from_step"] < 100
     assert len({row["job"] for row in (first, second, third)}) == 3
     assert len(losses(state)) == 100
+    said = (workspace.folder / "snakemake.out").read_text()
+    assert f"saved at step {first['to_step']} before its job ended; attempt 2 of 4 continues there" in said
+    assert "Error in rule" not in said
 
 
 def test_a_verdict_waits_in_the_queue_once(finished_on_slurm, tmp_path):
@@ -391,7 +440,12 @@ def test_a_time_limit_saves_in_time_and_the_next_attempt_continues(finished_on_s
     workspace = training(
         finished_on_slurm, tmp_path, compute, max_steps=1200, save_steps=1100, global_batch_size=40
     )
-    workspace.run(TRAINED, check=False)
+    told = workspace.run(TRAINED, check=False).stdout
+    assert re.search(r"saved at step \d+ before its job ended; attempt 2 of 2 continues there", told)
+    if (workspace.folder / TRAINED).exists():  # a fast machine needs no more than two
+        assert "Error in rule" not in told
+    else:
+        assert "its attempts (2, `attempts` in compute) are used up; the same command continues" in told
     workspace.config["compute"]["small"]["runtime_min"] = 20  # the rest in one piece
     workspace.run(TRAINED)
     state = workspace.state("finetune", "long")

@@ -9,7 +9,7 @@ import pytest
 
 from tests.slurm.sandbox import missing, running
 from tests.support.workspace import ROOT
-from workflow_scripts.status.queue import HOPELESS, QueuedJob, training_of, with_queue
+from workflow_scripts.status.queue import HOPELESS, SLOW, QueuedJob, training_of, with_queue
 from workflow_scripts.status.read import Status
 
 JOB = QueuedJob("7", "PENDING", "Resources", "2026-01-02T03:04:05", "/w", "rule_finetune_wildcards_demo-1a2b")
@@ -28,6 +28,12 @@ def test_a_reason_that_time_will_not_mend_says_what_to_do():
     for reason in HOPELESS:
         said = replace(JOB, reason=reason).text
         assert f": {reason}; waiting will not help: " in said and "JOB" not in said.replace(reason, "")
+    for begin in SLOW:
+        said = replace(JOB, reason=f"{begin}, and more").text
+        assert "; this may last: " in said and "will not help" not in said
+    node = replace(JOB, reason="ReqNodeNotAvail, UnavailableNodes:n[1-2]").text
+    assert "ReqNodeNotAvail, UnavailableNodes:n[1-2]; this may last: its nodes are down" in node
+    assert not JOB.advice, "it only waits for its turn"
     assert replace(JOB, state="RUNNING", reason="None").shown_state == "starting"
 
 

@@ -24,7 +24,7 @@ from tests.support.trainings import (
     start,
     wait_for,
 )
-from workflow_scripts.launch.ownership import descendants, signal_tree
+from workflow_scripts.launch.processes import descendants, signal_tree
 
 pytestmark = pytest.mark.slow
 WEIGHTS = {1: "mm_projector.safetensors", 2: "model.safetensors"}

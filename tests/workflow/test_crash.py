@@ -1,9 +1,12 @@
 """A run that is killed, whatever is killed, continues from what was saved."""
 
+import getpass
 import json
 import os
 import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,9 @@ import pytest
 from llava_ext.data.sampler import EpochSampler
 from llava_ext.data.samples import open_samples
 from tests.support.workspace import Workspace, kill_group, wait_for
+from workflow_scripts.end import find_run
+from workflow_scripts.io import UserError
+from workflow_scripts.status.read import read_status
 
 pytestmark = pytest.mark.slow
 # large batches: the training must outlast the signal on a fast machine
@@ -73,13 +79,18 @@ def test_killed_snakemake_and_killed_trainer_continue_to_the_same_weights(worksp
         process,
     )
     wait_for(lambda: "continuing from" in (state / second["log"]).read_text(), 60, "its resumption", process)
+    unlocked = workspace.run("--unlock", check=False)
+    assert unlocked.returncode != 0 and f"process {process.pid} on " in unlocked.stdout
+    thief = workspace.run("experiments/long/checkpoint.json", "--nolock", "--retries", "0", check=False)
+    assert f"process {process.pid} on " in thief.stdout and "it is left alone here" in thief.stdout
+    locked = workspace.run("experiments/long/checkpoint.json", check=False)
+    assert f"the folder is locked: {getpass.getuser()}'s Snakemake (process {process.pid} on" in locked.stdout
+    assert "--unlock" not in locked.stdout and "Traceback" not in locked.stdout + thief.stdout
     kill_group(process)  # Snakemake dies, its job goes on
     os.kill(owner, 0)
 
-    locked = workspace.run("experiments/long/checkpoint.json", check=False)
-    assert "--unlock" in locked.stdout
-    workspace.run("--unlock")
     done = workspace.run("experiments/long/checkpoint.json")
+    assert f"(process {process.pid} on " in done.stdout and "has died; its lock is removed" in done.stdout
     rows = attempts(state)
     if len(rows) > 2:  # the orphan was still training: it was asked to save and end
         assert "asking it to save and end" in done.stdout
@@ -87,7 +98,7 @@ def test_killed_snakemake_and_killed_trainer_continue_to_the_same_weights(worksp
     assert (losses(state), workspace.json("experiments/long/checkpoint.json")["digest"]) == expected
 
 
-def test_an_interrupt_saves_and_the_next_run_continues(workspace):
+def test_an_interrupt_saves_the_next_run_continues_and_an_end_is_for_good(workspace):
     process = workspace.start("experiments/long/checkpoint.json")
     state = wait_for(lambda: checkpoint_of(workspace), 90, "the first checkpoint", process)
     os.killpg(process.pid, signal.SIGINT)  # what Ctrl-C in a terminal does
@@ -97,10 +108,38 @@ def test_an_interrupt_saves_and_the_next_run_continues(workspace):
     saved = json.loads((state / "train_result.json").read_text())
     assert saved["status"] == "interrupted" and saved["step"] >= 5
 
-    workspace.run("--unlock")
+    name = f"finetune/{workspace.plan().run('finetune', 'long').name[:-4]}"  # its beginning is enough
+    process = workspace.start("experiments/long/checkpoint.json")
+    wait_for(lambda: len(attempts(state)) == 2, 90, "the second attempt", process)
+    log = state / attempts(state)[1]["log"]
+    wait_for(lambda: "continuing from" in log.read_text(), 90, "its resumption", process)
+    assert "is asked to save and end" in end(workspace, name)
+    assert process.wait(timeout=120) != 0
+    assert [row["outcome"] for row in attempts(state)] == ["interrupted"] * 2, "a third attempt was started"
+    said = (workspace.folder / "snakemake.out").read_text()
+    assert re.search(r"saved at step \d+ before its job ended; attempt 2 of \d continues there", said)
+    assert f"ended: ended by {getpass.getuser()} at 20" in said and "end --again finetune/" in said
+    assert read_status(state).state == "ended"
+
+    assert "not ended any more" in end(workspace, name, "--again")
     workspace.run("experiments/long/checkpoint.json")
-    assert attempts(state)[-1]["from_step"] == saved["step"]
+    assert attempts(state)[-1]["from_step"] == attempts(state)[-2]["to_step"] >= saved["step"]
     assert len(losses(state)) == 60
+
+
+def end(workspace, *arguments):
+    command = [sys.executable, "-m", "workflow_scripts.end", *arguments]
+    options = {"cwd": workspace.folder, "env": workspace.environment() | {"PYTHONPATH": str(workspace.code)}}
+    return subprocess.run(command, **options, text=True, check=True, stdout=subprocess.PIPE).stdout
+
+
+def test_an_end_names_one_training(workspace):
+    with pytest.raises(UserError, match="allowed: STAGE/RUN as `status` shows them"):
+        find_run(workspace.folder, "vanilla")
+    names = [path.name for path in (workspace.folder / "runs/finetune").iterdir()]
+    assert find_run(workspace.folder, f"runs/finetune/{names[0]}/") == ("finetune", names[0])
+    with pytest.raises(UserError, match="did you mean"):
+        find_run(workspace.folder, "finetune/vanila-0123456789")
 
 
 def test_what_will_repeat_is_not_retried_and_what_mends_it_clears_it(tmp_path):

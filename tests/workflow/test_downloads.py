@@ -97,7 +97,6 @@ def test_the_orphan_of_a_killed_snakemake_is_waited_for(tmp_path, server):
     process = workspace.start(TARGET)
     wait_for(lambda: size(part(workspace)) > 0, 60, "the first bytes", process)
     kill_group(process)
-    workspace.run("--unlock")
     done = workspace.run(TARGET)
     assert re.search(r"big.bin: waiting for process \d+ on .*, which is fetching it", done.stdout)
     assert len(server.gets("/big.bin")) == 1, "the orphan's file was taken"

@@ -52,7 +52,6 @@ def test_a_run_continues_with_another_number_of_processes(finished, tmp_path):
     wait_for(lambda: not (state / "owner.json").exists(), 60, "the launcher's end")
     saved = attempts(state)[-1]["to_step"]
     assert 0 < saved < 60
-    workspace.run("--unlock")
 
     workspace.config["compute"]["small"].update(processes_per_node=2, parallel="ddp")
     assert workspace.plan().run("finetune", "long") == run, (

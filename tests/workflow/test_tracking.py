@@ -14,7 +14,7 @@ import pytest
 
 from tests.support.workspace import wait_for
 from tests.workflow.test_crash import LONG, attempts, checkpoint_of
-from workflow_scripts.launch.ownership import signal_tree
+from workflow_scripts.launch.processes import signal_tree
 
 pytestmark = pytest.mark.slow
 BLOCK, FULL, LAST = 1 << 15, 1, 4

@@ -10,7 +10,7 @@ from types import FrameType
 from typing import Any
 
 from workflow_scripts.acquire.stopping import SIGNALS
-from workflow_scripts.launch.ownership import descendants
+from workflow_scripts.launch.processes import descendants
 
 DOWNLOADING = ("acquire", "prepare_model")
 """Steps that continue where they were. Trainings hear from Snakemake in their own way."""

@@ -3,7 +3,7 @@
 After a crash of Snakemake its jobs go on; the same training is then started again while the old one runs. The
 new one asks the old one to save, waits until it is gone, and continues from what it saved. Where nobody can
 be asked (another machine without Slurm, or inside a container without its commands) a former owner that shows
-no life is taken for dead.
+no life is taken for dead. A training whose own Snakemake still lives is no orphan: it is left alone.
 """
 
 from __future__ import annotations
@@ -19,53 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from workflow_scripts.io import UserError, read_json, write_json
-from workflow_scripts.launch import slurm
+from workflow_scripts.launch import slurm, snakemakes
+from workflow_scripts.launch.processes import process_start, signal_tree
+from workflow_scripts.launch.snakemakes import BEAT_S
 
 OWNER = "owner.json"
 PATIENCE_S = 300.0
-# An owner says so often that it lives. Shared file systems show a change within a minute or so.
-BEAT_S = 20.0
+# Shared file systems show an owner's sign of life (every BEAT_S) within a minute or so.
 SILENCE_S = 150.0
-
-
-def process_start(pid: int) -> str | None:
-    """When a process started (clock ticks since boot), so that a reused pid is not taken for it; None when
-    it is dead.
-    """
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in ("Z", "X") else fields[19]
-
-
-def descendants(pid: int) -> list[int]:
-    """All living processes below ``pid``, whatever their session."""
-    children: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            if fields[0] not in ("Z", "X"):
-                children.setdefault(int(fields[1]), []).append(int(entry.name))
-    found: list[int] = []
-    waiting = [pid]
-    while waiting:
-        below = children.get(waiting.pop(), [])
-        found += below
-        waiting += below
-    return found
-
-
-def signal_tree(pid: int, number: int) -> None:
-    """Sends a signal to everything below ``pid`` and to ``pid`` itself."""
-    for target in [*descendants(pid), pid]:
-        try:
-            os.kill(target, number)
-        except ProcessLookupError:
-            continue
 
 
 class Ownership:
@@ -80,6 +41,7 @@ class Ownership:
             "pid": os.getpid(),
             "start": process_start(os.getpid()),
             "job": slurm.job_id(),
+            "snakemake": snakemakes.mine(),
             "trainer": None,
             "trainer_start": None,
         }
@@ -121,6 +83,8 @@ class Ownership:
         return all(other.get(key) == self.mine[key] for key in ("host", "pid", "start", "job"))
 
     def _take_over(self, other: dict[str, Any]) -> None:
+        if reason := why_left_alone(self.path, SILENCE_S):
+            raise UserError(reason)
         job = str(other.get("job") or "")
         if job and job != self.mine["job"]:
             self._take_over_job(job)
@@ -190,3 +154,20 @@ def alive(owner: Mapping[str, Any]) -> bool | None:
             isinstance(pid, int) and process_start(pid) == start and start is not None for pid, start in pairs
         )
     return slurm.job_is_alive(str(owner["job"]), tries=1) if owner.get("job") else None
+
+
+def why_left_alone(path: Path, silence_s: float = 0.0) -> str | None:
+    """Says that another living Snakemake is having the training of this owner's record done; None if not.
+
+    One that this machine cannot ask is watched for ``silence_s`` seconds.
+    """
+    owner = read_json(path) if path.is_file() else {}
+    record = snakemakes.read_record(str(owner.get("snakemake") or ""))
+    if record is None or record.path.name == snakemakes.mine() or not alive(owner):
+        return None
+    if not snakemakes.lives(record, silence_s):
+        return None
+    return (
+        f"{path}: {record.who} is having this training done, so it is left alone here; wait for its end and"
+        " start again, which finds it finished, or end that Snakemake first"
+    )

@@ -55,8 +55,8 @@ class _Guard:
             self._run_jobs(started)
 
     def handle_job_error(self, job: Any) -> None:
-        """Uses up the attempts of a training that ended with a verdict, or was refused by the checks before
-        its start.
+        """Uses up the attempts of a training that ended with a verdict, was ended by its user, or refused by
+        the checks before its start.
         """
         training = self.training_of(job)
         if training is not None and self._is_final(job, training):
@@ -65,6 +65,8 @@ class _Guard:
 
     def _is_final(self, job: Any, training: step.Job) -> bool:
         refusal = attempts.read_refusal(training.state)
+        if verdicts.read_end(training.manifest.parent):
+            return True
         return verdicts.stands(training.state, training.spec) or (
             bool(refusal) and refusal != self.refused_before.get(job, {})
         )

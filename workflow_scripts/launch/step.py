@@ -35,7 +35,7 @@ from workflow_scripts.launch.command import (
     training_environment,
     training_flags,
 )
-from workflow_scripts.launch.ownership import OWNER, PATIENCE_S, Ownership, alive
+from workflow_scripts.launch.ownership import OWNER, PATIENCE_S, Ownership, alive, why_left_alone
 from workflow_scripts.launch.preflight import check_all
 from workflow_scripts.launch.process import Training
 from workflow_scripts.launch.provenance import provenance
@@ -112,16 +112,19 @@ def prepare(
 
 
 def why_in_vain(job: Job) -> str | None:
-    """Why an attempt would be refused before anything heavy: a verdict that stands, or too many failures
-    without progress. None where it may do better, and where it can't be said.
+    """Why an attempt would be refused before anything heavy: an end, a verdict that stands, or too many
+    failures without progress. None where it may do better, and where it can't be said.
     """
     try:
+        verdicts.refuse_what_is_ended(job.manifest.parent, job.label)
         found = verdicts.read_verdict(job.state)
         if found:
             cause = verdicts.Cause.of(job.spec)
             told = verdicts.Cause(found["settings"], found["code"]) == cause
             return verdicts.explain(job.state, job.label, job.spec, found) if told else None
         owner = job.state / OWNER
+        if reason := why_left_alone(owner):
+            return f"{job.label}: {reason}"
         if not owner.is_file() or alive(read_json(owner)) is False:
             refuse_if_stuck(job, attempts.read_attempts(job.state))
     except UserError as error:
@@ -194,6 +197,7 @@ def launch(job: Job) -> None:
     owner = Ownership(state, max(PATIENCE_S, job.compute.save_before_end_s))
     result = finished_result(state)
     if result is None:
+        verdicts.refuse_what_is_ended(job.manifest.parent, job.label)
         verdicts.refuse_to_repeat(state, job.label, job.spec)
         owner.claim()
         try:

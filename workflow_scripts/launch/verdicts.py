@@ -1,5 +1,5 @@
 """Ends of a training that will repeat: each stands in `verdict.json` until a setting, a record or the code
-has changed.
+has changed. And those that its user wants, which stand in `ended.json` until they are taken back.
 
 The data, the models and the parent's weights are in the name of the folder; what else could mend it is in the
 cause.
@@ -24,6 +24,7 @@ from workflow_scripts.launch.preflight import versions
 
 VERDICT = "verdict.json"
 STATUS = "verdict"
+ENDED = "ended"
 ROOT = Path(__file__).parents[2]
 # Flags of `llava_ext.train` whose key in the configuration has another name: the section and the key.
 STAGE, COMPUTE, MODEL, MIXTURE = "stages.{stage}", "compute.{compute}", "model", "mixtures.{mixture}"
@@ -115,6 +116,31 @@ def read_verdict(state: Path) -> dict[str, Any]:
 def stands(state: Path, spec: Mapping[str, Any]) -> bool:
     """Whether a verdict was given on these settings, by whatever code: for one that was given just now."""
     return read_verdict(state).get("settings") == settings_digest(spec)
+
+
+def read_end(run: Path) -> dict[str, Any]:
+    """Who ended a training for good and when, from its run folder; empty where nobody did."""
+    try:
+        found = json.loads((run / f"{ENDED}.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) and "reason" in found else {}
+
+
+def end_for_good(run: Path, who: str) -> None:
+    """No attempt of the training in this run folder starts any more."""
+    when = time.strftime("%Y-%m-%d %H:%M")
+    run.mkdir(parents=True, exist_ok=True)
+    reason = (
+        f"ended by {who} at {when}; `python -m workflow_scripts.end --again {run.parent.name}/{run.name}`"
+    )
+    write_json(run / f"{ENDED}.json", {"reason": f"{reason} takes that back", "time": time.time()})
+
+
+def refuse_what_is_ended(run: Path, label: str) -> None:
+    """Raises UserError for a training that its user has ended."""
+    if found := read_end(run):
+        raise UserError(f"{label}: {found['reason']}")
 
 
 def pronounce(state: Path, spec: Mapping[str, Any], reason: str, log: str) -> None:

@@ -40,12 +40,13 @@ def source_items(name: str, spec: Source, folder: Path) -> list[Item]:
     return [_file_item(name, spec, file, folder) for file in spec.remote()] or own
 
 
-def _size_of(file: RemoteFile) -> float | None:
+def size_of(file: RemoteFile) -> float | None:
+    """A file's bytes, as far as the configuration says."""
     return float(file.bytes) if file.bytes else (file.about_gb * GB if file.about_gb else None)
 
 
 def _file_item(name: str, spec: Source, file: Any, folder: Path) -> Item:
-    total, cached = _size_of(file), KINDS[spec.kind].cached
+    total, cached = size_of(file), KINDS[spec.kind].cached
     label, target = f"{name}/{file.name}", folder / file.name
     if spec.replaced(file):
         return Item(label, total, total or 0, "yours, used in place")
@@ -86,7 +87,7 @@ def annotation_bytes(plan: Plan) -> float:
     """A mixture is about as large as the annotations that go into it."""
     parts = [part for name in plan.used_mixtures() for part in plan.config.mixtures[name].parts]
     files = [file for part in parts for file in plan.config.sources[part.annotations].remote()]
-    return sum(_size_of(file) or 0 for file in files if file.role == "annotations")
+    return sum(size_of(file) or 0 for file in files if file.role == "annotations")
 
 
 def checkpoint_bytes(plan: Plan) -> tuple[float, float]:

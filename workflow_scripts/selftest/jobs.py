@@ -10,7 +10,7 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +55,13 @@ def check_jobs(plan: Plan, configfiles: Sequence[Path], profile: Path) -> Iterat
     if shutil.which("sbatch") is None:
         raise UserError("--slurm: there is no sbatch here; run it on a machine that can submit Slurm jobs")
     yield from misnamed(profile)
+    yield from try_jobs(kinds_of_job(plan, configfiles, profile))
+
+
+def try_jobs(jobs: Iterable[Job]) -> Iterator[Finding]:
+    """What Slurm says of each job."""
     limits = time_limits()
-    for job in kinds_of_job(plan, configfiles, profile):
+    for job in jobs:
         refused, late = refusal(values(job)), over_limit(job, limits)
         if not refused and not late:
             yield Finding(job.name, True, "Slurm would take the job")

@@ -11,14 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from workflow_scripts import step
 from workflow_scripts.config.compute import ComputeSpec
 from workflow_scripts.launch.provenance import ROOT
 from workflow_scripts.plan.plan import Plan
 from workflow_scripts.plan.resources import resources_of
 from workflow_scripts.selftest.findings import Finding
+from workflow_scripts.site import read_profile
 from workflow_scripts.stages import STAGES
 
 # What a site says in the profile, and srun's word for it.
@@ -35,16 +34,11 @@ def site_options(profile: Path, stage: str) -> list[str]:
     """srun's options for a rule, from the block "your site" of ``slurm/config.yaml``; none where there is
     no profile.
     """
-    content = _profile(profile)
+    content = read_profile(profile / "config.yaml")
     found: dict[str, Any] = {}
     for section in (content.get("default-resources"), (content.get("set-resources") or {}).get(stage)):
         found |= section if isinstance(section, Mapping) else {}
     return [f"{option}={found[key]}" for key, option in SITE.items() if found.get(key)]
-
-
-def _profile(folder: Path) -> dict[str, Any]:
-    path = folder / "config.yaml"
-    return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {}
 
 
 def site_test(plan: Plan, profile: Path, arguments: Sequence[str]) -> list[str]:
@@ -52,7 +46,7 @@ def site_test(plan: Plan, profile: Path, arguments: Sequence[str]) -> list[str]:
     site = {
         "setup": plan.config.setup,
         "python": plan.config.python,
-        **(_profile(profile).get("config") or {}),
+        **(read_profile(profile / "config.yaml").get("config") or {}),
     }
     start = step.command(
         site["python"] or sys.executable, ROOT, site["setup"] or "", "workflow_scripts.selftest"

@@ -7,21 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from workflow_scripts.plan.plan import Plan
-from workflow_scripts.plan.resources import STEP_JOBS, resources_of
+from workflow_scripts.plan.resources import STEP_JOBS, StepJob, resources_of
+from workflow_scripts.plan.scans import scan_job
 from workflow_scripts.selftest.findings import Finding
+from workflow_scripts.site import MISNAMED, place, profile_files, read_profile
 from workflow_scripts.stages import STAGES
 
-# What people write for what the Slurm plugin reads; the plugin passes over the left ones without a word.
-MISNAMED = {
-    "partition": "slurm_partition",
-    "account": "slurm_account",
-    "slurm_qos": "qos",
-    "slurm_constraint": "constraint",
-    "time": "runtime",
-}
 # A resource of a training, and the keys of `compute` that say it, the first of them that is set.
 COMPUTE_KEYS = {
     "threads": ("cpus",),
@@ -53,47 +45,12 @@ class Job:
         return self.settings[key].value if key in self.settings else None
 
 
-def line_of(path: Path, keys: Sequence[str]) -> int | None:
-    """The line, from 1, of a key in a YAML file; None where it is not there."""
-    try:
-        node = yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)
-    except (OSError, yaml.YAMLError):
-        return None
-    line = None
-    for key in keys:
-        found = next((pair for pair in _pairs(node) if pair[0].value == key), None)
-        if found is None:
-            return None
-        line, node = found[0].start_mark.line + 1, found[1]
-    return line
-
-
-def _pairs(node: yaml.Node | None) -> Iterator[tuple[yaml.Node, yaml.Node]]:
-    """The keys and values of a section: its own, then those that it takes from elsewhere by `<<`."""
-    if isinstance(node, yaml.SequenceNode):  # of `<<: [*a, *b]`
-        for item in node.value:
-            yield from _pairs(item)
-    own = node.value if isinstance(node, yaml.MappingNode) else []
-    yield from own
-    for key, value in own:
-        if key.value == "<<":
-            yield from _pairs(value)
-
-
-def place(files: Sequence[Path], keys: Sequence[str]) -> str | None:
-    """`file, line N: a.b.c` in the last file that has the keys."""
-    for path in reversed(files):
-        if line := line_of(path, keys):
-            return f"{path}, line {line}: {'.'.join(keys)}"
-    return None
-
-
 def misnamed(profile: Path) -> Iterator[Finding]:
     """Keys of the profile that look like a site's values and reach Slurm under another name only."""
     for keys, section in _sections(profile):
         for key in section:
             if key in MISNAMED:
-                where = place([profile], [*keys, key])
+                where = place(profile_files(profile), [*keys, key])
                 text = f"{where} does not reach Slurm; write `{MISNAMED[key]}: {section[key]}` instead"
                 yield Finding("profile", False, text)
 
@@ -106,16 +63,12 @@ def _sections(profile: Path) -> list[tuple[list[str], Mapping[str, Any]]]:
     return [(keys, section) for keys, section in found if isinstance(section, Mapping)]
 
 
-def read_profile(profile: Path) -> dict[str, Any]:
-    """A profile's content; empty where there is none."""
-    return (yaml.safe_load(profile.read_text(encoding="utf-8")) or {}) if profile.is_file() else {}
-
-
 def kinds_of_job(plan: Plan, configfiles: Sequence[Path], profile: Path) -> list[Job]:
     """Every kind of job that the configuration submits, each once: CPU steps, trainings, exports,
     evaluations.
     """
-    jobs = [_step(rule, {}, profile) for rule in ("scan", "mixture", "survey")]
+    scans = [_step("scan", {}, profile, scan_job(plan, name)) for name in plan.scanned()]
+    jobs = [*scans, *(_step(rule, {}, profile) for rule in ("mixture", "survey"))]
     for run in plan.trainings():
         name = plan.experiment_of(run.stage, run.name).stage(run.stage).compute
         compute = plan.compute(run.stage, run.name)
@@ -139,9 +92,9 @@ def _of_compute(name: str, key: str, value: Any, configfiles: Sequence[Path]) ->
     return Setting(value, f"{configfiles[-1]}: add compute.{name}.{field}")
 
 
-def _step(rule: str, own: Mapping[str, Setting], profile: Path) -> Job:
+def _step(rule: str, own: Mapping[str, Setting], profile: Path, asked: StepJob | None = None) -> Job:
     """A step that is no training: what all of its jobs ask for, and what the configuration adds."""
-    asked = STEP_JOBS[rule]
+    asked = asked or STEP_JOBS[rule]
     where = f"{profile}: add set-resources.{rule}"
     common = {"threads": Setting(asked.threads, f"{profile}: add set-threads.{rule}")}
     common["runtime"] = Setting(asked.runtime, f"{where}.runtime")
@@ -158,7 +111,9 @@ def _job(name: str, rule: str, own: Mapping[str, Setting], profile: Path) -> Job
     found = {key: value for key, value in own.items() if value.value is not None}
     found = _from_profile(sections.get(""), ["default-resources"], profile) | found
     if threads := (content.get("set-threads") or {}).get(rule):
-        found["threads"] = Setting(int(threads), place([profile], ["set-threads", rule]) or str(profile))
+        found["threads"] = Setting(
+            int(threads), place(profile_files(profile), ["set-threads", rule]) or str(profile)
+        )
     found |= _from_profile(sections.get(rule), ["set-resources", rule], profile)
     return Job(name, rule, found)
 
@@ -173,7 +128,7 @@ def _from_profile(
 ) -> dict[str, Setting]:
     return {
         "mem_mb" if key == "mem" else key: Setting(
-            _evaluated(key, value), place([profile], [*keys, key]) or str(profile)
+            _evaluated(key, value), place(profile_files(profile), [*keys, key]) or str(profile)
         )
         for key, value in (section or {}).items()
     }

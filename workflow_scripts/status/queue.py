@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from workflow_scripts.launch import requeue
 from workflow_scripts.stages import STAGES
 from workflow_scripts.status.read import Status
 
@@ -41,6 +45,19 @@ HOPELESS = {
     },
     **{f"QOSMax{what}": LIMIT for what in ("NodePerJobLimit", "MemoryPerJob", "GRESPerJob")},
 }
+# Reasons that begin like this last until somebody else does something.
+DOWN = "its nodes are down, drained or reserved: `sinfo -R` says why"
+SHARED = (
+    "a limit on all jobs of an account or QOS together: it starts when others have ended, if it fits at all"
+)
+SLOW = {
+    "ReqNodeNotAvail": f"{DOWN}; where it asks for them by name, change constraint or slurm_partition",
+    "Nodes required for job are DOWN": DOWN,
+    "PartitionDown": "the partition takes jobs and starts none: `sinfo -p` shows it",
+    "PartitionInactive": "the partition takes jobs and starts none: `sinfo -p` shows it",
+    "Reservation": f"its reservation has not begun, or is over; change it in {PROFILE}",
+    **dict.fromkeys(("AssocGrp", "AssocMax", "QOSGrp", "QOSMax"), SHARED),
+}
 HELD = ("JobHeldUser", "JobHeldAdmin", "launch failed requeued held")
 
 
@@ -68,17 +85,30 @@ class QueuedJob:
         if self.state != "PENDING":
             return ""
         said = f"waits since {self.since.replace('T', ' ')}: {self.reason}"
-        advice = HOPELESS.get(self.reason)
-        return f"{said}; waiting will not help: {advice.replace('JOB', self.job)}" if advice else said
+        return "; ".join(text for text in (said, self.advice) if text)
+
+    @property
+    def advice(self) -> str:
+        """What to do where waiting does not help, or not soon; else empty."""
+        if advice := HOPELESS.get(self.reason):
+            return f"waiting will not help: {advice.replace('JOB', self.job)}"
+        slow = [text for begin, text in SLOW.items() if self.reason.startswith(begin)]
+        return f"this may last: {slow[0]}" if slow else ""
+
+    @property
+    def label(self) -> str:
+        """`finetune demo-1a2b`, from the comment that the Slurm plugin gives a job."""
+        return self.comment.removeprefix("rule_").replace("_wildcards_", " ")
 
 
-def jobs_of(root: Path) -> list[QueuedJob]:
-    """My Slurm jobs of the working folder ``root``; none where there is no Slurm, or where it gives no
-    answer.
+def jobs_of(root: Path, name: str = "") -> list[QueuedJob]:
+    """My Slurm jobs of the working folder ``root`` (only those called ``name``); none where there is no
+    Slurm, or where it gives no answer.
     """
     if shutil.which("squeue") is None:
         return []
     command = ["squeue", "--noheader", "--me", f"--format={FORMAT}"]
+    command += [f"--name={name}"] if name else []
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     except subprocess.TimeoutExpired:
@@ -122,3 +152,28 @@ def _queued(item: Status, job: QueuedJob) -> Status:
 def _new(jobs: dict[tuple[str, str], QueuedJob]) -> Iterator[Status]:
     for (stage, run), job in jobs.items():
         yield Status(stage, run, job.shown_state, where=f"job {job.job}", reason=job.text)
+
+
+# ---------------------------------------------------------------- while Snakemake waits
+
+
+def watch_queue(workflow: Any, root: Path) -> None:
+    """Says once of each job of this Snakemake why waiting does not help it. To be called when jobs start."""
+    if name := requeue.run_name(workflow):
+        arguments = (root, name, requeue.interval())
+        threading.Thread(target=_watch, args=arguments, name="queue", daemon=True).start()
+
+
+def _watch(root: Path, name: str, seconds: float) -> None:
+    said: set[tuple[str, str]] = set()
+    pause = threading.Event()
+    while not pause.wait(seconds):
+        say_what_waits(root, name, said)
+
+
+def say_what_waits(root: Path, name: str, said: set[tuple[str, str]]) -> None:
+    """Prints jobs called ``name`` that wait in vain; those in ``said`` have been told."""
+    for job in jobs_of(root, name):
+        if job.state == "PENDING" and job.advice and (job.job, job.reason) not in said:
+            said.add((job.job, job.reason))
+            print(f"{job.label} (Slurm job {job.job}) {job.text}", file=sys.stderr, flush=True)

@@ -13,7 +13,7 @@ from typing import Any
 from workflow_scripts.io import UserError, read_json
 from workflow_scripts.launch.attempts import REFUSAL, read_attempts, saved_step
 from workflow_scripts.launch.ownership import OWNER, alive
-from workflow_scripts.launch.verdicts import STATUS, read_verdict
+from workflow_scripts.launch.verdicts import ENDED, STATUS, read_end, read_verdict
 from workflow_scripts.stages import STAGES
 
 TAIL = 1 << 16
@@ -123,9 +123,12 @@ def read_status(folder: Path) -> Status:
     attempts = read_attempts(folder)
     idle = _idle(last, attempts)
     refusal = _content(folder / REFUSAL)
-    state = _state(result, owner, attempts, idle, refusal)
+    ended = read_end(folder.parent)
+    state = _state(result, owner, attempts, idle, refusal, ended)
     steps = total_steps(folder, spec, rows)
     reason, log = _refused(folder, refusal) if state == "refused" else _trouble(folder, state, attempts)
+    if state == ENDED:
+        reason = ended["reason"]
     return Status(
         stage=spec["stage"],
         run=spec["run"],
@@ -178,14 +181,20 @@ def _trouble(folder: Path, state: str, attempts: Sequence[Mapping[str, Any]]) ->
     return reason, str(log)
 
 
+def error_line(logs: Sequence[Path]) -> str:
+    """The last `error:` of the first log that has one; empty where none has."""
+    for log in logs:
+        if said := [line for line in _tail(log) if line.startswith("error: ")]:
+            return said[-1].removeprefix("error: ").strip()
+    return ""
+
+
 def _reason(attempt: Mapping[str, Any], log: Path) -> str:
     """Why an attempt ended: the last `error:` of its log, else what was raised, else how it ended."""
-    lines = _tail(log)
-    said = [line for line in lines if line.startswith("error: ")] or [
-        line for line in lines if RAISED.match(line)
-    ]
-    if said:
-        return said[-1].removeprefix("error: ").strip()
+    if said := error_line([log]):
+        return said
+    if raised := [line for line in _tail(log) if RAISED.match(line)]:
+        return raised[-1].strip()
     if "outcome" not in attempt:
         return "it ended without a word (kill -9, out of memory, or the machine)"
     return f"it {attempt['outcome']}, without a message"
@@ -197,6 +206,7 @@ def _state(
     attempts: Sequence[Mapping[str, Any]],
     idle: float | None,
     refusal: Mapping[str, Any],
+    ended: Mapping[str, Any],
 ) -> str:
     if result.get("status") == "finished":
         return "finished"
@@ -204,6 +214,8 @@ def _state(
     lives = alive(owner) if owner else False
     if lives:
         return "running"
+    if ended:
+        return ENDED
     if refusal:
         return "refused"
     if lives is None and outcome is None:

@@ -29,6 +29,7 @@ STATES = {
     "killed": "red",
     "failed": "red",
     "verdict": "red",
+    "ended": "dim",
     "refused": "red",
     "unreadable": "red",
     "finished": "blue",
