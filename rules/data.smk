@@ -89,6 +89,10 @@ rule survey:
     params:
         step=step,
         spec=lambda wildcards: compact(surveyed(wildcards).spec()),
+        # not tracked (it takes `output`): trainings that are finished or under way need no new survey for it
+        skip_samples=lambda wildcards, output: ",".join(
+            plan.config.mixtures[surveyed(wildcards).mixture].skip_samples
+        ),
     shell:
         "{params.step} --log {log} survey --name {wildcards.survey} --spec {params.spec:q} --mixture {input.mixture}"
-        " --models {input.models} --manifest {output.manifest} --processes {threads}"
+        " --models {input.models} --manifest {output.manifest} --processes {threads} --skip_samples {params.skip_samples:q}"

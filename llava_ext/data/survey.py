@@ -7,7 +7,7 @@ Nothing is computed a second way: a sample's ids and labels are those of
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -46,6 +46,7 @@ REASONS: dict[str, str] = {
     "cut_away": "everything with a label lies behind model_max_length",
     "no_answer": "no answer has a token",
     "refused": "it can't be encoded",
+    "left_out": "skip_samples names it: one token takes its place",
 }
 CODES = {name: code for code, name in enumerate(REASONS)}
 TOGETHER = 512  # records whose texts are tokenised at once
@@ -67,6 +68,7 @@ class Surveyor:
     Args:
         tokenizer: as :func:`llava_ext.model.parts.load_tokenizer` gives it.
         collators: one a layout, each with a ``model_max_length`` of ``max_length``.
+        skipped: samples that training leaves out.
     """
 
     def __init__(
@@ -76,9 +78,10 @@ class Surveyor:
         version: str,
         max_length: int,
         collators: Sequence[Collator],
+        skipped: Collection[int] = (),
     ) -> None:
         self.store, self.version, self.max_length = store, version, max_length
-        self.collators = collators
+        self.collators, self.skipped = collators, frozenset(skipped)
         self._ahead = ReadAhead(tokenizer, version, max_length)
         self._samples = EncodedSamples(store, self._ahead.tokenizer, version, max_length, _no_image)
         self._end = template(version).separators[1] if template(version).style == "dialogue" else None
@@ -92,6 +95,9 @@ class Surveyor:
         found = Measured(np.zeros((len(self.collators), len(indices)), MEASURED))
         for place, index, encoded in self._encoded(indices, found.refused):
             column = found.rows[:, place]
+            if index in self.skipped:
+                column["tokens"], column["reason"] = 1, CODES["left_out"]
+                continue
             if encoded is None:
                 column["reason"] = CODES["refused"]
                 continue
@@ -106,7 +112,7 @@ class Surveyor:
             for place, index in enumerate(group, start):
                 encoded = None
                 try:
-                    encoded = self._samples.text(index)
+                    encoded = None if index in self.skipped else self._samples.text(index)
                 except TrainingError as error:
                     refused[index] = str(error)
                 yield place, index, encoded

@@ -59,11 +59,12 @@ def spec(*uses, length=2048, version="v1"):
     return json.dumps({**about, "uses": list(uses)})
 
 
-def survey(folder, models, *uses, processes=1, **about):
+def survey(folder, models, *uses, processes=1, skip="", **about):
     manifest = folder.path / "surveys" / "manifest.json"
     mixture, written = folder.mixture / "manifest.json", spec(*uses, **about)
     arguments = ["--name", "S", "--spec", written, "--mixture", str(mixture), "--models", *map(str, models)]
-    step.main([*arguments, "--manifest", str(manifest), "--processes", str(processes)])
+    options = ["--processes", str(processes), "--skip_samples", skip]
+    step.main([*arguments, "--manifest", str(manifest), *options])
     return read_json(manifest)
 
 
@@ -182,6 +183,18 @@ def test_a_record_that_cannot_be_encoded_stops_the_workflow(folder, models, caps
     assert "source talk: 40 of 40 samples (100.00%) can't be encoded" in text
     assert "record 7 (id 't0', source talk, no image): prompt version `plain` needs two turns" in text
     assert "mixtures.M.parts" in text
+
+
+def test_records_that_are_left_out_stop_nothing(folder, models, capsys):
+    """Also those that could not be encoded; in the table one token stands for each, as in training."""
+    mix(folder)
+    names = ",".join(f"t{number}" for number in range(39))
+    assert "1 of 1 samples" in said(capsys, folder, models, use(), version="plain", skip=names)
+    found = survey(folder, models, use(), version="plain", skip=f"{names},#46")["layouts"][0]
+    assert found["all"]["samples"] == 6 and found["left_out"] == 40
+    rows = table(folder, found)
+    assert len(rows) == 46 and rows["tokens"][6:].tolist() == [1] * 40 and not rows["labels"][6:].any()
+    assert "mixtures.M.skip_samples" in said(capsys, folder, models, use(), skip="nobody")
 
 
 def test_too_few_labels_stop_the_workflow(folder, models, capsys):

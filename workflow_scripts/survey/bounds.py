@@ -31,9 +31,9 @@ def _refused(facts: Mapping[str, Any], mixture: str) -> Iterator[str]:
         if number := found["unlabelled"].get("refused", 0):
             yield (
                 f"source {source}: {_of(number, found)} can't be encoded, and a training would stop at the"
-                f" first of them{_named(facts['examples'][source]['refused'])}\n    Mend the records, or drop"
-                f" them by a policy (mixtures.{mixture}.parts, policy.records), or choose another"
-                " prompt_version."
+                f" first of them{_named(facts['examples'][source]['refused'])}\n    Mend the records, drop"
+                f" them by a policy (mixtures.{mixture}.parts, policy.records), leave them out"
+                f" (mixtures.{mixture}.skip_samples), or choose another prompt_version."
             )
 
 

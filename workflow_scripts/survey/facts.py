@@ -27,11 +27,13 @@ def facts_of(
         sources: ``(samples,)``, places in ``names``.
         describe: what names a sample among the examples.
     """
-    parts = {name: np.flatnonzero(sources == place) for place, name in enumerate(names)}
+    seen = rows["reason"] != CODES["left_out"]
+    parts = {name: np.flatnonzero((sources == place) & seen) for place, name in enumerate(names)}
     return {
-        "all": counts(rows),
+        "all": counts(rows[seen]),
+        "left_out": int((~seen).sum()),
         "sources": {name: counts(rows[mine]) for name, mine in parts.items() if len(mine)},
-        "histogram": histogram(rows, max_length),
+        "histogram": histogram(rows[seen], max_length),
         "examples": {
             name: found
             for name, mine in parts.items()

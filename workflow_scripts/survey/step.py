@@ -57,10 +57,13 @@ class Inputs:
     llm: Path
     towers: Mapping[str, Path]
     digests: Mapping[str, str]
+    skipped: Sequence[int] = ()
 
 
-def read_inputs(mixture: Path, models: Sequence[Path]) -> Inputs:
-    """From the manifests of the mixture, the language model and the towers."""
+def read_inputs(mixture: Path, models: Sequence[Path], skip_samples: str = "") -> Inputs:
+    """From the manifests of the mixture, the language model and the towers; ``skip_samples`` names records
+    as the mixture's section does.
+    """
     contents = {path: read_json(path) for path in models}
     folders = {path: path.parent / content["folder"] for path, content in contents.items()}
     llms = [path for path, content in contents.items() if content["role"] == "llm"]
@@ -68,7 +71,19 @@ def read_inputs(mixture: Path, models: Sequence[Path]) -> Inputs:
         raise UserError(f"--models: found {len(llms)} manifests of role llm; give one")
     towers = {content["name"]: folders[path] for path, content in contents.items() if path != llms[0]}
     digests = {"mixture": read_json(mixture)["digest"], "llm": contents[llms[0]]["digest"]}
-    return Inputs(mixture.parent, folders[llms[0]], towers, digests)
+    skipped = _left_out(mixture.parent, skip_samples) if skip_samples else []
+    return Inputs(mixture.parent, folders[llms[0]], towers, digests, skipped)
+
+
+def _left_out(mixture: Path, names: str) -> list[int]:
+    from llava_ext.data.samples import open_samples
+    from llava_ext.data.skipping import find_records
+    from llava_ext.errors import TrainingError
+
+    try:
+        return find_records(open_samples(mixture), names)
+    except TrainingError as error:
+        raise UserError(f"mixtures.{mixture.name}.skip_samples: {error}") from None
 
 
 def layouts_of(spec: Mapping[str, Any], inputs: Inputs, tokenizer: Any) -> list[Layout]:
@@ -85,6 +100,7 @@ def layouts_of(spec: Mapping[str, Any], inputs: Inputs, tokenizer: Any) -> list[
         config = image_config(inputs.towers[layout["vision_tower"]], flags, keeps_all)
         collator = Collator.for_model(config, tokenizer, model_max_length=spec["model_max_length"])
         content = {name: spec[name] for name in ("code_version", "prompt_version", "model_max_length")}
+        content |= {"skipped": list(inputs.skipped)} if inputs.skipped else {}
         text = [token if token != collator.image_token_id else "image" for token in collator.block]
         key = digest({**content, **inputs.digests, "image": text}, 16)
         known = found.setdefault(key, Layout(key, collator, config.tokens_per_image, []))
@@ -225,7 +241,8 @@ def _survey_layouts(
 
     store = open_samples(inputs.mixture)
     collators = [layout.collator for layout in layouts]
-    surveyor = Surveyor(store, tokenizer, spec["prompt_version"], spec["model_max_length"], collators)
+    version, length = spec["prompt_version"], spec["model_max_length"]
+    surveyor = Surveyor(store, tokenizer, version, length, collators, inputs.skipped)
     measured = measure_all(surveyor, processes, name)
 
     def describe(index: int) -> dict[str, Any]:
@@ -279,9 +296,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--models", required=True, nargs="+", type=Path, help="manifests of the LLM and the vision towers"
     )
+    parser.add_argument("--skip_samples", default="", help="records that trainings leave out")
     parser.add_argument("--processes", type=int, default=1, help="processes that share the work")
     options = parser.parse_args(argv)
-    inputs = read_inputs(options.mixture, options.models)
+    inputs = read_inputs(options.mixture, options.models, options.skip_samples)
     survey(options.name, json.loads(options.spec), inputs, options.manifest, options.processes)
     print(describe(read_json(options.manifest)), flush=True)
 
