@@ -20,6 +20,7 @@ from workflow_scripts.plan.needs import GB, Item, disk_needs, items_of, missing_
 from workflow_scripts.plan.plan import Plan, read_plan
 from workflow_scripts.plan.runs import Run
 from workflow_scripts.plan.skipped import lines_of_others
+from workflow_scripts.plan.tokens import hours_of, tokens_of
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,9 @@ class Job:
     run: Run
     experiments: list[str]
     gpus: str
+    tokens: int | None
     hours: float | None
+    is_measured: bool
     gpu_hours: float | None
     finished: bool
 
@@ -43,9 +46,11 @@ def _job(plan: Plan, run: Run) -> Job:
     compute = plan.compute(run.stage, run.name)
     count = compute.nodes * compute.gpus_per_node
     shape = f"{compute.nodes} x {compute.gpus_per_node} GPU" if count else f"{compute.nodes} x CPU"
-    hours = compute.expected_hours
+    tokens = tokens_of(plan, run)
+    hours, is_measured = hours_of(plan, run, tokens)
     total = hours * count if hours is not None else None
-    return Job(run, plan.used_by(run.stage, run.name), shape, hours, total, Path(run.manifest).is_file())
+    used, finished = plan.used_by(run.stage, run.name), Path(run.manifest).is_file()
+    return Job(run, used, shape, tokens, hours, is_measured, total, finished)
 
 
 def describe_plan(plan: Plan, folder: Path | None = None) -> str:
@@ -94,15 +99,29 @@ def _disk_lines(plan: Plan, items: Iterable[Item], folder: Path) -> list[str]:
 
 def _job_lines(jobs: list[Job]) -> list[str]:
     width = max(len(job.run.name) for job in jobs)
-    lines = [f"  {'trainings':<{width + 10}}  jobs of       hours  for"]
+    lines = [f"  {'trainings':<{width + 10}}  jobs of      M tokens   hours  for"]
     for job in jobs:
-        hours = "   done" if job.finished else ("      ?" if job.hours is None else f"{job.hours:7.1f}")
-        used = ", ".join(job.experiments)
-        lines.append(f"  {job.run.stage:<9} {job.run.name:<{width}}  {job.gpus:<12}{hours}  {used}")
+        used, name = ", ".join(job.experiments), f"{job.run.stage:<9} {job.run.name:<{width}}"
+        lines.append(f"  {name}  {job.gpus:<12}{_millions(job.tokens)}{_hours(job)}  {used}")
     left = [job for job in jobs if not job.finished]
     known = [job.gpu_hours for job in left if job.gpu_hours]
     total = f", about {sum(known):.0f} GPU hours" if known else ""
-    return [*lines, f"  {len(left)} of {len(jobs)} trainings are to be done{total}", ""]
+    lines.append(f"  {len(left)} of {len(jobs)} trainings are to be done{total}")
+    if any(job.is_measured and not job.finished for job in jobs):
+        lines.append("  * from the survey's tokens, at the speed of trainings that are finished here")
+    return [*lines, ""]
+
+
+def _millions(tokens: int | None) -> str:
+    return f"{'?' if tokens is None else format(tokens / 1e6, '.2f'):>9}"
+
+
+def _hours(job: Job) -> str:
+    if job.finished:
+        return "    done"
+    if job.hours is None:
+        return "       ?"
+    return f"{job.hours:7.1f}{'*' if job.is_measured else ' '}"
 
 
 def is_dry_run(argv: Sequence[str]) -> bool:

@@ -1,0 +1,74 @@
+"""Tokens and hours of the plan: from the survey, and from trainings that are finished here."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from workflow_scripts.config.load import load_config
+from workflow_scripts.io import write_json
+from workflow_scripts.plan.describe import describe_plan, jobs_of
+from workflow_scripts.plan.plan import Plan
+from workflow_scripts.plan.surveys import layout_of
+
+ROOT = Path(__file__).parents[2]
+FULL = yaml.safe_load((ROOT / "config/llava-v1.5-7b.yaml").read_text())
+
+
+@pytest.fixture
+def plan(tmp_path, monkeypatch):
+    """Two experiments of the full configuration, of which only stage 2 has been surveyed."""
+    monkeypatch.chdir(tmp_path)
+    raw = copy.deepcopy(FULL)
+    raw["experiments"] = {name: raw["experiments"][name] for name in ("vanilla", "compress_1")}
+    plan = Plan(load_config(raw))
+    layouts = [
+        {"of": [layout_of(experiment)], "all": {"samples": 1000, "tokens": tokens}}
+        for experiment, tokens in zip(plan.experiments.values(), (900_000, 300_000), strict=True)
+    ]
+    write_json(Path(plan.survey_of("finetune", plan.names("finetune")[0]).manifest), {"layouts": layouts})
+    return plan
+
+
+def job(plan, stage, experiment):
+    return next(job for job in jobs_of(plan) if job.run.stage == stage and experiment in job.experiments)
+
+
+def finish(run, *speeds):
+    """A finished training with these speeds in its log."""
+    state = Path(run.folder) / "state"
+    state.mkdir(parents=True)
+    rows = [{"step": step, "loss": 1.0, "tokens_per_s": speed} for step, speed in enumerate(speeds, 1)]
+    (state / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_json(Path(run.manifest), {"folder": "state", "skipped": []})
+
+
+def test_tokens_of_an_epoch_are_those_of_the_survey(plan):
+    assert job(plan, "finetune", "vanilla").tokens == 900_000
+    assert job(plan, "finetune", "compress_1").tokens == 300_000
+    assert job(plan, "pretrain", "vanilla").tokens is None
+
+
+def test_without_a_finished_training_the_hours_are_those_of_the_configuration(plan):
+    found = job(plan, "finetune", "compress_1")
+    assert (found.hours, found.is_measured) == (10, False)
+    assert "from the survey's tokens" not in describe_plan(plan)
+
+
+def test_a_finished_training_says_how_long_the_others_take(plan):
+    finish(plan.run("finetune", "vanilla"), 10, 50, 100)
+    found = job(plan, "finetune", "compress_1")
+    assert found.is_measured and found.hours == pytest.approx(300_000 / 50 / 3600)
+    assert found.gpu_hours == pytest.approx(8 * found.hours)
+    text = describe_plan(plan)
+    assert "0.30    1.7*  compress_1" in text and "0.90    done  vanilla" in text
+    assert "* from the survey's tokens, at the speed of trainings that are finished here" in text
+    assert not job(plan, "pretrain", "compress_1").is_measured
+
+
+def test_steps_see_the_mean_of_the_samples(plan):
+    raw = copy.deepcopy(FULL)
+    raw["experiments"] = {"vanilla": {"finetune": {"max_steps": 10}}}
+    assert job(Plan(load_config(raw)), "finetune", "vanilla").tokens == 10 * 128 * 900

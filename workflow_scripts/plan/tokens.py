@@ -1,0 +1,75 @@
+"""Tokens and hours of a training, as far as its survey and earlier trainings say them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from workflow_scripts.io import read_json
+from workflow_scripts.plan.plan import Plan
+from workflow_scripts.plan.runs import Run
+from workflow_scripts.plan.surveys import layout_of
+from workflow_scripts.report.collect import metrics
+
+
+def surveyed_layout(plan: Plan, run: Run) -> dict[str, Any] | None:
+    """What the survey counted for a training; None before it is made, or where it is of another
+    configuration.
+    """
+    path = Path(plan.survey_of(run.stage, run.name).manifest)
+    if not path.is_file():
+        return None
+    mine = layout_of(plan.experiments[run.experiment])
+    return next((layout for layout in read_json(path)["layouts"] if mine in layout["of"]), None)
+
+
+def tokens_of(plan: Plan, run: Run) -> int | None:
+    """Tokens of all steps together: exact for whole epochs, the mean's multiple for a number of steps."""
+    found = surveyed_layout(plan, run)
+    if found is None or not found["all"]["samples"]:
+        return None
+    spec, every = plan.experiments[run.experiment].stage(run.stage), found["all"]
+    if spec.epochs is not None:
+        return round(spec.epochs * every["tokens"])
+    seen = (spec.max_steps or 0) * spec.global_batch_size
+    return round(seen * every["tokens"] / every["samples"])
+
+
+def measured_speed(plan: Plan, run: Run) -> float | None:
+    """Tokens per second of finished trainings of the same stage in the same kind of job: the median of
+    theirs.
+    """
+    kind = _kind(plan, run)
+    speeds = [
+        speed
+        for other in plan.trainings()
+        if _kind(plan, other) == kind and (speed := _speed(Path(other.manifest))) is not None
+    ]
+    return median(speeds) if speeds else None
+
+
+def _kind(plan: Plan, run: Run) -> tuple[str, str]:
+    return run.stage, plan.experiments[run.experiment].stage(run.stage).compute
+
+
+def _speed(manifest: Path) -> float | None:
+    speeds = sorted(_speeds(manifest)) if manifest.is_file() else []
+    return median(speeds) if speeds else None
+
+
+def _speeds(manifest: Path) -> Iterator[float]:
+    for row in metrics((manifest, read_json(manifest))):
+        if "tokens_per_s" in row:
+            yield float(row["tokens_per_s"])
+
+
+def hours_of(plan: Plan, run: Run, tokens: int | None) -> tuple[float | None, bool]:
+    """Hours of a training, and whether they were computed from its tokens and a speed that was seen here;
+    otherwise they are what the configuration expects.
+    """
+    speed = measured_speed(plan, run) if tokens else None
+    if tokens and speed:
+        return tokens / speed / 3600, True
+    return plan.compute(run.stage, run.name).expected_hours, False
