@@ -57,7 +57,7 @@ def interpreter():
         DeploymentMethod.ENV_MODULES,
     }
     inside = elsewhere & set(workflow.deployment_settings.deployment_method)
-    return config.get("python") or ("python" if inside else sys.executable)
+    return plan.config.python or ("python" if inside else sys.executable)
 
 
 STEP = command(interpreter(), HERE, plan.config.setup)

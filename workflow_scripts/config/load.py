@@ -42,6 +42,7 @@ def load_config(raw: Mapping[str, Any], files: Sequence[str | Path] = ()) -> Loa
     Raises :class:`UserError` with one line for each problem.
     """
     label = ", ".join(str(file) for file in files) or "the configuration"
+    raw = extended(raw, files)
     problems: list[Problem] = []
     experiments: dict[str, Experiment] = {}
     try:
@@ -59,16 +60,49 @@ def load_config(raw: Mapping[str, Any], files: Sequence[str | Path] = ()) -> Loa
     return Loaded(config, experiments, _warnings(experiments))
 
 
-def load_files(files: Sequence[Path]) -> Loaded:
-    """Reads and validates YAML files; later ones are merged into earlier ones, as Snakemake does."""
-    contents = [read_yaml(path) for path in files]
-    merged_files = contents[0]
-    if len(contents) > 1:
+def extended(raw: Mapping[str, Any], files: Sequence[str | Path] = ()) -> dict[str, Any]:
+    """``raw`` merged over the file that its `extends` names, and over what that one extends.
+
+    The path is relative to the file that says it; where that is not known (a module, `--config`), to the
+    working folder.
+    """
+    content, seen, places = dict(raw), list[Path](), [*(Path(file).parent for file in files), Path()]
+    while (name := content.pop("extends", None)) is not None:
+        base = _find_base(name, places)
+        if base in seen:
+            raise UserError(
+                f"{base}: extends itself, by {', '.join(map(str, seen))}; take one `extends` away"
+            )
+        seen.append(base)
+        content, places = merged_contents([read_yaml(base), content]), [base.parent]
+    return content
+
+
+def _find_base(name: Any, places: Sequence[Path]) -> Path:
+    """The file that `extends` names."""
+    if not isinstance(name, str):
+        raise UserError(f"extends: found {name!r}; allowed is the path of one configuration file")
+    found = [(place / name).resolve() for place in places]
+    for path in found:
+        if path.is_file():
+            return path
+    raise UserError(f"extends: {name}: no such file; looked for {', '.join(map(str, dict.fromkeys(found)))}")
+
+
+def merged_contents(contents: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Later contents merged into earlier ones, as Snakemake does with several files."""
+    first, *others = contents
+    if others:
         from snakemake.utils import update_config  # takes half a second to import
 
-        for content in contents[1:]:
-            update_config(merged_files, content)
-    return load_config(merged_files, files)
+        for content in others:
+            update_config(first, content)
+    return first
+
+
+def load_files(files: Sequence[Path]) -> Loaded:
+    """Reads and validates YAML files; later ones are merged into earlier ones, as Snakemake does."""
+    return load_config(merged_contents([read_yaml(path) for path in files]), files)
 
 
 def _resolve_all(config: Config) -> tuple[dict[str, Experiment], list[Problem]]:

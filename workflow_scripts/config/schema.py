@@ -20,6 +20,10 @@ class Config(StrictModel):
     folder.
     """
 
+    extends: str | None = None
+    """Another configuration file, relative to this one, that this one changes: sections are merged, values
+    replaced.
+    """
     sources: dict[Name, SourceSpec]
     """Where images and annotations come from, by name."""
     mixtures: dict[Name, MixtureSpec]
