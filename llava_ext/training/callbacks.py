@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from .interruption import Interruption
 from .metrics import Metrics
-from .watchdogs import FewLabels, NoStep, StuckAtZero
+from .watchdogs import LearnsNothing, NoStep
 
 if TYPE_CHECKING:
     from .arguments import Arguments
@@ -18,14 +18,18 @@ def add_callbacks(trainer: LlavaTrainer, arguments: Arguments, watchdog: NoStep)
     """Adds them in their order, the metrics first; returns the one that knows whether a signal has stopped
     the training.
     """
-    training, window = arguments.training, arguments.training.watchdog_zero_steps
+    training = arguments.training
     board = bool(getattr(training, "own_tensorboard", False))
     interruption = Interruption()
     trainer.watchdog = watchdog
     for callback in (
         Metrics(Path(training.output_dir), board, lines=bool(training.disable_tqdm)),
-        StuckAtZero(window, trainer.last_samples),
-        FewLabels(arguments.data.supervised_share_bound if window else 0, window, trainer.last_samples),
+        LearnsNothing(
+            training.watchdog_zero_steps,
+            arguments.data.supervised_share_bound,
+            trainer.take_recent,
+            trainer.last_samples,
+        ),
         watchdog,
         interruption,
     ):

@@ -80,6 +80,7 @@ class LlavaTrainer(Trainer):
         self.sampler: EpochSampler | None = None
         self.last_indices: list[int] = []
         self.counts: dict[str, Any] = dict.fromkeys(COUNTS.values(), 0)
+        self.recent: list[Any] = [0.0, 0, 0]
         self.unsupervised_batches = 0
         self._predicting: torch.Tensor | None = None
         self.model.get_output_embeddings().register_forward_pre_hook(self._keep_predicting)
@@ -184,6 +185,27 @@ class LlavaTrainer(Trainer):
             loss = total / num_items_in_batch * world_size()
         self._check_finite(loss)
         return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
+        """As transformers'; remembers what :meth:`take_recent` gives."""
+        counts = inputs["counts"]
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        # the loss stays on its device: to read it would be to wait for it
+        news = (loss, counts["supervised"], counts["text"])
+        self.recent = [old + new for old, new in zip(self.recent, news, strict=True)]
+        return loss
+
+    def take_recent(self) -> tuple[float, float, float]:
+        """The sums of losses, tokens with a label and text tokens of all ranks since it was last called.
+        Every rank must call.
+        """
+        sums = torch.tensor([float(value) for value in self.recent], dtype=torch.float64)
+        self.recent = [0.0, 0, 0]
+        if world_size() > 1:
+            sums = sums.to(self.args.device)
+            dist.all_reduce(sums)
+        loss, supervised, text = sums.tolist()
+        return loss, supervised, text
 
     def _keep_predicting(self, head: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """Hands the LLM's head only the places whose next token is a label: (batch, tokens, hidden) -> (1,

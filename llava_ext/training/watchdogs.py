@@ -8,10 +8,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import astuple, dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Self
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 from ..errors import TrainingError
 from .states import RESULT, write_result
@@ -19,60 +22,86 @@ from .states import RESULT, write_result
 NO_STEP_EXIT = 75
 
 
-class StuckAtZero(TrainerCallback):
-    """Stops when the loss has been zero for so many steps: nothing is learned any more.
+@dataclass(frozen=True)
+class Stretch:
+    """Some steps, of all ranks together: the sum of their losses, their tokens with a label and of text."""
 
-    What it knows lies in the trainer's own history: a training that continues knows of the steps before, too.
+    steps: int
+    loss: float
+    supervised: float
+    text: float
+
+
+class LearnsNothing(TrainerCallback, ExportableState):
+    """Stops when for so many steps the loss has been zero, or hardly any token carried a label.
+
+    It looks every few steps, however often they are logged, which costs one sum over the ranks. What it has
+    seen goes into checkpoints: a training that continues knows of the steps before.
+
+    Args:
+        limit: so many steps; 0: never.
+        bound: the least share of the text tokens that carry a label; 0: any.
+        take_recent: the sums over the steps since it was last called; every rank calls.
+        samples: the samples of the last micro-batch, for the message.
     """
 
-    def __init__(self, limit: int, samples: Callable[[], list[str]]) -> None:
-        self.limit = limit
-        self.samples = samples
-
-    def on_log(
+    def __init__(
         self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
+        limit: int,
+        bound: float,
+        take_recent: Callable[[], tuple[float, float, float]],
+        samples: Callable[[], list[str]],
     ) -> None:
-        if not self.limit or "loss" not in (logs or {}):
+        self.limit = limit
+        self.bound = bound
+        self.take_recent = take_recent
+        self.samples = samples
+        self.every = max(1, limit // 4)
+        self.last_look = 0
+        self.stretches: list[Stretch] = []
+
+    def state(self) -> dict[str, Any]:
+        """For the trainer's own state."""
+        return {"args": {}, "attributes": {"stretches": [astuple(item) for item in self.stretches]}}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        self.stretches = [Stretch(*numbers) for numbers in saved["attributes"]["stretches"]]
+        self.last_look = state.global_step
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not self.limit or state.global_step % self.every:
             return
-        logged = (row for row in reversed(state.log_history) if "loss" in row)
-        learned = next((row["step"] for row in logged if abs(row["loss"]) >= 1e-9), 0)
-        if state.global_step - learned >= self.limit:
+        self.stretches.append(Stretch(state.global_step - self.last_look, *self.take_recent()))
+        self.last_look = state.global_step
+        while sum(item.steps for item in self.stretches[1:]) >= self.limit:
+            del self.stretches[0]
+        self._check_loss(state.global_step)
+        self._check_labels(state.global_step)
+
+    def _check_loss(self, step: int) -> None:
+        idle = list(takewhile(lambda item: item.loss < 1e-9 * item.steps, reversed(self.stretches)))
+        steps = sum(item.steps for item in idle)
+        if steps >= self.limit:
             raise TrainingError(
-                f"the loss has been zero for {state.global_step - learned} steps up to step"
-                f" {state.global_step}; the last batch was\n"
+                f"the loss has been zero for {steps} steps up to step {step}; the last batch was\n"
                 + "\n".join(self.samples())
                 + "\nCheck the learning rate, the labels (python -m llava_ext.statistics) and the precision. "
                 "--watchdog_zero_steps 0 turns this check off."
             )
 
-
-class FewLabels(TrainerCallback):
-    """Stops when hardly any token of the last ``window`` steps carried a label, wherever in the data that
-    begins.
-    """
-
-    def __init__(self, bound: float, window: int, samples: Callable[[], list[str]]) -> None:
-        self.bound = bound
-        self.window = max(window, 1)
-        self.samples = samples
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        logged = [row for row in state.log_history if "supervised_tokens" in row]
-        last = [row for row in logged if row["step"] > state.global_step - self.window]
-        # a row is of all steps since the one before it
-        steps = state.global_step - (logged[-len(last) - 1]["step"] if len(logged) > len(last) else 0)
-        supervised, text = (sum(row[name] for row in last) for name in ("supervised_tokens", "text_tokens"))
-        if steps >= self.window and supervised < self.bound * text:
+    def _check_labels(self, step: int) -> None:
+        steps, supervised, text = (
+            sum(getattr(item, name) for item in self.stretches) for name in ("steps", "supervised", "text")
+        )
+        if steps >= self.limit and supervised < self.bound * text:
             raise TrainingError(
                 f"only {supervised:.0f} of {text:.0f} text tokens carried a label in the last {steps} steps"
-                f" up to step {state.global_step} ({supervised / text:.2%}, --supervised_share_bound:"
+                f" up to step {step} ({supervised / text:.2%}, --supervised_share_bound:"
                 f" {self.bound:.2%}); the last batch was\n"
                 + "\n".join(self.samples())
                 + "\nCheck --version and --model_max_length with `python -m llava_ext.statistics`; the last"

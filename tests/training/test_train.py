@@ -439,6 +439,7 @@ def test_too_few_labels_stop_wherever_in_the_data_they_begin(tmp_path, train_her
     data keep.
     """
     flags = {"preflight_samples": 0, "supervised_share_bound": 0.5, "watchdog_zero_steps": 2, "max_steps": 6}
+    flags["logging_steps"] = 50  # how often is logged is all the same
     text = stopped(
         train_here(short(2, tmp_path / "out", save_strategy="steps", save_steps=1, **flags)),
         "text tokens carried a label in the last 2 steps up to step 2",
@@ -451,11 +452,23 @@ def test_too_few_labels_stop_wherever_in_the_data_they_begin(tmp_path, train_her
 def test_zero_loss_stops_with_the_samples(tmp_path, samples, train_here):
     data = samples([question(number, "") for number in range(40)])
     flags = {"mismatch_bound": 1, "supervised_share_bound": 0, "watchdog_zero_steps": 3, "max_steps": 8}
+    flags["logging_steps"] = 50
     stopped(
         train_here(short(2, tmp_path / "out", data_path=data, **flags)),
         "has been zero for 3 steps up to step 3",
         "id 'q",
     )
+    assert "has been zero" in verdict(tmp_path / "out")
+
+
+def test_a_training_that_continues_knows_of_the_steps_before(tmp_path, samples, train_here):
+    records = [question(number, "") for number in range(40)]
+    records[8] = question(8, "", "gone.png")  # in step 3
+    flags = {"mismatch_bound": 1, "supervised_share_bound": 0, "watchdog_zero_steps": 3, "max_steps": 8}
+    flags |= {"sampling": "sequential", "group_by_modality_length": None, "data_path": samples(records)}
+    stopped(train_here(short(2, tmp_path / "out", **flags)), "the state after step 2 is saved")
+    text = stopped(train_here(short(2, tmp_path / "out", skip_samples="#9", **flags)), "id 'q8'")
+    assert "continuing from" in text and "has been zero for 3 steps up to step 3" in text
 
 
 def test_a_loss_that_is_no_number_stops_before_the_weights_change(tmp_path, train_here):
