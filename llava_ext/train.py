@@ -21,8 +21,6 @@ if __name__ == "__main__":
     console.quiet(sys.argv[1:])
     console.require_transformers()
 
-import torch
-
 from .data.skipping import find_records, identified
 from .distributed import processes
 from .distributed.collectives import from_all, on_first_rank
@@ -44,14 +42,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = sys.argv[1:] if argv is None else list(argv)
     try:
         run(parse(argv))
-    except (TrainingError, ValueError, torch.OutOfMemoryError) as error:
+    except (TrainingError, ValueError, RuntimeError) as error:
         why = verdict.reason(error)
         if why is not None:
             verdict.record(given, why)
         text = why or console.message(error)
         if text is None:
             raise
-        if isinstance(error, torch.OutOfMemoryError):
+        if verdict.is_out_of_memory(error):
             traceback.print_exc()
         print(f"error: {text}", file=sys.stderr, flush=True)
         processes.exit_with(1)

@@ -17,7 +17,7 @@ from pathlib import Path
 from workflow_scripts.command_line import command_line
 
 CODE_VERSION = 3
-CODE_DIGEST = "db01e4daea2d22d0"
+CODE_DIGEST = "c30d7b3ac7e77584"
 
 # The modules whose code decides what a training computes.
 NUMERIC = (

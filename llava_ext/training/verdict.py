@@ -16,10 +16,12 @@ from . import claim, states
 from .console import message
 from .llava_flags import split_flags
 
+CUDA_ERROR_MEMORY_ALLOCATION = 2
+
 
 def reason(error: BaseException) -> str | None:
     """Why an error is a verdict, for people; None for one that another attempt may not meet."""
-    if isinstance(error, torch.OutOfMemoryError):
+    if is_out_of_memory(error):
         return (
             f"out of memory on the GPU of rank {os.environ.get('RANK', '0')}: {str(error).splitlines()[0]}"
             " Lower --per_device_train_batch_size (and raise --gradient_accumulation_steps by as much: the"
@@ -28,6 +30,14 @@ def reason(error: BaseException) -> str | None:
     if isinstance(error, NoVerdict) or not isinstance(error, (TrainingError, ValueError)):
         return None
     return message(error)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU had too little memory: what torch's allocator says, or a library below it."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, torch.AcceleratorError)
+        and getattr(error, "error_code", None) == CUDA_ERROR_MEMORY_ALLOCATION
+    )
 
 
 def record(argv: Sequence[str], why: str) -> None:

@@ -10,7 +10,7 @@ import yaml
 
 from workflow_scripts.config import reference
 from workflow_scripts.config.load import load_config, load_files
-from workflow_scripts.io import UserError
+from workflow_scripts.io import UserError, write_json
 
 ROOT = Path(__file__).parent.parent.parent
 DEMO = yaml.safe_load((ROOT / "config/config.yaml").read_text())
@@ -341,3 +341,29 @@ def test_parsing_loads_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.parametrize("kind", ["path", "hub"])
+@pytest.mark.parametrize(
+    ("tower", "refused"), [("siglip_vision_model", True), ("clip_vision_model", False), ("dinov2", False)]
+)
+def test_cls_patch_is_refused_for_a_tower_without_a_class_token(kind, tower, refused, tmp_path, monkeypatch):
+    """Where its files are here: the user's own folder, or what was fetched and prepared."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "models/demo_tower/model"
+    write_json(folder / "config.json", {"model_type": "whole", "vision_config": {"model_type": tower}})
+    write_json(folder.parent / "manifest.json", {"repo": "owner/tower"})
+    own = {"kind": "path", "path": str(folder)}
+    hub = {"kind": "hub", "repo": "owner/tower", "revision": "abcdef0"}
+    raw = changed("models/demo_tower", {"role": "vision_tower", **(own if kind == "path" else hub)})
+    raw["model"] = {"llm": raw["model"]["llm"], "vision_tower": "demo_tower"}
+    raw["experiments"] = {"vanilla": {}, "kept": {"model": {"vision_feature_select": "cls_patch"}}}
+    if not refused:
+        load_config(raw)
+        return
+    with pytest.raises(
+        UserError, match=r"experiments\.kept\.model\.vision_feature_select: found 'cls_patch'"
+    ):
+        load_config(raw)
+    del raw["experiments"]["kept"]
+    load_config(raw)

@@ -535,9 +535,14 @@ def test_a_training_without_a_single_label_is_a_verdict(tmp_path, samples, train
     assert not (tmp_path / "out/model.safetensors").exists()
 
 
-def test_too_little_memory_is_a_verdict_that_says_what_needs_less(tmp_path, monkeypatch, train_here):
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, torch.AcceleratorError])
+def test_too_little_memory_is_a_verdict_that_says_what_needs_less(kind, tmp_path, monkeypatch, train_here):
+    """Of torch's allocator, or of a library that asks CUDA itself."""
+
     def out_of_memory(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        error = kind("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        error.error_code = 2  # as torch sets it
+        raise error
 
     monkeypatch.setattr(LlavaTrainer, "training_step", out_of_memory)
     status, text = train_here(short(2, tmp_path / "out"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from llava_ext.model.towers import TOWERS, known_towers
@@ -168,13 +169,19 @@ def tower_facts(config: Config, name: str) -> dict[str, int | None]:
 
 
 def _tower_config(folder: Path) -> dict[str, Any]:
+    found = _json(folder / "config.json")
+    return dict(found.get("vision_config", found))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is none."""
     import json
 
     try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return dict(found.get("vision_config", found))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _crop_side(folder: Path) -> int | None:
@@ -213,6 +220,38 @@ def check_interventions(config: Config, experiments: list[Experiment]) -> Iterat
                 f"-{layers + 1} to {layers}: the tower has {layers} layers",
                 "pick one of these",
             )
+
+
+def check_kept_tokens(config: Config, experiments: list[Experiment]) -> Iterator[Problem]:
+    """`cls_patch` has something to keep, where the tower's files are here; each place is named once."""
+    seen: set[str] = set()
+    for experiment in experiments:
+        model = experiment.model
+        found = _known_tower(config, model.vision_tower)
+        entry = TOWERS.get(str(found.get("model_type")))
+        if model.vision_feature_select != "cls_patch" or entry is None:
+            continue
+        spec: Any = config.experiments[experiment.name]
+        own = {"vision_feature_select", "vision_tower"} & spec.model.model_fields_set
+        where = f"experiments.{experiment.name}.model" if own else "model"
+        if not entry.tokens_before(SimpleNamespace(**found)) and where not in seen:
+            seen.add(where)
+            yield Problem(
+                f"{where}.vision_feature_select",
+                model.vision_feature_select,
+                f"patch: a {entry.title} tower ({model.vision_tower}) has no class token that could be kept",
+                "set patch, or take another tower",
+            )
+
+
+def _known_tower(config: Config, name: str) -> dict[str, Any]:
+    """A tower's `config.json`: of a folder of yours, or of a model that has been prepared; else empty."""
+    model: Any = config.models.get(name)
+    if model is not None and model.kind == "path":
+        return _tower_config(Path(model.path).expanduser())
+    prepared = Path("models") / name
+    same = model is not None and _json(prepared / "manifest.json").get("repo") == getattr(model, "repo", "")
+    return _tower_config(prepared / "model") if same else {}
 
 
 def check_room(config: Config, experiments: list[Experiment]) -> Iterator[Problem]:
@@ -260,5 +299,6 @@ CHECKS: tuple[Callable[[Config, list[Experiment]], Iterator[Problem]], ...] = (
     check_models,
     check_stages,
     check_interventions,
+    check_kept_tokens,
     check_room,
 )
