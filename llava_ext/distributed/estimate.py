@@ -136,6 +136,24 @@ class Layout:
         return self.parts if self.split else 1
 
 
+def layout_of(split: int, parts: int, half: bool, engine: bool, foreach: bool, offload: str) -> Layout:
+    """The layout of an Adam with moments in float32.
+
+    Args:
+        split: 0, 2 or 3, as in :class:`Layout`.
+        half: the training computes in bf16 or fp16.
+        engine: DeepSpeed: half weights, whole masters; otherwise autocast over float32 weights.
+        foreach: torch's Adam that is not fused.
+    """
+    element, at_step = (HALF if half else FLOAT32), FLOAT32 if foreach else 0
+    if engine:
+        whole = FLOAT32 if half else 0
+        return Layout(split, parts, element, element, whole, ADAM, at_step + whole, 0, offload)
+    if split == 3:  # FSDP keeps all of its shards in float32
+        return Layout(split, parts, at_step=at_step, offload=offload)
+    return Layout(split, parts, frozen=element, at_step=at_step, cast=HALF if half else 0, offload=offload)
+
+
 @dataclass(frozen=True)
 class Work:
     """What a micro-batch computes.

@@ -65,6 +65,10 @@ class ComputeSpec(StrictModel):
     """Processes that decode images, for each training process."""
     gres: Annotated[str, Field(pattern=r"^\w+(:[\w.]+)?(:\d+)?$")] | None = None
     """The Slurm request for the GPUs of one machine, as in `gpu:a100:8`; `gpu:N` when left out."""
+    gpu_gb: Annotated[float, Field(gt=0)] | None = None
+    """Memory of one GPU in GB (10^9 bytes), as its maker says it: 80, 24. With it the plan says whether a
+    training fits, and what would.
+    """
     cache_pixels_mb: Count = 0
     """Memory in which each process keeps preprocessed images; useful for small data."""
     distributed_timeout_s: Positive = 1800

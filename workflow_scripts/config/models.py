@@ -15,6 +15,12 @@ Role = Literal["llm", "vision_tower"]
 PROJECTOR_PATTERN = f"^({'|'.join(entry.pattern for entry in PROJECTORS)})$"
 
 
+# What the model's own files say too: stating it names no other training.
+KNOWN_BEFOREHAND = frozenset(
+    {"image_size", "patch_size", "layers", "hidden_size", "intermediate_size", "vocabulary_size"}
+)
+
+
 class PreparedModel(StrictModel):
     """What a model from the hub and one from a path have in common."""
 
@@ -31,15 +37,23 @@ class PreparedModel(StrictModel):
     patch_size: Positive | None = None
     """Side of the vision tower's patches in pixels."""
     layers: Positive | None = None
-    """Number of the vision tower's layers; stated here, the layer picks are checked before anything is
+    """Number of its layers; stated here for a vision tower, the layer picks are checked before anything is
     downloaded.
     """
+    hidden_size: Positive | None = None
+    """Its width. With `layers`, `intermediate_size` and `vocabulary_size` of the LLM the plan says how much
+    memory a GPU needs before anything is downloaded; afterwards the prepared model says it.
+    """
+    intermediate_size: Positive | None = None
+    """Width of its MLPs."""
+    vocabulary_size: Positive | None = None
+    """Tokens of an LLM."""
 
 
 class HubModel(PreparedModel):
     """A model repository of the Hugging Face hub at a pinned revision."""
 
-    NOT_IN_RECIPE: ClassVar[frozenset[str]] = frozenset({"bytes", "image_size", "patch_size", "layers"})
+    NOT_IN_RECIPE: ClassVar[frozenset[str]] = KNOWN_BEFOREHAND | {"bytes"}
 
     kind: Literal["hub"]
     repo: Annotated[str, Field(pattern=r"^[\w.-]+(/[\w.-]+)?$")]
@@ -64,7 +78,7 @@ class HubModel(PreparedModel):
 class PathModel(PreparedModel):
     """A model folder that you already have (a snapshot folder of a hub cache works too)."""
 
-    NOT_IN_RECIPE: ClassVar[frozenset[str]] = frozenset({"image_size", "patch_size", "layers"})
+    NOT_IN_RECIPE: ClassVar[frozenset[str]] = KNOWN_BEFOREHAND
 
     kind: Literal["path"]
     path: str

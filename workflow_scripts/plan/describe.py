@@ -16,6 +16,7 @@ from pathlib import Path
 
 from workflow_scripts.command_line import command_line
 from workflow_scripts.io import user_errors
+from workflow_scripts.plan import memory
 from workflow_scripts.plan.needs import GB, Item, disk_needs, items_of, missing_trackers
 from workflow_scripts.plan.plan import Plan, read_plan
 from workflow_scripts.plan.runs import Run
@@ -34,6 +35,7 @@ class Job:
     hours: float | None
     is_measured: bool
     gpu_hours: float | None
+    gpu_bytes: float | None
     finished: bool
 
 
@@ -50,7 +52,9 @@ def _job(plan: Plan, run: Run) -> Job:
     hours, is_measured = hours_of(plan, run, tokens)
     total = hours * count if hours is not None else None
     used, finished = plan.used_by(run.stage, run.name), Path(run.manifest).is_file()
-    return Job(run, used, shape, tokens, hours, is_measured, total, finished)
+    needs = memory.needs_of(plan, run)
+    peak = needs.peak if needs else None
+    return Job(run, used, shape, tokens, hours, is_measured, total, peak, finished)
 
 
 def describe_plan(plan: Plan, folder: Path | None = None) -> str:
@@ -58,6 +62,7 @@ def describe_plan(plan: Plan, folder: Path | None = None) -> str:
     items = items_of(plan)
     lines = ["What this configuration needs", ""]
     lines += _data_lines(items) + _disk_lines(plan, items, folder or Path.cwd()) + _job_lines(jobs_of(plan))
+    lines += _memory_lines(plan)
     lines += [f"  {line}" for line in lines_of_others(plan)]
     missing = missing_trackers(plan)
     return "\n".join([*lines, *(f"  NOT INSTALLED: {text}" for text in missing), *[""][: len(missing)]])
@@ -99,10 +104,13 @@ def _disk_lines(plan: Plan, items: Iterable[Item], folder: Path) -> list[str]:
 
 def _job_lines(jobs: list[Job]) -> list[str]:
     width = max(len(job.run.name) for job in jobs)
-    lines = [f"  {'trainings':<{width + 10}}  jobs of      M tokens   hours  for"]
+    sized = any(job.gpu_bytes is not None for job in jobs)
+    title = "GB a GPU" if sized else ""
+    lines = [f"  {'trainings':<{width + 10}}  jobs of      {title}  M tokens   hours  for"]
     for job in jobs:
         used, name = ", ".join(job.experiments), f"{job.run.stage:<9} {job.run.name:<{width}}"
-        lines.append(f"  {name}  {job.gpus:<12}{_millions(job.tokens)}{_hours(job)}  {used}")
+        size = _gigabytes(job.gpu_bytes) if sized else ""
+        lines.append(f"  {name}  {job.gpus:<12}{size} {_millions(job.tokens)}{_hours(job)}  {used}")
     left = [job for job in jobs if not job.finished]
     known = [job.gpu_hours for job in left if job.gpu_hours]
     total = f", about {sum(known):.0f} GPU hours" if known else ""
@@ -110,6 +118,21 @@ def _job_lines(jobs: list[Job]) -> list[str]:
     if any(job.is_measured and not job.finished for job in jobs):
         lines.append("  * from the survey's tokens, at the speed of trainings that are finished here")
     return [*lines, ""]
+
+
+def _gigabytes(size: float | None) -> str:
+    return f"{'?' if size is None else format(size / GB, '.0f'):>9}"
+
+
+def _memory_lines(plan: Plan) -> list[str]:
+    """One line a kind of job for trainings that do not fit on their GPUs."""
+    found = dict[str, str]()
+    for run in plan.trainings():
+        problem = memory.problem_of(plan, run)
+        if problem and not Path(run.manifest).is_file():
+            name = plan.experiments[run.experiment].stage(run.stage).compute
+            found.setdefault(name, f"  NOT ENOUGH: {problem}")
+    return [*found.values(), *[""][: len(found)]]
 
 
 def _millions(tokens: int | None) -> str:
