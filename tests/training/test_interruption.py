@@ -154,7 +154,7 @@ def test_an_error_ends_the_dataset_workers_too(tmp_path, error):
     """They do not heed signals from outside; without an end from the trainer it would wait for them for
     ever.
     """
-    workers = {"dataloader_num_workers": 2, "dataloader_persistent_workers": True}
+    workers = {"dataloader_num_workers": 2, "dataloader_persistent_workers": True, "max_steps": 4}
     argv = command_line(2, tmp_path / "out", **workers)
     then = f"from llava_ext import errors; raise {error}('it broke')"
     done = run_with("trainer.LlavaTrainer.take_counts", then, argv, tmp_path)
