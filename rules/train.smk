@@ -33,5 +33,5 @@ for stage in STAGES.values():
             step=step,
             spec=training_spec(stage.name),
         shell:
-            "{params.step} --log {log} launch --spec {params.spec:q} --mixture {input.mixture} --models {input.models}"
-            " --parent {input.parent} --manifest {output.manifest}"
+            "{params.step} --log {log} launch --spec {params.spec:q} --mixture {input.mixture} --survey {input.survey}"
+            " --models {input.models} --parent {input.parent} --manifest {output.manifest}"

@@ -17,7 +17,7 @@ from pathlib import Path
 from workflow_scripts.command_line import command_line
 
 CODE_VERSION = 3
-CODE_DIGEST = "c30d7b3ac7e77584"
+CODE_DIGEST = "6022ee8edaae6c5a"
 
 # The modules whose code decides what a training computes.
 NUMERIC = (

@@ -25,11 +25,13 @@ if TYPE_CHECKING:
     from .assembly import Collator
     from .samples import SampleStore
 
-# One row a sample and layout: tokens and labels after the cut; why there is no label (a place in REASONS);
-# whether the sample was cut; its pictures, and those of which the cut took some or all tokens.
+# One row a sample and layout: tokens after the cut, those of them that are pictures', and labels; why there
+# is no label (a place in REASONS); whether the sample was cut; its pictures, and those of which the cut took
+# some or all tokens.
 MEASURED = np.dtype(
     [
         ("tokens", "<i4"),
+        ("vision", "<i4"),
         ("labels", "<i4"),
         ("reason", "u1"),
         ("is_cut", "?"),
@@ -130,7 +132,7 @@ class Surveyor:
         uncut += pictures * (len(collator.block) - 1)
         whole = collator.block.count(collator.image_token_id)
         labels = _labels(seen.labels)
-        row["tokens"], row["labels"] = len(seen.input_ids), labels
+        row["tokens"], row["vision"], row["labels"] = len(seen.input_ids), sum(seen.counts), labels
         row["is_cut"] = len(seen.input_ids) < uncut or self._is_cut_before(index, encoded)
         row["pictures"] = min(pictures, MOST_PICTURES)
         row["pictures_cut"] = min(pictures - seen.counts.count(whole), MOST_PICTURES)

@@ -133,6 +133,16 @@ class DataArguments:
             **NO_INFLUENCE,
         },
     )
+    token_lengths: str = field(
+        default="",
+        metadata={
+            "help": (
+                "Table of a survey of these samples (workflow_scripts.survey): all of them are checked before"
+                " the first step, and the largest micro-batch is said."
+            ),
+            **NO_INFLUENCE,
+        },
+    )
     pack: bool = field(
         default=False, metadata={"help": "Collate each micro-batch into one row without padding."}
     )

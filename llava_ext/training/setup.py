@@ -40,6 +40,7 @@ from .identity import ROUNDING, check_finished, check_identity, identity
 from .lora import add_adapters
 from .optimizer import PROJECTOR, TOWER, component, freeze
 from .precision import cast_frozen, half_precision, load_dtype
+from .token_lengths import counts_by_source, largest_micro_batch, read_token_lengths
 from .trainer import LlavaTrainer
 from .vision_tower import train_tower
 
@@ -103,13 +104,13 @@ def make_trainer(
     tokenizer = load_tokenizer(folders["llm"], training.model_max_length)
     samples = GuardedSamples(make_samples(arguments, store, folders, tokenizer), skipped)
     lengths = _lengths(samples, arguments)
-    _check_text(samples, arguments)
+    surveyed = _surveyed(samples, arguments)
     model, image_processor = _make_model(arguments, folders)
     _preflight(model, tokenizer, image_processor, arguments)
     collator = Collator.for_model(
         model.config, tokenizer, model_max_length=training.model_max_length, packed=arguments.data.pack
     )
-    return LlavaTrainer(
+    trainer = LlavaTrainer(
         model=model,
         args=training,
         train_dataset=samples,
@@ -118,6 +119,9 @@ def make_trainer(
         describe=samples.samples.describe,
         mm_projector_lr=training.mm_projector_lr,
     )
+    if surveyed is not None:
+        _say_lengths(surveyed, trainer, arguments)
+    return trainer
 
 
 def _check_families(arguments: Arguments, folders: dict[str, Path]) -> None:
@@ -186,23 +190,44 @@ def _lengths(guarded: GuardedSamples, arguments: Arguments) -> np.ndarray:
     return lengths
 
 
-def _check_text(guarded: GuardedSamples, arguments: Arguments) -> None:
-    """Encodes some samples and stops when they would teach nothing."""
-    data = arguments.data
-    if not data.preflight_samples:
-        return
-    samples = guarded.samples
-    chosen = statistics.spread(len(samples), data.preflight_samples)
-    try:
-        found = statistics.survey(samples, (index for index in chosen if index not in guarded.skipped))
-    except RecordError as error:
-        raise TrainingError(f"{error}\n{guarded.advice([error.index])}") from error
+def _surveyed(guarded: GuardedSamples, arguments: Arguments) -> np.ndarray | None:
+    """The survey's table, if one was given. Stops when the samples would teach nothing: all of them, with a
+    table, else some that are encoded here.
+    """
+    data, samples = arguments.data, guarded.samples
+    rows = read_token_lengths(data.token_lengths, len(samples)) if data.token_lengths else None
+    if rows is None and not data.preflight_samples:
+        return None
+    found = _encode_some(guarded, data.preflight_samples) if rows is None else counts_by_source(rows, samples)
     whole = statistics.total(found)
     say(
         f"{len(samples)} samples; of {whole.samples} looked at, {whole.supervised_share:.1%} of the tokens"
         f" are supervised, {whole.mismatches} are masked by a tokenization mismatch"
     )
     statistics.check_bounds(found, data.supervised_share_bound, data.mismatch_bound)
+    return rows
+
+
+def _encode_some(guarded: GuardedSamples, number: int) -> dict[str, statistics.Counts]:
+    samples = guarded.samples
+    chosen = statistics.spread(len(samples), number)
+    try:
+        return statistics.survey(samples, (index for index in chosen if index not in guarded.skipped))
+    except RecordError as error:
+        raise TrainingError(f"{error}\n{guarded.advice([error.index])}") from error
+
+
+def _say_lengths(rows: np.ndarray, trainer: LlavaTrainer, arguments: Arguments) -> None:
+    """Says how much an epoch is, and which micro-batch needs the most memory."""
+    training = arguments.training
+    if training.process_index:
+        return
+    order = trainer.order_of_samples()
+    largest = largest_micro_batch(rows, order, training.per_device_train_batch_size, arguments.data.pack)
+    say(
+        f"{int(rows['tokens'].sum(dtype=np.int64))} tokens in an epoch; the largest micro-batch of the first"
+        f" one, number {largest.place + 1}, has {len(largest.samples)} samples and {largest.tokens} tokens"
+    )
 
 
 def _make_model(arguments: Arguments, folders: dict[str, Path]) -> tuple[Any, Any]:

@@ -103,15 +103,22 @@ class LlavaTrainer(Trainer):
     # -- data ----------------------------------------------------------------------------------------------
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
+        self.sampler = self._make_sampler()
+        return self.sampler
+
+    def _make_sampler(self) -> EpochSampler:
         args = self.args
-        self.sampler = EpochSampler(
+        return EpochSampler(
             self.lengths,
             sampling_strategy(args),
             args.train_batch_size,
             args.world_size * args.gradient_accumulation_steps,
             args.seed if args.data_seed is None else args.data_seed,
         )
-        return self.sampler
+
+    def order_of_samples(self) -> list[int]:
+        """The samples of the first epoch, in training order."""
+        return self._make_sampler().order()
 
     def get_train_dataloader(self) -> Any:
         """As transformers', with workers that outlive a signal to the whole job."""

@@ -94,6 +94,7 @@ def test_tokens_and_labels_are_those_of_trainings_own_batches(stage, version, li
             assert row["tokens"] == batch["input_ids"].shape[1]
             assert row["labels"] == int((batch["labels"][:, 1:] != -100).sum())
             kept = batch.get("image_token_counts", np.zeros(0)).tolist()
+            assert row["vision"] == int((batch["input_ids"] == collator.image_token_id).sum())
             cut = row["pictures"] - sum(count == whole[layout] for count in kept)
             assert row["pictures_cut"] == cut
     assert (rows["reason"] == CODES["labelled"]).any()
@@ -149,4 +150,4 @@ def test_a_text_that_just_fits_is_not_cut(tmp_path):
 
 
 def test_the_table_is_small():
-    assert MEASURED.itemsize == 12
+    assert MEASURED.itemsize == 16

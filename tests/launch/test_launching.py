@@ -567,6 +567,27 @@ def test_a_launcher_ends_a_verdict_at_once_and_refuses_the_next_attempt(spec, tm
     assert step.why_in_vain(other) is None
 
 
+def test_a_training_gets_the_table_of_its_own_layout_of_the_same_data(spec, tmp_path):
+    for name, role in (("llm", "llm"), ("tower", "vision_tower")):
+        write_json(tmp_path / f"{name}.json", {"role": role, "folder": name, "digest": name})
+    write_json(tmp_path / "mixture.json", {"digest": "m"})
+    model = {"vision_tower": spec["model"]["vision_tower"], "vision_feature_select": "patch"}
+    four = {"compression_after_projection": True, "final_spatial_size": 4}
+    layouts = [{"of": [model | {"flags": flags}], "file": name} for flags, name in (({}, "16"), (four, "4"))]
+    survey = tmp_path / "survey.json"
+    models = [tmp_path / "llm.json", tmp_path / "tower.json"]
+
+    def table(mixture, **flags):
+        write_json(survey, {"inputs": {"mixture": mixture, "llm": "llm"}, "layouts": layouts})
+        about = spec | {"stage": "pretrain", "interventions": flags}
+        job = step.prepare(about, tmp_path / "mixture.json", models, None, tmp_path / "manifest.json", survey)
+        return job.inputs.token_lengths
+
+    assert table("m") == table("m", normalize_projector=True) == tmp_path / "16"
+    assert table("m", normalize_projector=True, **four) == tmp_path / "4"
+    assert table("m", interleave=True) is None and table("of other data") is None
+
+
 class Executor:
     """What Snakemake's executors have: it starts jobs, and hears of those that failed."""
 

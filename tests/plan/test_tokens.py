@@ -11,7 +11,7 @@ from workflow_scripts.config.load import load_config
 from workflow_scripts.io import write_json
 from workflow_scripts.plan.describe import describe_plan, jobs_of
 from workflow_scripts.plan.plan import Plan
-from workflow_scripts.plan.surveys import layout_of
+from workflow_scripts.survey.layout import image_layout
 
 ROOT = Path(__file__).parents[2]
 FULL = yaml.safe_load((ROOT / "config/llava-v1.5-7b.yaml").read_text())
@@ -25,7 +25,10 @@ def plan(tmp_path, monkeypatch):
     raw["experiments"] = {name: raw["experiments"][name] for name in ("vanilla", "compress_1")}
     plan = Plan(load_config(raw))
     layouts = [
-        {"of": [layout_of(experiment)], "all": {"samples": 1000, "tokens": tokens}}
+        {
+            "of": [image_layout(experiment.model, experiment.interventions)],
+            "all": {"samples": 1000, "tokens": tokens},
+        }
         for experiment, tokens in zip(plan.experiments.values(), (900_000, 300_000), strict=True)
     ]
     write_json(Path(plan.survey_of("finetune", plan.names("finetune")[0]).manifest), {"layouts": layouts})

@@ -226,6 +226,7 @@ def survey(folder):
         "samples": 3,
         "with_picture": 2,
         "tokens": 900,
+        "vision": 400,
         "labels": 90,
         "unlabelled": {"cut_away": 1},
         "cut": 2,
@@ -392,7 +393,7 @@ def test_odd_records_are_counted_with_what_was_done(everything, tmp_path):
 def test_lengths_are_drawn_and_told(everything, tmp_path):
     page = Page(rendered(everything, tmp_path))
     assert "prompt version v1 , cut at 512 tokens" in page.text
-    assert "16 900 10.0 % 300 512 512 2 0 1 cut away" in page.text
+    assert "16 900 18.0 % 300 512 512 2 0 1 cut away" in page.text
     [label] = [
         value
         for tag, key, value in page.attributes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 
 import numpy as np
@@ -199,7 +200,11 @@ def test_records_that_are_left_out_stop_nothing(folder, models, capsys):
 
 def test_too_few_labels_stop_the_workflow(folder, models, capsys):
     mix(folder)
+    """Tokens of pictures are none of text: a short answer to a large picture is no fault."""
     text = said(capsys, folder, models, use(min_supervised_share=0.9))
+    found = re.search(r"only (\d+) of (\d+) tokens of text carry a label", text)
+    counted = survey(folder, models, use())["layouts"][0]["all"]
+    assert [int(number) for number in found.groups()] == [counted["labels"], counted["tokens"] - 6 * 16]
     assert "stages.finetune.min_supervised_share asks for 90.00%" in text
 
 

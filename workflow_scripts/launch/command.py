@@ -36,6 +36,7 @@ class Inputs:
     llm: Path
     vision_tower: Path
     projector: Path | None = None
+    token_lengths: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ def training_flags(spec: Mapping[str, Any], inputs: Inputs, output_dir: Path) ->
         "model_name_or_path": inputs.llm,
         "vision_tower": inputs.vision_tower,
         "data_path": inputs.samples,
+        "token_lengths": inputs.token_lengths,
         "skip_samples": ",".join(spec.get("skip_samples", ())) or None,
         "output_dir": output_dir,
         **_model_flags(spec, stage, inputs),

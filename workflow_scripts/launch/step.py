@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llava_ext.model.interventions import Interventions
 from workflow_scripts.command_line import command_line
 from workflow_scripts.config.base import StrictModel
 from workflow_scripts.config.compute import ComputeSpec
@@ -40,6 +41,7 @@ from workflow_scripts.launch.preflight import check_all
 from workflow_scripts.launch.process import Training
 from workflow_scripts.launch.provenance import provenance
 from workflow_scripts.stages import STAGES
+from workflow_scripts.survey.layout import image_layout
 
 RESULT = "train_result.json"
 # The folder in which a stage leaves the vision tower that it has trained, for the next one to begin with.
@@ -85,7 +87,12 @@ def complete(spec: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def prepare(
-    spec: Mapping[str, Any], mixture: Path, models: Sequence[Path], parent: Path | None, manifest: Path
+    spec: Mapping[str, Any],
+    mixture: Path,
+    models: Sequence[Path],
+    parent: Path | None,
+    manifest: Path,
+    survey: Path | None = None,
 ) -> Job:
     """Reads the manifests of everything that the training needs."""
     data = read_json(mixture)
@@ -107,8 +114,20 @@ def prepare(
         digests["parent"] = content["digest"]
         if f"{TOWER}/config.json" in content["files"]:
             tower = parent.parent / content["folder"] / TOWER
-    inputs = Inputs(mixture.parent / "samples.json", roles["llm"][0], tower, projector)
+    lengths = None if survey is None else token_lengths(spec, survey, digests)
+    inputs = Inputs(mixture.parent / "samples.json", roles["llm"][0], tower, projector, lengths)
     return Job(complete(spec), inputs, digests, manifest)
+
+
+def token_lengths(spec: Mapping[str, Any], survey: Path, digests: Mapping[str, str]) -> Path | None:
+    """The survey's table for this training; None where it is of other data, or counts images otherwise."""
+    found = read_json(survey)
+    if any(found["inputs"][name] != digests[name] for name in found["inputs"]):
+        return None
+    model = ModelSection.model_validate(spec["model"])
+    mine = image_layout(model, Interventions.from_mapping(spec["interventions"]))
+    names = [layout["file"] for layout in found["layouts"] if mine in layout["of"]]
+    return survey.parent / names[0] if names else None
 
 
 def why_in_vain(job: Job) -> str | None:
@@ -285,9 +304,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--parent", nargs="?", type=Path, help="the manifest of the run that the stage begins with"
     )
+    parser.add_argument("--survey", type=Path, help="the manifest of the mixture's survey")
     options = parser.parse_args(argv)
     spec = json.loads(options.spec)
-    launch(prepare(spec, options.mixture, options.models, options.parent, options.manifest))
+    launch(prepare(spec, options.mixture, options.models, options.parent, options.manifest, options.survey))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from workflow_scripts.code_version import CODE_VERSION
 from workflow_scripts.config.experiments import Experiment
 from workflow_scripts.io import canonical_json, digest
 from workflow_scripts.stages import STAGES
+from workflow_scripts.survey.layout import image_layout
 
 
 @dataclass
@@ -48,15 +49,6 @@ class Survey:
         }
 
 
-def layout_of(experiment: Experiment) -> dict[str, Any]:
-    """What decides which tokens stand for an image, apart from the language model."""
-    return {
-        "vision_tower": experiment.model.vision_tower,
-        "vision_feature_select": experiment.model.vision_feature_select,
-        "flags": experiment.interventions.in_sequence(),
-    }
-
-
 def _use(experiment: Experiment, stage: str) -> dict[str, Any]:
     spec = experiment.stage(stage)
     bounds = {
@@ -64,7 +56,11 @@ def _use(experiment: Experiment, stage: str) -> dict[str, Any]:
         "min_supervised_share": spec.min_supervised_share,
         **spec.survey.model_dump(),
     }
-    return {"stage": stage, "layout": layout_of(experiment), "bounds": bounds}
+    return {
+        "stage": stage,
+        "layout": image_layout(experiment.model, experiment.interventions),
+        "bounds": bounds,
+    }
 
 
 def survey_name(experiment: Experiment, stage: str) -> str:

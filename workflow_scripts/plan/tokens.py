@@ -10,8 +10,8 @@ from typing import Any
 from workflow_scripts.io import read_json
 from workflow_scripts.plan.plan import Plan
 from workflow_scripts.plan.runs import Run
-from workflow_scripts.plan.surveys import layout_of
 from workflow_scripts.report.collect import metrics
+from workflow_scripts.survey.layout import image_layout
 
 
 def surveyed_layout(plan: Plan, run: Run) -> dict[str, Any] | None:
@@ -21,7 +21,8 @@ def surveyed_layout(plan: Plan, run: Run) -> dict[str, Any] | None:
     path = Path(plan.survey_of(run.stage, run.name).manifest)
     if not path.is_file():
         return None
-    mine = layout_of(plan.experiments[run.experiment])
+    experiment = plan.experiments[run.experiment]
+    mine = image_layout(experiment.model, experiment.interventions)
     return next((layout for layout in read_json(path)["layouts"] if mine in layout["of"]), None)
 
 

@@ -89,12 +89,11 @@ def _cut(facts: Mapping[str, Any], use: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _supervised(found: Mapping[str, Any], use: Mapping[str, Any]) -> Iterator[str]:
-    key, least = _bound(use, "min_supervised_share")
-    if found["tokens"] and found["labels"] < least * found["tokens"]:
+    (key, least), text = _bound(use, "min_supervised_share"), found["tokens"] - found["vision"]
+    if text and found["labels"] < least * text:
         yield (
-            f"only {found['labels']} of {found['tokens']} tokens carry a label"
-            f" ({found['labels'] / found['tokens']:.2%}); {key} asks for {least:.2%}\n    Check"
-            " prompt_version and model_max_length, or allow less."
+            f"only {found['labels']} of {text} tokens of text carry a label ({found['labels'] / text:.2%});"
+            f" {key} asks for {least:.2%}\n    Check prompt_version and model_max_length, or allow less."
         )
 
 

@@ -50,6 +50,7 @@ def counts(rows: np.ndarray) -> dict[str, Any]:
         "samples": len(rows),
         "with_picture": int((rows["pictures"] > 0).sum()),
         "tokens": int(rows["tokens"].sum(dtype=np.int64)),
+        "vision": int(rows["vision"].sum(dtype=np.int64)),
         "labels": int(rows["labels"].sum(dtype=np.int64)),
         "unlabelled": {name: int(reasons[code]) for name, code in CODES.items() if code and reasons[code]},
         "cut": int(rows["is_cut"].sum()),

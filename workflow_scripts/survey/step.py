@@ -89,6 +89,7 @@ def _left_out(mixture: Path, names: str) -> list[int]:
 def layouts_of(spec: Mapping[str, Any], inputs: Inputs, tokenizer: Any) -> list[Layout]:
     """The distinct layouts of all uses."""
     from llava_ext.data.assembly import Collator
+    from llava_ext.data.survey import MEASURED
     from llava_ext.model.build import image_config
     from llava_ext.model.interventions import Interventions
 
@@ -100,6 +101,7 @@ def layouts_of(spec: Mapping[str, Any], inputs: Inputs, tokenizer: Any) -> list[
         config = image_config(inputs.towers[layout["vision_tower"]], flags, keeps_all)
         collator = Collator.for_model(config, tokenizer, model_max_length=spec["model_max_length"])
         content = {name: spec[name] for name in ("code_version", "prompt_version", "model_max_length")}
+        content["row"] = list(MEASURED.names or ())
         content |= {"skipped": list(inputs.skipped)} if inputs.skipped else {}
         text = [token if token != collator.image_token_id else "image" for token in collator.block]
         key = digest({**content, **inputs.digests, "image": text}, 16)
