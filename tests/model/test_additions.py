@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +21,7 @@ from llava_ext.model.interventions import InterventionError, Interventions
 from llava_ext.model.poolings import POOLINGS, Pooling
 from llava_ext.model.towers import TOWERS, Tower
 from llava_ext.training.identity import IDENTITY
+from tests.support import warm
 from tests.support.models import make_batch, make_model
 from tests.support.trainings import GOLDEN, command_line, environment, losses
 
@@ -85,12 +84,10 @@ def train(
     """A training of two steps in a process that has the additions; what it printed."""
     short = {"max_steps": 2, "num_train_epochs": None, "save_steps": 1, "gradient_accumulation_steps": 1}
     flags = command_line(stage, output_dir, **short | COMPRESS | changes)
-    done = subprocess.run(
-        [sys.executable, "-m", program, *flags],
-        cwd=GOLDEN, env=environment(), capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == expect, done.stderr[-3000:]
-    return done.stderr
+    log = output_dir.with_suffix(".log")
+    status = warm.run(program, flags, log, GOLDEN, environment(), timeout=300)
+    assert status == expect, log.read_text()[-3000:]
+    return log.read_text()
 
 
 def test_a_new_pooling_needs_its_entry(with_maximum):

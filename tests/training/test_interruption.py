@@ -66,7 +66,7 @@ def run_with(function, then, argv, folder):
     )
 
 
-@pytest.mark.parametrize(("stage", "step"), [(1, 6), (2, 6), (2, 13)])
+@pytest.mark.parametrize(("stage", "step"), [(1, 6), (2, 13)])
 def test_kill_9_at_a_step(stage, step, tmp_path, uninterrupted):
     """Step 6 lies behind the first checkpoint; step 13 in the second epoch."""
     argv = command_line(stage, tmp_path / "out")
@@ -107,7 +107,6 @@ def test_a_signal_is_heard_while_libraries_are_loading(tmp_path):
 @pytest.mark.parametrize(
     ("context", "number"),
     [
-        ("fork", signal.SIGTERM),
         ("fork", signal.SIGUSR1),
         ("spawn", signal.SIGTERM),
         ("forkserver", signal.SIGTERM),
