@@ -7,7 +7,9 @@ import hashlib
 import io
 import json
 import zipfile
+from contextlib import nullcontext
 
+import pandas as pd
 import pytest
 
 from tests.support.pictures import encoded, noise
@@ -102,6 +104,7 @@ def zipped():
 RECORD = {"id": "1", "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>"}]}
 RECORDS = json.dumps([RECORD, RECORD]).encode()
 LINES = b"\n".join([json.dumps(RECORD).encode()] * 2)
+TABLE = pd.DataFrame({"question": ["?"], "answer": ["yes"]}).to_parquet()
 ERROR = b'{"error": {"code": 403, "message": "sign in"}}'
 
 
@@ -134,6 +137,24 @@ def test_whole_files_without_a_length_are_taken(server, tmp_path, patience, role
 def test_what_is_no_file_of_its_kind_is_refused(server, tmp_path, patience, role, body, why):
     url = server.add("/f.bin", b"", faults=[without_length(body)] * 9)
     assert why in refused(url, tmp_path, patience, role=role)
+
+
+@pytest.mark.parametrize(
+    ("name", "body", "why"),
+    [
+        ("q.parquet", TABLE, ""),
+        ("q.parquet", TABLE[:-9], "is no whole parquet file"),
+        ("q.parquet", ERROR, "is no whole parquet file"),
+        ("q.csv", b"question,answer\n?,yes\n", ""),
+        ("q.csv", b"question,answer\n", "holds no record"),
+    ],
+)
+def test_tables_of_questions_are_whole_or_refused(server, tmp_path, patience, name, body, why):
+    url = server.add(f"/{name}", b"", faults=[without_length(body)] * 9)
+    wanted = Wanted(name, (url,), role="annotations")
+    with pytest.raises(UserError, match=why) if why else nullcontext():
+        fetch(wanted, tmp_path / name, patience)
+    assert (tmp_path / name).exists() == (not why)
 
 
 # ---------------------------------------------------------------- every wait has an end

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from workflow_scripts.io import UserError
@@ -15,13 +16,18 @@ def is_web_page(head: bytes, name: str) -> bool:
     return _HTML.match(head[:512]) is not None and not name.endswith((".html", ".htm"))
 
 
-def objection(path: Path, role: str) -> str | None:
-    """Why the file can't have this role: it is empty, cut, or a server's error in the form of a file."""
+def objection(path: Path, role: str, suffix: str = "") -> str | None:
+    """Why the file can't have this role: it is empty, cut, or a server's error in the form of a file.
+
+    ``suffix`` is that of its name to be: tables of questions are told by it.
+    """
     if path.stat().st_size == 0 and role != "other":
         return "is empty"
     if role == "images":
         return _no_archive(path)
-    return _no_records(path) if role == "annotations" else None
+    if role != "annotations":
+        return None
+    return TABLES.get(suffix, _no_records)(path)
 
 
 def _no_archive(path: Path) -> str | None:
@@ -52,3 +58,29 @@ def _no_records(path: Path) -> str | None:
     except MsgspecError as error:
         return f"holds one JSON object that is no record ({error})"
     return None if count else "holds no record"
+
+
+def _no_parquet(path: Path) -> str | None:
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        rows = ParquetFile(path).metadata.num_rows
+    except (ArrowException, OSError) as error:
+        return f"is no whole parquet file ({str(error).splitlines()[0]})"
+    return None if rows else "holds no record"
+
+
+def _no_csv(path: Path) -> str | None:
+    import csv
+
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        try:
+            first = next(csv.DictReader(stream), None)
+        except (UnicodeDecodeError, csv.Error) as error:
+            return f"is no CSV file ({error})"
+    return None if first else "holds no record"
+
+
+TABLES: Mapping[str, Callable[[Path], str | None]] = {".parquet": _no_parquet, ".csv": _no_csv}
+"""Tables of questions, for evaluations; what trains is JSON."""

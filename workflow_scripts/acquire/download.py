@@ -346,7 +346,7 @@ class _Fetch:
         size, (sha, git) = self._have(), self.hasher.results()
         why = objection(self.wanted, size, sha, git)
         if why is None and not self.wanted.by_hash:
-            why = content.objection(self.part, self.wanted.role)
+            why = content.objection(self.part, self.wanted.role, Path(self.wanted.name).suffix)
         if why is None:
             return self._finish(size, sha)
         if self.resumed and url not in self.refetched:

@@ -87,7 +87,8 @@ class RemoteFile(StrictModel):
     """
 
     role: Role
-    """`images` (an archive, at most one a source), `annotations` (LLaVA JSON or JSON lines) or `other`."""
+    """`images` (an archive, at most one a source), `annotations` (LLaVA JSON or JSON lines; for evaluations
+    also CSV or parquet) or `other`."""
     bytes: Positive | None = None
     """Size; a download of another size is refused before it begins."""
     about_gb: Annotated[float, Field(gt=0)] | None = None
@@ -142,7 +143,7 @@ class LocalFiles(StrictModel):
     images: str | None = None
     """A zip, a tar or a folder."""
     annotations: Paths = ()
-    """LLaVA JSON or JSON-lines files."""
+    """LLaVA JSON or JSON-lines files; for evaluations also CSV or parquet."""
 
     def paths(self) -> list[tuple[str, str]]:
         """(key, path) of each."""
@@ -247,7 +248,7 @@ class PathSource(Source):
     images: str | None = None
     """A zip, a tar or a folder."""
     annotations: Paths = ()
-    """LLaVA JSON or JSON-lines files."""
+    """LLaVA JSON or JSON-lines files; for evaluations also CSV or parquet."""
     sha256: dict[str, Sha256] = Field(default_factory=dict)
     """Hashes to verify, by file name; without one a big archive is identified by its size and its table of
     contents, which takes no time."""
