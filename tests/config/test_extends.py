@@ -52,6 +52,12 @@ def test_a_chain_and_a_second_file(demo, tmp_path):
     assert rates([two, site]) == {"pretrain": 1.0, "finetune": 3.0}
 
 
+def test_null_takes_an_entry_away(demo):
+    mine = demo.with_name("mine.yaml")
+    mine.write_text("extends: demo.yaml\nexperiments: {compress_1: null, compress_4: ~}\n")
+    assert load_files([mine]).names == ["vanilla", "normalize", "normalize_multilayer"]
+
+
 def test_snakemake_reads_it_too(demo, tmp_path):
     """From another folder: the path is relative to the file."""
     mine = demo.with_name("mine.yaml")

@@ -21,6 +21,8 @@ from workflow_scripts.io import UserError
 from workflow_scripts.secrets import redact
 from workflow_scripts.stages import STAGES
 
+NAMED_SECTIONS = ("sources", "mixtures", "models", "compute", "experiments")
+
 
 class Loaded:
     """A configuration that passed every check."""
@@ -63,8 +65,8 @@ def load_config(raw: Mapping[str, Any], files: Sequence[str | Path] = ()) -> Loa
 def extended(raw: Mapping[str, Any], files: Sequence[str | Path] = ()) -> dict[str, Any]:
     """``raw`` merged over the file that its `extends` names, and over what that one extends.
 
-    The path is relative to the file that says it; where that is not known (a module, `--config`), to the
-    working folder.
+    An entry of a section of names (an experiment, a source, ...) that is null here is taken away. The path is
+    relative to the file that says it; where that is not known (a module, `--config`), to the working folder.
     """
     content, seen, places = dict(raw), list[Path](), [*(Path(file).parent for file in files), Path()]
     while (name := content.pop("extends", None)) is not None:
@@ -75,7 +77,16 @@ def extended(raw: Mapping[str, Any], files: Sequence[str | Path] = ()) -> dict[s
             )
         seen.append(base)
         content, places = merged_contents([read_yaml(base), content]), [base.parent]
-    return content
+    return _without_nulls(content) if seen else content
+
+
+def _without_nulls(content: dict[str, Any]) -> dict[str, Any]:
+    """The sections whose entries have names of their own, without those that were set to null."""
+    kept = dict(content)
+    for section in NAMED_SECTIONS:
+        if isinstance(kept.get(section), Mapping):
+            kept[section] = {name: entry for name, entry in kept[section].items() if entry is not None}
+    return kept
 
 
 def _find_base(name: Any, places: Sequence[Path]) -> Path:

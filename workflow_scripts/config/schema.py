@@ -22,7 +22,7 @@ class Config(StrictModel):
 
     extends: str | None = None
     """Another configuration file, relative to this one, that this one changes: sections are merged, values
-    replaced.
+    replaced; an experiment, source, mixture, model or kind of job that is null is taken away.
     """
     sources: dict[Name, SourceSpec]
     """Where images and annotations come from, by name."""
