@@ -40,7 +40,7 @@ class JobErrors(logging.Filter):
         record.__dict__["log"] = logs
         training = self._training(rule, outputs)
         if ended := self._end(rule, outputs):
-            why = f"{rule}: {ended}"
+            why = f"{rule} {Path(outputs[0]).parent.name}: {ended}"
         elif training and training.state == "interrupted":
             saved = f"{rule} {training.run}: saved at step {training.saved_step}"
             if attempt < allowed:
