@@ -55,6 +55,8 @@ def test_a_failure_carries_the_steps_own_words_and_logs_that_exist(tmp_path):
     _, text = shown(errors, "scan", "data/scans/coco/manifest.json", names)
     assert "message: coco.zip: cut off at byte 7; fetch it again\n" in text
     assert "log: logs/scan/coco.log (check" in text and "rule_scan" not in text
+    log.write_text("Traceback (most recent call last):\nKeyError: 'images'\n")
+    assert "message: KeyError: 'images'\n" in shown(errors, "scan", "data/scans/coco/manifest.json", names)[1]
     assert len(attempts.read_attempts(state)) == 1
     output = f"runs/finetune/{read_status(state).run}/manifest.json"
     _, text = shown(errors, "finetune", output, ["logs/finetune/absent.log"])

@@ -14,6 +14,7 @@ from typing import Any
 
 from workflow_scripts.io import UserError
 from workflow_scripts.launch import requeue
+from workflow_scripts.launch.provenance import ROOT
 from workflow_scripts.plan.plan import Plan
 from workflow_scripts.selftest.findings import Finding
 from workflow_scripts.selftest.jobs import BLAMED, try_jobs
@@ -55,11 +56,12 @@ def resources(job: Any) -> dict[str, Any]:
 
 
 def profile_of(argv: Sequence[str]) -> Path:
-    """The file of the profile that the command line names."""
+    """The file of the profile that the command line names; this clone's own where it is not seen here."""
     given = [following for word, following in pairwise(argv) if word == "--profile"]
     given += [word.removeprefix("--profile=") for word in argv if word.startswith("--profile=")]
     path = Path(given[-1] if given else "slurm")
-    return path if path.is_file() else path / "config.yaml"
+    found = [file for file in (path, path / "config.yaml") if file.is_file()]
+    return found[0] if found else ROOT / "slurm/config.yaml"
 
 
 def misnamed_elsewhere(asked: Sequence[tuple[str, Mapping[str, Any]]]) -> Iterator[Finding]:

@@ -182,19 +182,18 @@ def _trouble(folder: Path, state: str, attempts: Sequence[Mapping[str, Any]]) ->
 
 
 def error_line(logs: Sequence[Path]) -> str:
-    """The last `error:` of the first log that has one; empty where none has."""
+    """The last `error:` of the first log that has one, else what was raised in the first; empty without."""
     for log in logs:
         if said := [line for line in _tail(log) if line.startswith("error: ")]:
             return said[-1].removeprefix("error: ").strip()
-    return ""
+    raised = [line.strip() for log in logs[:1] for line in _tail(log) if RAISED.match(line)]
+    return raised[-1] if raised else ""
 
 
 def _reason(attempt: Mapping[str, Any], log: Path) -> str:
     """Why an attempt ended: the last `error:` of its log, else what was raised, else how it ended."""
     if said := error_line([log]):
         return said
-    if raised := [line for line in _tail(log) if RAISED.match(line)]:
-        return raised[-1].strip()
     if "outcome" not in attempt:
         return "it ended without a word (kill -9, out of memory, or the machine)"
     return f"it {attempt['outcome']}, without a message"
