@@ -6,6 +6,7 @@ sequence is cut, so an image can be cut too. The model puts the vision tokens in
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -122,10 +123,10 @@ class Collator:
             **options,
         )
 
-    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """The batch: `input_ids`, `labels` (batch, tokens), `attention_mask` or, packed, `position_ids` of
-        the same shape; and, if there are images, `pixel_values` (images, 3, S, S) and `image_token_counts`
-        (images,).
+        the same shape and where each sample begins (see :func:`segments`); and, if
+        there are images, `pixel_values` (images, 3, S, S) and `image_token_counts` (images,).
         """
         rows = [self.assemble(sample) for sample in samples]
         batch = self._packed(rows) if self.packed else self._padded(rows)
@@ -189,16 +190,27 @@ class Collator:
             mask[index, place] = True
         return {"input_ids": input_ids, "labels": labels, "attention_mask": mask}
 
-    def _packed(self, rows: Sequence[Sequenced]) -> dict[str, Tensor]:
+    def _packed(self, rows: Sequence[Sequenced]) -> dict[str, Any]:
         """One row; positions restart with each sample, and a sample's first token is predicted by nobody."""
         ids = [token for row in rows for token in row.input_ids]
         labels = [label for row in rows for label in [IGNORE_INDEX, *row.labels[1:]][: len(row.labels)]]
-        positions = [position for row in rows for position in range(len(row.input_ids))]
+        lengths = [len(row.input_ids) for row in rows if row.input_ids]
+        positions = [position for length in lengths for position in range(length)]
+        starts = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
         return {
+            **segments(starts, max(lengths)),
             "input_ids": torch.tensor([ids], dtype=torch.long),
             "labels": torch.tensor([labels], dtype=torch.long),
             "position_ids": torch.tensor([positions], dtype=torch.long),
         }
+
+
+def segments(starts: Tensor, longest: int) -> dict[str, Any]:
+    """Where each sample of a packed row begins and the row ends, (samples + 1,), int32, and the tokens of the
+    longest, under the names by which transformers hands them to its attention.
+    """
+    ends = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts}
+    return {**ends, "max_length_q": longest, "max_length_k": longest}
 
 
 def _ints(values: Any) -> list[int]:

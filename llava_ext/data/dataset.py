@@ -131,12 +131,14 @@ def _is_of_the_disk(error: BaseException | None) -> bool:
 
 
 class TrainingCollator:
-    """A collator whose batches also say which samples they hold (``indices``), for messages, what they
-    hold (``counts``), and which of them could not be used (``failures``).
+    """A collator whose batches also say which samples they hold (``indices``), for messages, what they hold
+    (``counts``), which of them could not be used (``failures``), where the placeholders are
+    (``image_places``, ``image_offsets``), and where the next token is a label (``predicting``, flat places,
+    and ``targets``, both (labels,)).
 
-    Counted here, in the dataset workers: on a GPU each number would cost a wait. Padding on the right needs
-    no mask: attention is causal, so no token sees the padding behind it, and without a mask it is computed by
-    the fastest kernels.
+    Counted and looked for here, in the dataset workers: on a GPU each number would cost a wait. Padding on
+    the right needs no mask: attention is causal, so no token sees the padding behind it, and without a mask
+    it is computed by the fastest kernels.
     """
 
     def __init__(self, collate: Collator) -> None:
@@ -147,9 +149,25 @@ class TrainingCollator:
         batch["indices"] = [item["index"] for item in items]
         batch["failures"] = [item["failure"] for item in items if "failure" in item]
         batch["counts"] = self._count(batch) | {"samples": sum("skipped" not in item for item in items)}
+        batch |= self._places(batch)
         if self.collate.padding_side == "right":
             batch.pop("attention_mask", None)
         return batch
+
+    def _places(self, batch: dict[str, Any]) -> dict[str, Any]:
+        labels = batch["labels"]
+        predicting = torch.nn.functional.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1)).flatten().nonzero()[:, 0]
+        is_image = batch["input_ids"] == self.collate.image_token_id
+        found = {
+            "predicting": predicting,
+            "targets": labels.flatten()[predicting + 1],
+            "image_places": is_image.flatten().nonzero()[:, 0],
+        }
+        if "image_token_counts" in batch:
+            counts = batch["image_token_counts"].tolist()
+            offsets = torch.cat([torch.arange(count) for count in counts])
+            found |= {"image_token_counts": counts, "image_offsets": offsets}
+        return found
 
     def _count(self, batch: dict[str, Any]) -> dict[str, int]:
         mask, ids = batch.get("attention_mask"), batch["input_ids"]

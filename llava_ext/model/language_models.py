@@ -29,12 +29,14 @@ class LanguageModel:
         turn_ends: tokens that end a turn in this family's chat templates. They are labels, so they never pad.
         original: ``model_type`` and class of LLaVA's own code for a model around it; None where LLaVA has
             none.
+        liger: the function of Liger that fuses its layers.
     """
 
     title: str
     padding: tuple[str, ...] = ()
     turn_ends: tuple[str, ...] = ()
     original: tuple[str, str] | None = None
+    liger: str = ""
 
 
 # By transformers' model_type.
@@ -44,15 +46,25 @@ LANGUAGE_MODELS: dict[str, LanguageModel] = {
         padding=("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<pad>"),
         turn_ends=("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"),
         original=("llava_llama", "LlavaLlamaForCausalLM"),
+        liger="apply_liger_kernel_to_llama",
     ),
     "mistral": LanguageModel(
-        title="Mistral", padding=("<pad>",), original=("llava_mistral", "LlavaMistralForCausalLM")
+        title="Mistral",
+        padding=("<pad>",),
+        original=("llava_mistral", "LlavaMistralForCausalLM"),
+        liger="apply_liger_kernel_to_mistral",
     ),
     "qwen2": LanguageModel(
-        title="Qwen 2 and 2.5", padding=("<|endoftext|>", "<|fim_pad|>"), turn_ends=("<|im_end|>",)
+        title="Qwen 2 and 2.5",
+        padding=("<|endoftext|>", "<|fim_pad|>"),
+        turn_ends=("<|im_end|>",),
+        liger="apply_liger_kernel_to_qwen2",
     ),
     "qwen3": LanguageModel(
-        title="Qwen 3", padding=("<|endoftext|>", "<|fim_pad|>"), turn_ends=("<|im_end|>",)
+        title="Qwen 3",
+        padding=("<|endoftext|>", "<|fim_pad|>"),
+        turn_ends=("<|im_end|>",),
+        liger="apply_liger_kernel_to_qwen3",
     ),
 }
 GENERAL = LanguageModel(title="another decoder", padding=("<pad>", "<|pad|>", "[PAD]"))

@@ -12,8 +12,9 @@ With all flags off the outputs equal ``LlavaForConditionalGeneration``'s bit for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,6 +38,8 @@ from .interventions import PUBLISHED_GRID_SIDE
 from .poolings import POOLINGS
 from .projectors import projector_depth
 
+# The language model's attention that computes each sample of a packed row by itself; see attention.py.
+VARLEN = "varlen"
 NORM_EPS = 1e-6
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -206,7 +209,9 @@ class SpatialLlavaModel(LlavaModel):
         vision_feature_select_strategy: str | None = None,
         image_sizes: Tensor | None = None,
         mm_encoder_outputs: dict[str, Any] | None = None,
-        image_token_counts: Tensor | None = None,
+        image_token_counts: Tensor | Sequence[int] | None = None,
+        image_places: Tensor | None = None,
+        image_offsets: Tensor | None = None,
         **kwargs: Any,
     ) -> LlavaModelOutputWithPast:
         """As ``LlavaModel.forward``, and:
@@ -217,6 +222,9 @@ class SpatialLlavaModel(LlavaModel):
                 samples: each starts at 0.
             image_token_counts: (images,), the placeholders of each image when sequences were cut inside an
                 image; None when every image is whole.
+            image_places, image_offsets: (vision tokens,), of each placeholder, row by row, its place in the
+                flattened batch and its number within its image. Who knows them (a training's collator) spares
+                the device the search, for which the host would wait; numbers are given as a list then.
 
         Raises:
             ValueError: placeholders without pixel values, or numbers of placeholders and vision tokens that
@@ -224,7 +232,7 @@ class SpatialLlavaModel(LlavaModel):
         """
         is_image: Any = None
         image_tokens: Tensor | None = None
-        counts: list[int] = []
+        placeholders: Placeholders | None = None
         if input_ids is not None and inputs_embeds is None:
             is_image = input_ids == self.config.image_token_id
             # The placeholder's own row is never used; any valid id keeps an id beyond the vocabulary from
@@ -234,13 +242,18 @@ class SpatialLlavaModel(LlavaModel):
         images = self._images(pixel_values, mm_encoder_outputs, *vision)
         if images is not None:
             image_tokens, counts = self._kept_tokens(images, image_token_counts)
-            inputs_embeds = self._merged(inputs_embeds, is_image, image_tokens)
+            placeholders = Placeholders.found(is_image, counts, image_places, image_offsets)
+            inputs_embeds = self._merged(inputs_embeds, placeholders, image_tokens)
         elif is_image is not None:
-            inputs_embeds = self._without_images(inputs_embeds, is_image, past_key_values)
+            if image_places is None or len(image_places):
+                _refuse_placeholders(is_image, past_key_values)
+            inputs_embeds = self._without_images(inputs_embeds)
         packed = attention_mask is None and position_ids is not None and past_key_values is None
         if packed and kwargs.get("use_cache") is None:
             kwargs["use_cache"] = False  # with a cache transformers would ignore the packing, silently
-        with self._grid_positions(is_image, counts):
+        if self.language_model.config._attn_implementation == VARLEN:
+            kwargs = self._with_segments(inputs_embeds, attention_mask, past_key_values, kwargs)
+        with self._grid_positions(placeholders):
             outputs = super().forward(
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
@@ -259,10 +272,27 @@ class SpatialLlavaModel(LlavaModel):
             return encoded["image"].pooler_output
         return None if pixel_values is None else self.get_image_features(pixel_values, *vision).pooler_output
 
-    def _kept_tokens(self, images: Any, counts: Tensor | None) -> tuple[Tensor, list[int]]:
+    def _with_segments(
+        self, inputs_embeds: Any, attention_mask: Any, past_key_values: Any, kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The arguments with the segments of ``varlen`` attention; a row without packing is one."""
+        if attention_mask is not None or past_key_values is not None or kwargs.get("use_cache"):
+            raise ValueError(
+                "attention varlen is for training: rows packed or padded on the right, without a mask or"
+                " cache; load the model with sdpa for anything else"
+            )
+        if kwargs.get("cu_seq_lens_q") is not None:
+            return kwargs
+        rows, tokens, _ = inputs_embeds.shape
+        ends = torch.arange(0, rows * tokens + 1, tokens, dtype=torch.int32, device=inputs_embeds.device)
+        return kwargs | {"cu_seq_lens_q": ends, "max_length_q": tokens}
+
+    def _kept_tokens(
+        self, images: Any, counts: Tensor | Sequence[int] | None
+    ) -> tuple[Tensor, Sequence[int]]:
         """The vision tokens that have a placeholder, (tokens, hidden), and how many of each image."""
         whole = [len(image) for image in images]
-        kept = whole if counts is None else counts.tolist()
+        kept = counts.tolist() if isinstance(counts, Tensor) else whole if counts is None else counts
         if len(kept) != len(whole) or any(count > length for count, length in zip(kept, whole, strict=False)):
             raise ValueError(
                 f"image_token_counts: found {kept} for images with {whole} tokens; one number up to that is"
@@ -270,35 +300,29 @@ class SpatialLlavaModel(LlavaModel):
             )
         return torch.cat([image[:count] for image, count in zip(images, kept, strict=True)]), kept
 
-    def _merged(self, inputs_embeds: Tensor | None, is_image: Tensor | None, image_tokens: Tensor) -> Tensor:
+    def _merged(
+        self, inputs_embeds: Tensor | None, placeholders: Placeholders, image_tokens: Tensor
+    ) -> Tensor:
         """The embeddings with vision tokens in the places of the placeholders."""
-        if is_image is None or inputs_embeds is None:
+        if inputs_embeds is None:
+            raise ValueError(NO_PLACES)
+        found = len(placeholders.places)
+        if found != len(image_tokens):
             raise ValueError(
-                "pixel values need input_ids with image placeholders; inputs_embeds alone do not show where"
-                " images go"
-            )
-        placeholders = int(is_image.sum())
-        if placeholders != len(image_tokens):
-            raise ValueError(
-                f"Image features and image tokens do not match: {placeholders} placeholders in input_ids,"
+                f"Image features and image tokens do not match: {found} placeholders in input_ids,"
                 f" {len(image_tokens)} vision tokens ({self.config.tokens_per_image} for a whole image);"
                 " expand each image with the collator or the processor"
             )
         image_tokens = image_tokens.to(inputs_embeds.device, inputs_embeds.dtype)
-        return inputs_embeds.masked_scatter(is_image.unsqueeze(-1), image_tokens)
+        flat = inputs_embeds.flatten(0, 1).index_copy(0, placeholders.places, image_tokens)
+        return flat.view_as(inputs_embeds)
 
-    def _without_images(self, inputs_embeds: Any, is_image: Tensor, past_key_values: Any) -> Tensor:
-        """A batch without pixels: refuses placeholders and, in training, keeps the vision path in the graph.
+    def _without_images(self, inputs_embeds: Any) -> Tensor:
+        """A batch without pixels; in training the vision path stays in the graph.
 
         Every rank of a distributed training must run the same modules in the same order. A zero image goes
         through tower and projector and none of its tokens is used, so that its gradients are exactly zero.
         """
-        prefill = past_key_values is None or past_key_values.get_seq_length() == 0
-        if prefill and bool(is_image.any()):
-            raise ValueError(
-                f"input_ids hold {int(is_image.sum())} image placeholders, but no pixel_values were given; "
-                "pass the images or remove the placeholders"
-            )
         if not (self.training and torch.is_grad_enabled()):
             return inputs_embeds
         path = (self.multi_modal_projector, self.vision_tower)
@@ -316,9 +340,9 @@ class SpatialLlavaModel(LlavaModel):
     # -- positions -----------------------------------------------------------------------------------------
 
     @contextmanager
-    def _grid_positions(self, is_image: Tensor, counts: list[int]) -> Iterator[None]:
+    def _grid_positions(self, placeholders: Placeholders | None) -> Iterator[None]:
         """While it lasts, the LLM's rotary tables give vision tokens positions in two dimensions."""
-        if not (self.config.twoD_vision_embedding and counts):
+        if not (self.config.twoD_vision_embedding and placeholders):
             yield
             return
         table = _published_table if self.config.published_behaviour else _grid_table
@@ -329,13 +353,55 @@ class SpatialLlavaModel(LlavaModel):
         ) -> Any:
             hidden_states = args[0] if args else kwargs["x"]
             position_ids = args[1] if len(args) > 1 else kwargs["position_ids"]
-            return table(module, hidden_states, position_ids, is_image, counts, side, output)
+            return table(module, hidden_states, position_ids, placeholders, side, output)
 
         handle = self.language_model.rotary_emb.register_forward_hook(replace, with_kwargs=True, prepend=True)
         try:
             yield
         finally:
             handle.remove()
+
+
+NO_PLACES = (
+    "pixel values need input_ids with image placeholders; inputs_embeds alone do not show where images go"
+)
+
+
+@dataclass(frozen=True)
+class Placeholders:
+    """Where a batch's image placeholders are.
+
+    Attributes:
+        is_image: (batch, tokens), True at a placeholder.
+        places: (vision tokens,), their places in the flattened batch, row by row.
+        offsets: (vision tokens,), the number of each within its image.
+    """
+
+    is_image: Tensor
+    places: Tensor
+    offsets: Tensor
+
+    @classmethod
+    def found(
+        cls, is_image: Tensor | None, counts: Sequence[int], places: Tensor | None, offsets: Tensor | None
+    ) -> Placeholders:
+        """From what is known; the rest is looked for."""
+        if is_image is None:
+            raise ValueError(NO_PLACES)
+        if places is None:
+            places = is_image.flatten().nonzero().squeeze(-1)
+        if offsets is None:
+            offsets = torch.cat([torch.arange(count) for count in counts]).to(places.device)
+        return cls(is_image, places, offsets)
+
+
+def _refuse_placeholders(is_image: Tensor, past_key_values: Any) -> None:
+    prefill = past_key_values is None or past_key_values.get_seq_length() == 0
+    if prefill and bool(is_image.any()):
+        raise ValueError(
+            f"input_ids hold {int(is_image.sum())} image placeholders, but no pixel_values were given; "
+            "pass the images or remove the placeholders"
+        )
 
 
 RotaryTable = tuple[Tensor, Tensor]
@@ -345,8 +411,7 @@ def _grid_table(
     rotary: nn.Module,
     hidden: Tensor,
     position_ids: Tensor,
-    is_image: Tensor,
-    counts: list[int],
+    placeholders: Placeholders,
     side: int,
     plain: RotaryTable,
 ) -> RotaryTable:
@@ -357,33 +422,24 @@ def _grid_table(
     by the second. Both halves of a pair of channels turn by the same angle, so that each is a rotation and
     attention depends on differences only. Every image of every sample is counted on its own.
     """
-    positions = position_ids.expand(is_image.shape).reshape(-1)
-    rows, columns = positions.clone(), positions.clone()
-    where = is_image.reshape(-1).nonzero().squeeze(-1)
-    first, index = _image_starts(where, counts)
-    rows[where] = positions[first] + torch.div(index, side, rounding_mode="floor")
-    columns[where] = positions[first] + index % side
-    tables = [rotary.forward(hidden, axis.view(is_image.shape)) for axis in (rows, columns)]
+    shape, places, offsets = placeholders.is_image.shape, placeholders.places, placeholders.offsets
+    positions = position_ids.expand(shape).reshape(-1)
+    first = places[torch.arange(len(places), device=places.device) - offsets]
+    start = positions[first]
+    row = start + torch.div(offsets, side, rounding_mode="floor")
+    axes = (positions.index_copy(0, places, axis) for axis in (row, start + offsets % side))
+    tables = [rotary.forward(hidden, axis.view(shape)) for axis in axes]
     half = plain[0].shape[-1] // 2
     by_row = (torch.arange(2 * half, device=hidden.device) % half) % 2 == 0
     (row_cos, row_sin), (column_cos, column_sin) = tables
     return torch.where(by_row, row_cos, column_cos), torch.where(by_row, row_sin, column_sin)
 
 
-def _image_starts(where: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
-    """For each vision token: the flat place of its image's first token, and its index within the image."""
-    lengths = torch.tensor([count for count in counts if count], device=where.device)
-    starts = torch.cumsum(lengths, 0) - lengths
-    start_of_token = torch.repeat_interleave(starts, lengths)
-    return where[start_of_token], torch.arange(len(where), device=where.device) - start_of_token
-
-
 def _published_table(
     rotary: nn.Module,
     hidden: Tensor,
     position_ids: Tensor,
-    is_image: Tensor,
-    counts: list[int],
+    placeholders: Placeholders,
     side: int,
     plain: RotaryTable,
 ) -> RotaryTable:
@@ -395,6 +451,7 @@ def _published_table(
     Raises:
         ValueError: image tokens lie more than 575 places apart, as in the published code.
     """
+    is_image = placeholders.is_image
     columns = is_image.any(0)
     where = columns.nonzero().squeeze(-1)
     offset = where - where[0]

@@ -24,6 +24,7 @@ from transformers.utils import is_flash_attn_2_available
 from ..data.templates import TEMPLATES, described
 from ..distributed import rendezvous
 from ..errors import TrainingError, say
+from ..kernels import ATTENTIONS, FUSIONS, Kernels, layer_interval
 from ..model.configuration_spatial_llava import projector_depth
 from ..model.interventions import Interventions
 from .flag_options import add_interventions, take_interventions
@@ -46,7 +47,7 @@ FIXED: dict[str, tuple[Any, str]] = {
     "push_to_hub": (False, "upload the finished folder with `hf upload`"),
     "use_liger_kernel": (
         False,
-        "the loss is computed from logits where a label counts, which Liger replaces",
+        "it would replace the loss and know nothing of this model; use --fusion liger",
     ),
 }
 
@@ -107,8 +108,8 @@ class ModelArguments:
             "help": "patch, or cls_patch to keep what comes before the patches (class token, registers)."
         },
     )
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "eager, sdpa or flash_attention_2 (default: transformers' choice)."}
+    attention: str | None = field(
+        default=None, metadata={"help": f"{', '.join(ATTENTIONS)} (default: transformers' choice)."}
     )
 
 
@@ -228,6 +229,16 @@ class LlavaTrainingArguments(TrainingArguments):
                 "micro_batch: mean of the micro-batches' means, as LLaVA; token: mean over all tokens of the"
                 " step."
             )
+        },
+    )
+    fusion: str = field(
+        default="none", metadata={"help": f"Fuse what is not a matrix product: {', '.join(FUSIONS)}."}
+    )
+    checkpoint_layers: str | None = field(
+        default=None,
+        metadata={
+            "help": "Recompute these decoder layers' activations: all, none, N (every Nth).",
+            **NO_INFLUENCE,
         },
     )
     watchdog_minutes: float = field(
@@ -357,16 +368,13 @@ def _check_before(model: ModelArguments, data: DataArguments, namespace: argpars
         "bits": (namespace.bits, (16,)),
         "eval_strategy": (str(getattr(namespace.eval_strategy, "value", namespace.eval_strategy)), ("no",)),
         "lora_bias": (namespace.lora_bias, ("none", "all", "lora_only")),
-        "attn_implementation": (model.attn_implementation or "sdpa", ("eager", "sdpa", "flash_attention_2")),
+        "attention": (model.attention or "sdpa", ATTENTIONS),
+        "fusion": (namespace.fusion, FUSIONS),
     }
     for name, (value, values) in allowed.items():
         if value not in values:
             raise TrainingError(f"--{name}: found {value!r}; allowed: {', '.join(map(str, values))}")
-    if model.attn_implementation == "flash_attention_2" and not is_flash_attn_2_available():
-        raise TrainingError(
-            "--attn_implementation: flash_attention_2 needs a CUDA GPU and the package flash-attn, one of"
-            " which is missing here; install it, or use sdpa"
-        )
+    _check_kernels(model, namespace)
     _check_values(model, namespace)
     for name, (value, reason) in FIXED.items():
         found = getattr(namespace, name)
@@ -387,6 +395,36 @@ def _check_before(model: ModelArguments, data: DataArguments, namespace: argpars
             " give one of them"
         )
     _check_what_trains(model, namespace)
+
+
+def _check_kernels(model: ModelArguments, namespace: argparse.Namespace) -> None:
+    """Kernels that do not go together with this machine, the precision or the engine."""
+    given, checkpointing = namespace.checkpoint_layers, bool(namespace.activation_checkpointing)
+    try:
+        interval = layer_interval(given if given is not None else "all" if checkpointing else "none")
+    except ValueError as error:
+        raise TrainingError(f"--checkpoint_layers: {error}") from None
+    if interval == 0 and checkpointing:
+        raise TrainingError(
+            "--checkpoint_layers none: contradicts --gradient_checkpointing True; leave one of them out"
+        )
+    chosen = Kernels(model.attention or "sdpa", namespace.fusion)
+    half, gpu = bool(namespace.bf16 or namespace.fp16), not namespace.use_cpu
+    for name, sentence in chosen.problems(gpu=gpu, half=half, engine=_engine(namespace)):
+        raise TrainingError(f"--{name}: {sentence}")
+    if model.attention == "flash_attention_2" and not is_flash_attn_2_available():
+        raise TrainingError(
+            "--attention: flash_attention_2 needs the package flash-attn, which is missing here; install it,"
+            " or use varlen, which needs none"
+        )
+
+
+def _engine(namespace: argparse.Namespace) -> str:
+    """What spreads the model, in the words of :class:`Kernels`."""
+    if namespace.deepspeed:
+        config = json.loads(Path(namespace.deepspeed).read_text(encoding="utf-8"))
+        return f"zero{config.get('zero_optimization', {}).get('stage', 0)}"
+    return "fsdp" if namespace.fsdp else "none"
 
 
 def _check_what_trains(model: ModelArguments, namespace: argparse.Namespace) -> None:
@@ -439,8 +477,18 @@ def _check_values(model: ModelArguments, namespace: argparse.Namespace) -> None:
             )
 
 
+def checkpoint_every(training: LlavaTrainingArguments, interval: int) -> None:
+    """Has every ``interval``-th decoder layer recomputed; 0: none."""
+    training.activation_checkpointing = training.gradient_checkpointing = bool(interval)
+    if interval:
+        others = dict(training.activation_checkpointing_kwargs or {})
+        training.activation_checkpointing_kwargs = others | {"every_n_layers": interval}
+
+
 def _adjust(training: LlavaTrainingArguments) -> None:
     """Settings that follow from others, and those that must not hide trouble."""
+    if training.checkpoint_layers is not None:
+        checkpoint_every(training, layer_interval(training.checkpoint_layers))
     training.logging_nan_inf_filter = False
     training.remove_unused_columns = False
     if training.device.type == "cpu":

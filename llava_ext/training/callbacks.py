@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .interruption import Interruption
+from .kernels import Recompilations
 from .metrics import Metrics
 from .watchdogs import LearnsNothing, NoStep
 
@@ -32,6 +33,7 @@ def add_callbacks(trainer: LlavaTrainer, arguments: Arguments, watchdog: NoStep)
         ),
         watchdog,
         interruption,
+        *([Recompilations()] if training.fusion == "compile" else []),
     ):
         trainer.add_callback(callback)
     return interruption

@@ -117,8 +117,10 @@ def _has_begun(output_dir: Path) -> bool:
 
 
 def _said(value: Any) -> Any:
-    """A value as it is compared: a switch that is off equals one that did not exist yet."""
-    return None if value is False else value
+    """A value as it is compared: a switch that is off, or a choice of none, equals one that did not exist
+    yet.
+    """
+    return None if value is False or value == "none" else value
 
 
 # transformers' arguments that do not determine the result: where things lie, what is logged, how work is
@@ -187,7 +189,7 @@ WITHOUT_INFLUENCE = frozenset(
 
 
 # How the same steps are computed: what helps against too little memory may change on the way, and is said.
-ROUNDING = frozenset(["micro_batch_size", "attn_implementation", "pack", "tf32"])
+ROUNDING = frozenset(["micro_batch_size", "attn_implementation", "fusion", "pack", "tf32"])
 
 
 def identity(arguments: Arguments, store: SampleStore, folders: dict[str, Path]) -> dict[str, Any]:
@@ -201,6 +203,7 @@ def identity(arguments: Arguments, store: SampleStore, folders: dict[str, Path])
             value = getattr(group, item.name, None)
             values[item.name] = value if isinstance(value, (bool, int, float, type(None))) else str(value)
     values |= {f"interventions.{name}": value for name, value in arguments.interventions.to_dict().items()}
+    values["attn_implementation"] = values.pop("attention")  # under the name of trainings that have begun
     values["micro_batch_size"] = training.per_device_train_batch_size
     values["global_batch_size"] = (
         training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size

@@ -26,7 +26,10 @@ from ..data.skipping import GuardedSamples, identified
 from ..distributed import memory
 from ..distributed.gather import count, whole
 from ..errors import NoVerdict, TrainingError, say
+from ..model.attention import attend_by_segments, check_family, while_loading
 from ..model.build import build_model, reset_projector
+from ..model.language_models import text_model_type
+from ..model.modeling_spatial_llava import VARLEN
 from ..model.parts import (
     check_language_model,
     load_image_processor,
@@ -37,7 +40,8 @@ from ..model.parts import (
 from ..model.towers import check_select_feature
 from . import claim, states
 from .identity import ROUNDING, check_finished, check_identity, identity
-from .lora import add_adapters
+from .kernels import check_fusion, check_liger, fuse
+from .lora import add_adapters, is_adapted
 from .optimizer import PROJECTOR, TOWER, component, freeze
 from .precision import cast_frozen, half_precision, load_dtype
 from .token_lengths import counts_by_source, largest_micro_batch, read_token_lengths
@@ -106,6 +110,7 @@ def make_trainer(
     lengths = _lengths(samples, arguments)
     surveyed = _surveyed(samples, arguments)
     model, image_processor = _make_model(arguments, folders)
+    fuse(model.get_base_model() if is_adapted(model) else model, training.fusion)
     _preflight(model, tokenizer, image_processor, arguments)
     collator = Collator.for_model(
         model.config, tokenizer, model_max_length=training.model_max_length, packed=arguments.data.pack
@@ -129,6 +134,11 @@ def _check_families(arguments: Arguments, folders: dict[str, Path]) -> None:
     tower = tower_config(folders["vision_tower"])
     check_select_feature(tower, arguments.model.mm_vision_select_feature == "cls_patch")
     check_language_model(folders["llm"])
+    if arguments.model.attention == VARLEN:
+        check_family(text_model_type(folders["llm"]))
+    check_fusion(arguments.training.fusion, gpu=not arguments.training.use_cpu)
+    if arguments.training.fusion == "liger":
+        check_liger(text_model_type(folders["llm"]))
 
 
 def with_known_statistics(arguments: Arguments, checkpoint: Path | None) -> Arguments:
@@ -238,6 +248,8 @@ def _make_model(arguments: Arguments, folders: dict[str, Path]) -> tuple[Any, An
     if model_args.pretrain_mm_mlp_adapter:
         load_projector(model, Path(model_args.pretrain_mm_mlp_adapter))
     model.config.text_config.use_cache = False
+    if model_args.attention == VARLEN:
+        attend_by_segments(model.model.language_model)
     if training.lora_enable:
         model = add_adapters(
             model,
@@ -274,7 +286,7 @@ def _from_parts(arguments: Arguments, folders: dict[str, Path]) -> tuple[Any, An
         vision_feature_select_strategy=(
             "full" if model_args.mm_vision_select_feature == "cls_patch" else "default"
         ),
-        attn_implementation=model_args.attn_implementation,
+        attn_implementation=while_loading(model_args.attention),
         dtype=load_dtype(training),
         model_max_length=training.model_max_length,
         image_aspect_ratio=arguments.data.image_aspect_ratio,
@@ -295,7 +307,7 @@ def _from_checkpoint(arguments: Arguments, folders: dict[str, Path]) -> tuple[An
     model, _, image_processor = load_model(
         folder,
         dtype=load_dtype(training),
-        attn_implementation=model_args.attn_implementation,
+        attn_implementation=while_loading(model_args.attention),
         model_max_length=training.model_max_length,
         tower=folders["vision_tower"] if original.is_original(folder) else None,
     )

@@ -23,7 +23,6 @@ from transformers.trainer_callback import PrinterCallback
 from .. import patches
 from ..data.sampler import EpochSampler
 from ..data.skipping import EXAMPLES, Failure
-from ..data.templates import IGNORE_INDEX
 from ..distributed.collectives import any_rank, barrier, from_all, world_size
 from ..distributed.elastic import load_universal
 from ..distributed.gather import gather
@@ -175,10 +174,8 @@ class LlavaTrainer(Trainer):
         self.last_indices = inputs.pop("indices")
         for name, number in inputs.pop("counts").items():
             self.counts[COUNTS[name]] += number
-        labels = inputs.pop("labels")
-        # (batch, tokens): where the next token is a label
-        self._predicting = torch.nn.functional.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1))
-        targets = labels[:, 1:][self._predicting[:, :-1]]
+        del inputs["labels"]
+        self._predicting, targets = inputs.pop("predicting"), inputs.pop("targets")
         outputs = model(**inputs)
         logits = outputs["logits"][0]
         if len(targets) == 0:
@@ -220,7 +217,7 @@ class LlavaTrainer(Trainer):
         """
         if self._predicting is None:
             return args
-        chosen = args[0][self._predicting.to(args[0].device)]
+        chosen = args[0].flatten(0, 1).index_select(0, self._predicting.to(args[0].device))
         self._predicting = None
         return (chosen[None], *args[1:])
 

@@ -25,7 +25,7 @@ def reason(error: BaseException) -> str | None:
         return (
             f"out of memory on the GPU of rank {os.environ.get('RANK', '0')}: {str(error).splitlines()[0]}"
             " Lower --per_device_train_batch_size (and raise --gradient_accumulation_steps by as much: the"
-            " same steps), set --gradient_checkpointing True, or split or offload more (--deepspeed, --fsdp)"
+            " same steps), set --checkpoint_layers all, or split or offload more (--deepspeed, --fsdp)"
         )
     if isinstance(error, NoVerdict) or not isinstance(error, (TrainingError, ValueError)):
         return None

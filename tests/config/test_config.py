@@ -1,6 +1,7 @@
 """Wrong configurations give one readable message: key, value, what is allowed, the fix. Never a traceback."""
 
 import copy
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -193,7 +194,7 @@ BAD = [
         "compute/cluster",
         {"gpus_per_node": 1, "packing": True},
         "packing: true with attention: sdpa",
-        "set attention: flash_attention_2",
+        "set kernels.attention: varlen",
     ),
     ("compute/laptop/memory", 3, "compute.laptop.memory", "mem_mb"),
     (
@@ -367,3 +368,24 @@ def test_cls_patch_is_refused_for_a_tower_without_a_class_token(kind, tower, ref
         load_config(raw)
     del raw["experiments"]["kept"]
     load_config(raw)
+
+
+def test_kernels_have_a_section_and_their_keys_of_before_stay():
+    from workflow_scripts.config.compute import ComputeSpec
+
+    before = ComputeSpec.model_validate({"attention": "eager", "gradient_checkpointing": True})
+    now = ComputeSpec.model_validate({"kernels": {"attention": "eager", "checkpoint_layers": "all"}})
+    assert before == now and ComputeSpec.model_validate({"gradient_checkpointing": False}) == ComputeSpec()
+    assert ComputeSpec.model_validate(now.model_dump(mode="json")) == now
+    for wrong, words in (
+        ({"attention": "eager", "kernels": {}}, "leave attention out and set kernels.attention"),
+        ({"gradient_checkpointing": 3}, "gradient_checkpointing: found 3"),
+        ({"kernels": {"checkpoint_layers": 0}}, "checkpoint_layers"),
+        ({"kernels": {"fusion": "liger"}}, "kernels.fusion: liger has kernels for GPUs only"),
+        (
+            {"kernels": {"fusion": "compile"}, "parallel": "zero3", "processes_per_node": 2},
+            "kernels.fusion: compile does not go together with zero3",
+        ),
+    ):
+        with pytest.raises(ValueError, match=re.escape(words)):
+            ComputeSpec.model_validate(wrong)

@@ -71,9 +71,8 @@ def test_the_flags_are_understood_by_the_training_command(spec, tmp_path):
     }
     spec["compute"] |= {
         "packing": True,
-        "gradient_checkpointing": True,
+        "kernels": {"attention": "eager", "fusion": "compile", "checkpoint_layers": 2},
         "dataloader_workers": 2,
-        "attention": "eager",
     }
     found = parse(flags_of(spec, tmp_path))
     training, recipe = found.training, spec["recipe"]
@@ -88,7 +87,9 @@ def test_the_flags_are_understood_by_the_training_command(spec, tmp_path):
         == recipe["global_batch_size"]
     )
     assert found.model.version == "v1" and found.data.image_aspect_ratio == "pad" and found.data.pack
-    assert found.model.attn_implementation == "eager" and training.use_cpu
+    assert found.model.attention == "eager" and training.use_cpu
+    assert training.fusion == "compile" and training.activation_checkpointing
+    assert training.activation_checkpointing_kwargs == {"every_n_layers": 2}
     assert training.own_tensorboard and training.report_to == ["wandb"] * preflight.importable("wandb")
     assert training.lr_scheduler_kwargs == {"min_lr_rate": 0.05}
 
@@ -488,7 +489,7 @@ def test_a_verdict_names_the_keys_of_the_configuration(spec, tmp_path):
     ("section", "key", "value"),
     [
         ("compute", "per_device_batch_size", 1),
-        ("compute", "gradient_checkpointing", True),
+        ("compute", "kernels", {"checkpoint_layers": "all"}),
         ("compute", "try_again", 1),
         ("recipe", "min_supervised_share", 0.0),
     ],
@@ -534,7 +535,7 @@ def test_every_flag_that_the_configuration_decides_has_its_key(spec, tmp_path):
         "mm_projector_lr": 1e-4,
         "lora": {"r": 8, "alpha": 16, "dropout": 0.1, "bias": "none"},
     }
-    spec["compute"] |= {"packing": True, "gradient_checkpointing": True, "cache_pixels_mb": 1}
+    spec["compute"] |= {"packing": True, "cache_pixels_mb": 1}
     spec["skip_samples"] = ["#12"]
     flags = [flag[2:] for flag in flags_of(spec, tmp_path) if flag.startswith("--")]
     ours = {"output_dir", "save_strategy", "tune_mm_mlp_adapter", "pretrain_mm_mlp_adapter"}

@@ -60,10 +60,12 @@ def test_too_few_gpus_fail_only_where_they_are_wanted():
 
 @pytest.mark.skipif(importable("flash_attn"), reason="flash-attn is installed")
 def test_flash_attention_is_looked_for_where_it_is_used():
-    kinds = {"big": ComputeSpec(gpus_per_node=1, precision="bf16", attention="flash_attention_2")}
+    kinds = {
+        "big": ComputeSpec(gpus_per_node=1, precision="bf16", kernels={"attention": "flash_attention_2"})
+    }
     (found,) = needs.check_flash_attention(kinds)
-    assert found.line.startswith("FAIL flash-attn: compute.big.attention")
-    assert "or set attention: sdpa" in found.text
+    assert found.line.startswith("FAIL flash-attn: compute.big.kernels.attention")
+    assert "or set attention: varlen" in found.text
     assert not list(needs.check_flash_attention({"small": ComputeSpec()}))
 
 

@@ -547,7 +547,7 @@ def test_too_little_memory_is_a_verdict_that_says_what_needs_less(kind, tmp_path
     monkeypatch.setattr(LlavaTrainer, "training_step", out_of_memory)
     status, text = train_here(short(2, tmp_path / "out"))
     assert status == 1 and "Tried to allocate 2.00 GiB. Lower --per_device" in text
-    assert "--gradient_checkpointing True" in verdict(tmp_path / "out")
+    assert "--checkpoint_layers all" in verdict(tmp_path / "out")
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])

@@ -4,10 +4,12 @@ purpose.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from llava_ext.kernels import ATTENTIONS, FUSIONS, LAYERS, SEGMENTED, Kernels
 from workflow_scripts.config.base import StrictModel
 from workflow_scripts.config.types import Count, NonNegative, Positive
 
@@ -20,6 +22,35 @@ def split_gres(gres: str) -> tuple[str, int]:
     """
     kind, _, count = gres.rpartition(":")
     return (kind, int(count)) if kind and count.isdigit() else (gres, 1)
+
+
+if TYPE_CHECKING:
+    Attention = str
+    Fusion = str
+    Layers = str
+else:
+    Attention, Fusion, Layers = Literal[ATTENTIONS], Literal[FUSIONS], Literal[LAYERS]
+
+
+class KernelSpec(StrictModel):
+    """How a step is computed. Only rounding depends on it, so it is no part of a run and may change while one
+    is under way.
+    """
+
+    attention: Attention = "sdpa"
+    """The LLM's attention. `varlen` computes each sample of a packed row by itself, with torch alone;
+    `flash_attention_2` needs the package flash-attn.
+    """
+    fusion: Fusion = "none"
+    """What fuses all that is not a matrix product: torch's compiler (`compile`), or the package liger-kernel
+    (`liger`).
+    """
+    checkpoint_layers: Layers | Positive = "none"
+    """Which decoder layers' activations are recomputed instead of kept: all, none, or every Nth."""
+
+
+# Where keys of `compute` went, and what their values mean there.
+MOVED = {"attention": "attention", "gradient_checkpointing": "checkpoint_layers"}
 
 
 class ComputeSpec(StrictModel):
@@ -53,12 +84,12 @@ class ComputeSpec(StrictModel):
     """What DeepSpeed moves to the CPU's memory: nothing, the optimizer, or (ZeRO-3) the parameters too."""
     deepspeed_config: str | None = None
     """A DeepSpeed JSON file of your own instead of the one that `parallel` and `offload` give."""
-    attention: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
-    """The LLM's attention implementation."""
+    kernels: KernelSpec = KernelSpec()
+    """How a step is computed. `attention` and `gradient_checkpointing` (`true`: `checkpoint_layers: all`) may
+    also stand beside it, without this section.
+    """
     packing: bool = False
-    """Collate without padding: one packed row with block-diagonal attention."""
-    gradient_checkpointing: bool = False
-    """Recompute activations instead of keeping them."""
+    """Collate without padding: one row of all samples of a micro-batch, each attending to itself only."""
     tf32: bool = False
     """Allow TensorFloat-32 on GPUs that have it."""
     dataloader_workers: Count = 0
@@ -99,6 +130,27 @@ class ComputeSpec(StrictModel):
         """Training processes on one machine."""
         return self.processes_per_node or max(1, self.gpus_per_node)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _kernels_of_before(cls, data: Any) -> Any:
+        """`attention` and `gradient_checkpointing`, as they stood before there was a section for them."""
+        given = {key: data[key] for key in MOVED if key in data} if isinstance(data, Mapping) else {}
+        if not given:
+            return data
+        if "kernels" in data:
+            key = next(iter(given))
+            raise ValueError(
+                f"{key} stands beside kernels, which has {MOVED[key]}; leave {key} out and set"
+                f" kernels.{MOVED[key]}"
+            )
+        if "gradient_checkpointing" in given:
+            value = given["gradient_checkpointing"]
+            if not isinstance(value, bool):
+                raise ValueError(f"gradient_checkpointing: found {value!r}; allowed are true and false")
+            given["gradient_checkpointing"] = "all" if value else "none"
+        others = {key: value for key, value in data.items() if key not in MOVED}
+        return others | {"kernels": {MOVED[key]: value for key, value in given.items()}}
+
     @model_validator(mode="after")
     def _fits_together(self) -> ComputeSpec:
         if self.gpus_per_node and self.processes_per_node not in (None, self.gpus_per_node):
@@ -137,18 +189,20 @@ class ComputeSpec(StrictModel):
     @model_validator(mode="after")
     def _needs_gpus(self) -> ComputeSpec:
         if self.gpus_per_node == 0:
-            for key, value in (("precision", "fp16"), ("attention", "flash_attention_2"), ("tf32", True)):
+            for key, value in (("precision", "fp16"), ("tf32", True)):
                 if getattr(self, key) == value:
                     raise ValueError(
                         f"{key}: {value} needs a GPU, but gpus_per_node is 0; choose another {key}"
                     )
-        if self.packing and self.attention != "flash_attention_2" and self.gpus_per_node:
+        chosen = Kernels(**self.kernels.model_dump())
+        gpu, half = self.gpus_per_node > 0, self.precision != "fp32"
+        for name, sentence in chosen.problems(gpu=gpu, half=half, engine=self.parallel):
+            raise ValueError(f"kernels.{name}: {sentence}")
+        if self.packing and chosen.attention not in SEGMENTED and gpu:
             raise ValueError(
-                f"packing: true with attention: {self.attention} computes every pair of tokens of a row, most"
-                " of them in vain; set attention: flash_attention_2, or packing: false"
+                f"packing: true with attention: {chosen.attention} computes every pair of tokens of a row,"
+                " most of them in vain; set kernels.attention: varlen, or packing: false"
             )
-        if self.attention == "flash_attention_2" and self.precision == "fp32":
-            raise ValueError("attention: flash_attention_2 needs precision: bf16 or fp16, found fp32")
         if self.deepspeed_config and self.parallel not in ("zero2", "zero3"):
             raise ValueError(f"deepspeed_config needs parallel: zero2 or zero3, found {self.parallel}")
         return self

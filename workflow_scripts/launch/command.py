@@ -155,8 +155,7 @@ def _compute_flags(stage: StageSpec, compute: ComputeSpec) -> dict[str, Any]:
         "use_cpu": (
             not compute.gpus_per_node
         ),  # False: stops where no GPU can be used, instead of computing for days
-        "attn_implementation": compute.attention,
-        "gradient_checkpointing": True if compute.gradient_checkpointing else None,
+        **compute.kernels.model_dump(),
         "pack": True if compute.packing else None,
         "cache_pixels": compute.cache_pixels_mb or None,
         "dataloader_num_workers": compute.dataloader_workers,

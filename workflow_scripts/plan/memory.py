@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_ext.distributed.estimate import Decoder, Needs, Work, layout_of, needs
+from llava_ext.kernels import recomputed_layers
 from workflow_scripts.config.checks import tower_facts
 from workflow_scripts.config.compute import ComputeSpec
 from workflow_scripts.io import read_json
@@ -17,6 +18,8 @@ from workflow_scripts.plan.plan import Plan
 from workflow_scripts.plan.runs import Run
 from workflow_scripts.plan.tokens import surveyed_layout
 from workflow_scripts.stages import STAGES
+
+LAYERS_KEY = "kernels.checkpoint_layers"
 
 GB = 1e9
 # What allocator, kernels and libraries take beside what is counted.
@@ -124,8 +127,9 @@ def needs_of(plan: Plan, run: Run, compute: ComputeSpec | None = None) -> Needs 
     )
     work = Work(
         tokens=compute.per_device_batch_size * longest_sample(plan, run),
-        checkpointed=sizes.decoder.layers if compute.gradient_checkpointing else 0,
+        checkpointed=recomputed_layers(compute.kernels.checkpoint_layers, sizes.decoder.layers),
         learns=learns,
+        fusion=compute.kernels.fusion,
         element=2 if half else 4,
     )
     return needs(sizes.decoder, layout, trained, whole - trained, work)
@@ -153,15 +157,18 @@ def problem_of(plan: Plan, run: Run) -> str | None:
 
 
 def _fits(plan: Plan, run: Run, compute: ComputeSpec, changes: dict[str, Any]) -> bool:
-    tried = needs_of(plan, run, compute.model_copy(update=changes))
+    others = {key: value for key, value in changes.items() if key != LAYERS_KEY}
+    if LAYERS_KEY in changes:
+        others["kernels"] = compute.kernels.model_copy(update={"checkpoint_layers": changes[LAYERS_KEY]})
+    tried = needs_of(plan, run, compute.model_copy(update=others))
     return tried is not None and tried.peak <= USABLE * (compute.gpu_gb or 0) * GB
 
 
 def _cheaper(compute: ComputeSpec) -> Iterator[dict[str, Any]]:
     """Changes that save memory, those that cost the least time first."""
     changes: dict[str, Any] = {}
-    if not compute.gradient_checkpointing:
-        changes["gradient_checkpointing"] = True
+    if compute.kernels.checkpoint_layers != "all":
+        changes[LAYERS_KEY] = "all"
         yield dict(changes)
     yield from _smaller_batches(compute, changes)
     if compute.processes > 1 and compute.parallel != "zero3":

@@ -37,11 +37,12 @@ def check_needs(plan: Plan, folder: Path) -> Iterator[Finding]:
 
 def check_flash_attention(kinds: Mapping[str, ComputeSpec]) -> Iterator[Finding]:
     """The package behind `attention: flash_attention_2`."""
-    wanting = [name for name, spec in kinds.items() if spec.attention == "flash_attention_2"]
+    wanting = [name for name, spec in kinds.items() if spec.kernels.attention == "flash_attention_2"]
     if wanting and not importable("flash_attn"):
         text = (
-            f"compute.{wanting[0]}.attention is flash_attention_2, but {sys.executable} has no package"
-            " flash-attn; install it (`pip install flash-attn --no-build-isolation`) or set attention: sdpa"
+            f"compute.{wanting[0]}.kernels.attention is flash_attention_2, but {sys.executable} has no"
+            " package flash-attn; install it (`pip install flash-attn --no-build-isolation`) or set"
+            " attention: varlen"
         )
         yield Finding("flash-attn", False, text)
 

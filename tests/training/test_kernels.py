@@ -1,0 +1,228 @@
+"""Kernels change how a step is computed and nothing else: attention by segments, recomputation, fusion."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from llava_ext.data.assembly import Collator
+from llava_ext.data.dataset import TrainingCollator
+from llava_ext.errors import TrainingError
+from llava_ext.kernels import ATTENTIONS, Kernels
+from llava_ext.model import attention
+from llava_ext.model.interventions import FLAGS
+from llava_ext.training import kernels
+from tests.support.models import ALONE, RECORDS, flags, make_model, make_samples, one_thread  # noqa: F401
+from tests.support.trainings import command_line, losses
+
+ORDER_OF_SUMS, OTHER_FORMULA = 2e-6, 2e-5
+INTERVENTIONS = {
+    "vanilla": flags(),
+    **{name: flags(name) for name in ALONE},
+    "all": flags(*FLAGS),
+    "published": flags("twoD_vision_embedding", published_behaviour=True),
+}
+SEVERAL = {
+    "id": "several",
+    "image": ["a.png", "b.png"],
+    "conversations": [
+        {"from": "human", "value": "<image>\n<image>\nWhich one is red?"},
+        {"from": "gpt", "value": "The second one."},
+    ],
+}
+
+
+@functools.cache
+def model_of(name: str, **options):
+    return make_model(INTERVENTIONS[name], **options)
+
+
+def batch_of(parts, packed, records=tuple(RECORDS), **options):
+    """A batch as training makes it, without padding's mask and with all places known."""
+    model, tokenizer, images = parts
+    samples = [
+        {"index": index, **sample}
+        for index, sample in enumerate(make_samples(tokenizer, images, list(records)))
+    ]
+    for sample, record in zip(samples, records, strict=True):
+        if isinstance(record.get("image"), list):
+            sample["images"] = [sample["images"][0], sample["images"][0].flip(-1)]
+    return TrainingCollator(Collator.for_model(model.config, tokenizer, packed=packed, **options))(samples)
+
+
+def step(model, batch):
+    """Loss and gradients of one micro-batch, with the trainer's choice of logits."""
+    given = dict(batch)
+    for name in ("indices", "counts", "labels"):
+        del given[name]
+    places, targets = given.pop("predicting"), given.pop("targets")
+    model.train().zero_grad(set_to_none=True)
+    model.model.vision_tower.requires_grad_(False)
+    logits = model(**given).logits.flatten(0, 1).index_select(0, places)
+    loss = torch.nn.functional.cross_entropy(logits, targets)
+    loss.backward()
+    return loss.detach(), {
+        name: item.grad for name, item in model.named_parameters() if item.grad is not None
+    }
+
+
+def assert_equal(found, expected, bound):
+    assert (found[0] - expected[0]).abs() <= bound
+    assert found[1].keys() == expected[1].keys()
+    for name, gradient in found[1].items():
+        assert (gradient - expected[1][name]).abs().max() <= bound, name
+
+
+def choose(model, kind, every=0):
+    model.model.language_model.set_attn_implementation(kind)
+    model.activation_checkpointing_disable()
+    if every:
+        model.activation_checkpointing_enable(every_n_layers=every)
+
+
+@pytest.mark.parametrize("name", INTERVENTIONS)
+@pytest.mark.parametrize("kind", ["sdpa", "varlen", "eager"])
+def test_every_kernel_computes_the_plain_step(name, kind):
+    """Attention x recomputation x packing, against sdpa, padded, with everything kept."""
+    parts = model_of(name)
+    model = parts[0]
+    choose(model, "sdpa")
+    expected = step(model, batch_of(parts, packed=False))
+    for packed in (False, True):
+        if packed and INTERVENTIONS[name].published_behaviour:
+            continue  # the published table is one for all rows of a batch, so a row alone has another
+        batch = batch_of(parts, packed)
+        for every in (0, 1, 2):
+            choose(model, kind, every)
+            bound = OTHER_FORMULA if kind == "eager" else ORDER_OF_SUMS
+            assert_equal(step(model, batch), expected, bound)
+
+
+@pytest.mark.parametrize(
+    ("records", "options", "parts_options"),
+    [
+        ([SEVERAL, *RECORDS], {}, {}),
+        (RECORDS[1:2], {}, {}),
+        ([SEVERAL, *RECORDS], {"model_max_length": 75}, {}),
+        ([*RECORDS, SEVERAL], {}, {"vision_feature_select_strategy": "full"}),
+    ],
+    ids=["several pictures", "text only", "cut inside a picture", "cls_patch"],
+)
+def test_segments_take_every_kind_of_sample(records, options, parts_options):
+    parts = model_of("vanilla" if parts_options else "twoD_vision_embedding", **parts_options)
+    model = parts[0]
+    choose(model, "sdpa")
+    expected = step(model, batch_of(parts, False, records, **options))
+    choose(model, "varlen")
+    assert_equal(step(model, batch_of(parts, True, records, **options)), expected, ORDER_OF_SUMS)
+
+
+def test_places_that_the_collator_knows_are_those_that_the_model_finds():
+    parts = model_of("all")
+    model, batch = parts[0], batch_of(parts, True, [SEVERAL, *RECORDS])
+    choose(model, "sdpa")
+    given = {name: batch[name] for name in ("input_ids", "pixel_values", "position_ids", "labels")}
+    counts = torch.tensor(batch["image_token_counts"])
+    known = {name: batch[name] for name in ("image_places", "image_offsets", "image_token_counts")}
+    with torch.no_grad():
+        assert torch.equal(model(**given, **known).logits, model(**given, image_token_counts=counts).logits)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("key_heads", [4, 2])
+def test_segment_attention_is_causal_attention_of_each_segment(window, key_heads):
+    """Grouped heads and a sliding window included, gradients too."""
+    torch.manual_seed(0)
+    lengths = [5, 1, 9]
+    starts = torch.tensor([0, 5, 6, 15], dtype=torch.int32)
+    inputs = [torch.randn(1, heads, 15, 8, requires_grad=True) for heads in (4, key_heads, key_heads)]
+    found, _ = attention.segment_attention(
+        None, *inputs, None, scaling=0.3, sliding_window=window, cu_seq_lens_q=starts, max_length_q=9
+    )
+    number = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))
+    apart = torch.arange(15)[:, None] - torch.arange(15)[None]
+    mask = (number[:, None] == number[None]) & (apart >= 0) & (apart < (window or 99))
+    expected = scaled_dot_product_attention(*inputs, attn_mask=mask, scale=0.3, enable_gqa=True).transpose(
+        1, 2
+    )
+    assert torch.allclose(found, expected, atol=1e-6)
+    wanted = torch.randn_like(found)
+    for one, other in zip(
+        torch.autograd.grad(found, inputs, wanted), torch.autograd.grad(expected, inputs, wanted), strict=True
+    ):
+        assert torch.allclose(one, other, atol=1e-6)
+
+
+def test_segments_are_refused_where_they_would_not_be_honoured():
+    model, tokenizer, images = model_of("vanilla")
+    choose(model, "varlen")
+    batch = Collator.for_model(model.config, tokenizer)(make_samples(tokenizer, images))
+    with pytest.raises(ValueError, match="load the model with sdpa"):
+        model(**batch)
+    choose(model, "sdpa")
+    model.model.language_model.config.attention_dropout = 0.1
+    try:
+        with pytest.raises(TrainingError, match="attention_dropout"):
+            attention.attend_by_segments(model.model.language_model)
+    finally:
+        model.model.language_model.config.attention_dropout = 0.0
+    with pytest.raises(TrainingError, match="varlen: not known to be right for gpt2 models; known are Llama"):
+        attention.check_family("gpt2")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "machine", "sentence"),
+    [
+        (Kernels("flash_attention_2"), {}, "needs a CUDA GPU"),
+        (Kernels("flash_attention_2"), {"gpu": True}, "needs bf16 or fp16"),
+        (Kernels(fusion="liger"), {}, "liger has kernels for GPUs only"),
+        (Kernels(fusion="compile"), {"engine": "zero3"}, "compile does not go together with zero3"),
+        (Kernels(fusion="compile"), {"engine": "fsdp"}, "compile does not go together with fsdp"),
+    ],
+)
+def test_what_does_not_go_together_is_said(chosen, machine, sentence):
+    found = list(chosen.problems(**{"gpu": False, "half": False, "engine": "none"} | machine))
+    assert len(found) == 1 and sentence in found[0][1]
+    for attention_kind in ATTENTIONS:
+        assert not list(Kernels(attention_kind, "liger", 2).problems(gpu=True, half=True, engine="zero3"))
+
+
+def test_a_missing_tool_of_a_fusion_is_said(monkeypatch):
+    with pytest.raises(TrainingError, match="liger-kernel, which is missing here"):
+        kernels.check_fusion("liger", gpu=True)
+    monkeypatch.setattr(kernels.shutil, "which", lambda name: None)
+    with pytest.raises(TrainingError, match=r"needs a compiler, and none of c\+\+"):
+        kernels.check_fusion("compile", gpu=False)
+
+
+def test_liger_is_refused_for_language_models_that_it_may_not_fit():
+    with pytest.raises(TrainingError, match="not known to be right for gpt2 models"):
+        kernels.check_liger("gpt2")
+
+
+@pytest.mark.slow
+def test_a_training_by_segments_goes_on_with_the_same_bits(tmp_path, train_here):
+    """Packed, varlen, every second layer recomputed; one that goes on may change all of it, and says so."""
+    chosen = {"attention": "varlen", "checkpoint_layers": 2, "pack": True}
+    short = {"num_train_epochs": None, "max_steps": 4, "save_steps": 2, "preflight_samples": 8}
+    argv = command_line(2, tmp_path / "whole", **short, **chosen)
+    status, log = train_here(argv)
+    assert status == 0, log
+    for name in ("again", "changed"):
+        kept = ("checkpoint-2", "run_identity.json")
+        for item in kept[:1]:
+            shutil.copytree(tmp_path / "whole" / item, tmp_path / name / item)
+        shutil.copy(tmp_path / "whole" / kept[1], tmp_path / name / kept[1])
+    status, log = train_here(command_line(2, tmp_path / "again", **short, **chosen))
+    assert status == 0, log
+    assert losses(tmp_path / "again") == losses(tmp_path / "whole")[2:]
+    config = (tmp_path / "whole" / "config.json").read_text()
+    assert "varlen" not in config
+    status, log = train_here(command_line(2, tmp_path / "changed", **short))
+    assert status == 0 and "attn_implementation: 'varlen' when it was started, now None" in log, log
+    for found, expected in zip(losses(tmp_path / "changed"), losses(tmp_path / "whole")[2:], strict=True):
+        assert found == pytest.approx(expected, abs=1e-5)
