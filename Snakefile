@@ -33,6 +33,7 @@ container: "envs/llava.sif"
 
 
 include: "rules/common.smk"
+include: "rules/common_evaluate.smk"
 include: "rules/data.smk"
 include: "rules/models.smk"
 include: "rules/train.smk"
