@@ -11,6 +11,7 @@ from workflow_scripts.io import UserError
 from workflow_scripts.plan.plan import Plan
 from workflow_scripts.plan.announce import announce
 from workflow_scripts.plan.checks import (
+    check_config_files,
     check_containers,
     check_executor,
     check_shared_files,
@@ -36,6 +37,7 @@ def readable_errors():
 
 with readable_errors():
     if workflow.modifier.is_main_snakefile():
+        check_config_files(workflow.configfiles)
         check_files([Path(file) for file in workflow.configfiles])
     plan = Plan(load_config(config, workflow.configfiles))
     if workflow.modifier.is_main_snakefile():

@@ -332,7 +332,7 @@ def _build(kind: type[Any], namespace: argparse.Namespace) -> Any:
     names = {item.name for item in dataclasses.fields(kind) if item.init}
     try:
         return kind(**{name: value for name, value in vars(namespace).items() if name in names})
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, OSError) as error:
         raise TrainingError(f"command line: {error}") from error
 
 
@@ -508,7 +508,7 @@ def _adjust(training: LlavaTrainingArguments) -> None:
 
 def _installed(reporter: str) -> bool:
     """Whether a reporting package is there; a training does not fail for want of it."""
-    found = importlib.util.find_spec(reporter) if reporter != "all" else None
+    found = importlib.util.find_spec(reporter) if reporter.isidentifier() and reporter != "all" else None
     if reporter == "all" or (found is not None and found.origin is not None):
         return True  # a mere folder of that name, as W&B makes one where it runs, has no origin
     say(f"--report_to {reporter}: the package is not installed; metrics go to metrics.jsonl and TensorBoard")

@@ -14,6 +14,7 @@ from llava_ext.data.record_kinds import KINDS, checked_actions, default_actions,
 from llava_ext.data.records import FIXES, View, check_record, ordinary, settle
 from llava_ext.data.templates import ConversationError
 from tests.support.families import llama3_tokenizer
+from tests.support.fuzzing import RECORD
 
 
 def record(*turns, **more):
@@ -144,26 +145,6 @@ def test_what_a_policy_can_not_say(said, message):
 # records at random
 # ------------------------------------------------------------------------------------------------------
 
-ROLES = st.sampled_from(["human", "gpt", "human", "gpt", "user", "Assistant", "system", "tool", ""])
-TEXT = st.lists(
-    st.sampled_from(["<image>", "<Image>", "\n", "a", " b ", "</s>", "USER: ", " ASSISTANT: ", "é"]),
-    max_size=4,
-).map("".join)
-TURN_KEYS = st.sampled_from([("from", "value"), ("from", "value"), ("role", "content"), ("Role", "VALUE")])
-TURN = st.builds(lambda keys, role, text: dict(zip(keys, (role, text), strict=True)), TURN_KEYS, ROLES, TEXT)
-USUAL = st.integers(1, 3).flatmap(
-    lambda n: st.lists(TEXT, min_size=2 * n, max_size=2 * n).map(
-        lambda texts: [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
-    )
-)
-NAME = st.sampled_from(["a.jpg", "./a.jpg", "/b/a.jpg", "b//a.jpg", "", "../a.jpg", "a/", "."])
-IMAGE = st.one_of(NAME, st.lists(NAME, max_size=3), st.none())
-RECORD = st.builds(
-    lambda key, turns, more: {key: turns, **more},
-    st.sampled_from(["conversations", "conversations", "messages"]),
-    st.one_of(USUAL, st.lists(TURN, max_size=5)),
-    st.fixed_dictionaries({}, optional={"image": IMAGE, "images": IMAGE, "video": NAME, "id": st.integers()}),
-)
 POLICY = st.fixed_dictionaries({name: st.sampled_from(kind.actions) for name, kind in KINDS.items()})
 TOKENIZER = llama3_tokenizer()
 

@@ -247,3 +247,22 @@ def test_an_executor_without_a_shared_file_system_is_refused_in_one_sentence(tmp
     said = done.stdout + done.stderr
     assert done.returncode == 1 and "--executor clouds: its jobs see no file of this machine" in said
     assert "docs/slurm.md" in said and "Traceback" not in said and not (tmp_path / "data").exists()
+
+
+def test_a_target_behind_the_configuration_is_told_where_to_stand(tmp_path):
+    target = tmp_path / "experiments/vanilla/checkpoint.json"
+    target.parent.mkdir(parents=True)
+    target.write_text('{"experiment": "vanilla"}\n')
+    words = ["--configfile", str(DEMO), "experiments/vanilla/checkpoint.json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "snakemake", "-s", str(ROOT / "Snakefile"), "-n", *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode == 1 and "Traceback" not in said
+    assert (
+        "put the target before it, as in `snakemake experiments/vanilla/checkpoint.json --configfile" in said
+    )

@@ -26,7 +26,8 @@ INTRODUCTION = """# Configuration reference
 This page is generated from the typed configuration (`workflow_scripts/config/`); `make docs` writes it
 again. A key that is not listed here is an error. `config/config.yaml` is the demo,
 `config/llava-v1.5-7b.yaml` the full scale; `snakemake -n --configfile FILE` checks a file and shows what
-it would do.
+it would do. `--configfile` takes every word behind it, so targets stand before it: `snakemake
+experiments/vanilla/checkpoint.json --configfile FILE`.
 
 Relative paths are relative to the working folder.
 

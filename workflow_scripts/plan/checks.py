@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import redirect_stderr
@@ -51,6 +52,22 @@ def _not_compared(plan: Plan, target: str, name: str) -> str:
     return f"{target}: {name} and the baseline {plan.baseline} share no task; see experiments.{name}.tasks"
 
 
+def check_config_files(files: Iterable[Path]) -> None:
+    """Raises UserError for a target that was taken for a configuration: `--configfile` takes every word
+    behind it.
+    """
+    for file in files:
+        parts = Path(os.path.relpath(file)).parts
+        if parts[0] in ("data", "experiments", "models", "runs") and parts[-1] in TARGETS:
+            target = "/".join(parts)
+            raise UserError(
+                f"--configfile {target}: this is a target of the workflow, not a configuration; --configfile"
+                f" takes every word behind it: put the target before it, as in `snakemake {target}"
+                " --configfile FILE`"
+            )
+
+
+TARGETS = ("checkpoint.json", "manifest.json")
 NEEDED = ("input-output", "sources")
 _WHY = (
     "images are read by offset from archives and trainings continue from states that lie beside their"
