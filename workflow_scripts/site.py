@@ -80,20 +80,21 @@ def site_file() -> Path | None:
 def profile_files(profile: Path) -> list[Path]:
     """The profile and, where there is one, the site's file, which wins."""
     site = site_file()
-    return [profile, *([site] if site else [])]
+    return [path for path in (profile, site) if path and path.is_file()]
 
 
 def read_profile(profile: Path) -> dict[str, Any]:
     """A profile's content with the site's values; empty where there is no profile."""
-    if not profile.is_file():
-        return {}
-    return (yaml.safe_load(profile.read_text(encoding="utf-8")) or {}) | site_values(profile)
+    return _content(profile) | site_values(profile) if profile.is_file() else {}
+
+
+def _content(profile: Path) -> dict[str, Any]:
+    return (yaml.safe_load(profile.read_text(encoding="utf-8")) or {}) if profile.is_file() else {}
 
 
 def site_values(profile: Path) -> dict[str, Any]:
     """The keys of the profile that the site's file has, merged."""
-    site = site_file()
-    own = yaml.safe_load(profile.read_text(encoding="utf-8")) or {}
+    site, own = site_file(), _content(profile)
     return {key: _merged(own.get(key), value) for key, value in (read_yaml(site) if site else {}).items()}
 
 
@@ -102,10 +103,11 @@ def for_snakemake(profile: Path) -> dict[str, Any]:
     ends it.
     """
     try:
-        own, *site = [(path, read_yaml(path)) for path in profile_files(profile)]
-        resources = {key: value for key, value in own[1].items() if key in SECTIONS}
-        wrong = [line for path, content in [(own[0], resources), *site] for line in _strange(path, content)]
-        if wrong:
+        files = [(path, read_yaml(path)) for path in profile_files(profile)]
+        for path, content in files:  # Snakemake itself knows the other keys of a profile
+            for key in [key for key in content if path == profile and key not in SECTIONS]:
+                del content[key]
+        if wrong := [line for path, content in files for line in _strange(path, content)]:
             raise UserError("\n".join(wrong))
         return site_values(profile)
     except UserError as error:
