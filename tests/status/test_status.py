@@ -23,7 +23,7 @@ from workflow_scripts.io import UserError, write_json
 from workflow_scripts.launch import attempts
 from workflow_scripts.launch.ownership import Ownership
 from workflow_scripts.launch.step import complete
-from workflow_scripts.launch.verdicts import pronounce
+from workflow_scripts.launch.verdicts import end_for_good, pronounce
 from workflow_scripts.plan.plan import read_plan
 from workflow_scripts.status.cli import Tail, as_json, main
 from workflow_scripts.status.failures import say_failures
@@ -320,3 +320,20 @@ def test_a_pipe_gets_plain_lines_of_any_width(folder):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == table(all_statuses(folder.root)) + "\n"
     assert "[red]" + "x" * 300 in done.stdout and "\033" not in done.stdout
+
+
+def test_what_its_user_has_ended_says_who_when_and_how_to_take_it_back(tmp_path, capsys):
+    folder = Folder(tmp_path)
+    state = folder.ended("vanilla", "interrupted", steps=5)
+    unstarted = tmp_path / "runs/finetune/other-0123456789"
+    for run in (state.parent, unstarted):
+        end_for_good(run, "ada")
+    items = {item.run: item for item in all_statuses(tmp_path)}
+    assert {item.state for item in items.values()} == {"ended"} and len(items) == 2
+    for run in (state.parent, unstarted):
+        reason = items[run.name].reason
+        assert reason.startswith("ended by ada at 20") and f"end --again finetune/{run.name}` takes" in reason
+    say_failures(tmp_path, [("finetune", state.parent.name)])
+    assert f"finetune {state.parent.name}: ended: ended by ada" in capsys.readouterr().err
+    (state.parent / "ended.json").unlink()
+    assert read_status(state).state == "interrupted"

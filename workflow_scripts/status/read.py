@@ -255,8 +255,19 @@ def all_statuses(root: Path) -> list[Status]:
         for path in root.glob(f"runs/{stage}/*/*/spec.json")
         for entry in _entry(path)
     ]
+    found += _ended_unstarted(root)
     found.sort(key=lambda pair: pair[0])
     return [replace(item, experiments=names.get((item.stage, item.run), [])) for _, item in found]
+
+
+def _ended_unstarted(root: Path) -> list[tuple[float, Status]]:
+    """The trainings that were ended before they began: they have no state folder."""
+    paths = [path for stage in STAGES for path in root.glob(f"runs/{stage}/*/{ENDED}.json")]
+    return [
+        (0.0, Status(path.parts[-3], path.parts[-2], ENDED, reason=found["reason"]))
+        for path in paths
+        if not list(path.parent.glob("*/spec.json")) and (found := read_end(path.parent))
+    ]
 
 
 def _entry(path: Path) -> Iterator[tuple[float, Status]]:
