@@ -95,4 +95,4 @@ rule survey:
         ),
     shell:
         "{params.step} --log {log} survey --name {wildcards.survey} --spec {params.spec:q} --mixture {input.mixture}"
-        " --models {input.models} --manifest {output.manifest} --processes {threads} --skip_samples {params.skip_samples:q}"
+        " --models {input.models} --manifest {output.manifest} --processes {threads} --skip_samples={params.skip_samples:q}"

@@ -9,6 +9,7 @@ import pytest
 from tests.support.damage import jpeg
 from tests.support.mixing import LOOSE, DataFolder, conversation
 from tests.support.pictures import encoded
+from tests.support.trainings import GOLDEN
 from workflow_scripts import inspect as tool
 
 NASTY = "<script>alert('x')</script> & \"quotes\""
@@ -91,6 +92,21 @@ def test_lengths_in_tokens(mixture, tmp_path, capsys):
     assert (
         int(next(line for line in shown.splitlines() if line.startswith("pics ")).split()[-1]) == without + 16
     )
+
+
+def test_the_page_marks_what_has_a_label(mixture, tmp_path):
+    """And says of samples that can't be encoded why."""
+    page, llm = tmp_path / "page.html", str(GOLDEN / "llm")
+    tool.main([str(mixture), "--html", str(page), "--samples", "100", "--tokenizer", llm])
+    text = page.read_text()
+    assert "<script" not in text
+    heads = re.findall(r"(\d+) tokens, (\d+) with a label", text)
+    assert len(heads) == 10 and all(0 <= int(labels) < int(tokens) for tokens, labels in heads)
+    assert "USER: hi ASSISTANT:<mark>ho&lt;/s&gt;</mark>" in text
+    assert "USER: &lt;image&gt;" in text and "0 with a label, masked whole by a mismatch" in text
+    options = ["--tokenizer", llm, "--prompt-version", "plain", "--limit", "0"]
+    tool.main([str(mixture), "--html", str(page), *options])
+    assert "be encoded: prompt version `plain` needs two turns" in page.read_text()
 
 
 def test_what_is_not_there(tmp_path, capsys):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import html
+import itertools
 import random
 import sys
 from collections.abc import Iterable, Sequence
@@ -214,7 +215,7 @@ grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(21rem, 1fr)) } 
 solid #ddd; border-radius: 6px; padding: .7rem; overflow-wrap: anywhere } .card img { max-width: 100%;
 border-radius: 4px } .who { color: #777; font-size: .8em; display: block } .bar { background: #7aa6d8;
 height: .8em; display: inline-block; vertical-align: middle } .note { color: #777 } p.turn { margin:
-.4rem 0; white-space: pre-wrap }
+.4rem 0; white-space: pre-wrap } mark { background: #cfe8c9 }
 """
 
 
@@ -253,14 +254,41 @@ def _html_histogram(facts: SourceFacts, unit: str) -> str:
     return f"<h3>{html.escape(facts.name)}: {unit} a record</h3><table>{''.join(rows)}</table>"
 
 
-def sample_cards(store: SampleStore, number: int, seed: int = 0, side: int = 320) -> list[str]:
-    """HTML cards of random samples: pictures, conversation, where it is from."""
+def sample_cards(
+    store: SampleStore, number: int, seed: int = 0, tokenizer: Any = None, version: str = "v1"
+) -> list[str]:
+    """HTML cards of random samples: pictures, conversation, where it is from; with a tokenizer what training
+    sees of it.
+    """
     rows = sorted(random.Random(seed).sample(range(len(store)), min(number, len(store))))
-    return [sample_card(store, row, side) for row in rows]
+    seen = [training_text(store.record(row), tokenizer, version) if tokenizer else "" for row in rows]
+    return [sample_card(store, row, text) for row, text in zip(rows, seen, strict=True)]
 
 
-def sample_card(store: SampleStore, row: int, side: int = 320) -> str:
-    """One sample as a self-contained piece of HTML."""
+def training_text(record: dict[str, Any], tokenizer: Any, version: str) -> str:
+    """The tokens of a sample as HTML: those with a label are marked."""
+    from llava_ext.data.conversation import encode
+    from llava_ext.data.templates import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+
+    try:
+        encoded = encode(record, tokenizer, version, 1 << 30)
+    except ConversationError as error:
+        return f"<p class=note>can't be encoded: {html.escape(str(error))}</p>"
+    pairs, pieces, labels = list(zip(encoded.input_ids, encoded.labels, strict=True)), [], 0
+    for (is_label, is_image), run in itertools.groupby(
+        pairs, lambda pair: (pair[1] != IGNORE_INDEX, pair[0] == IMAGE_TOKEN_INDEX)
+    ):
+        ids = [token for token, _ in run]
+        text = html.escape(IMAGE_TOKEN * len(ids) if is_image else tokenizer.decode(ids))
+        labels += len(ids) * is_label
+        pieces.append(f"<mark>{text}</mark>" if is_label else text)
+    why = ", masked whole by a mismatch" if encoded.mismatch else ""
+    head = f"{len(pairs)} tokens, {labels} with a label{why}"
+    return f"<details><summary class=who>{head}</summary><p class=turn>{''.join(pieces)}</p></details>"
+
+
+def sample_card(store: SampleStore, row: int, seen: str = "", side: int = 320) -> str:
+    """One sample as a self-contained piece of HTML, with ``seen`` at its end."""
     from llava_ext.data.samples import SamplesError
 
     record = store.record(row)
@@ -277,7 +305,7 @@ def sample_card(store: SampleStore, row: int, side: int = 320) -> str:
         shown.append(
             f"<p class=turn><span class=who>{html.escape(turn['from'])}</span>{html.escape(text)}</p>"
         )
-    return "".join([*shown, "</div>"])
+    return "".join([*shown, seen, "</div>"])
 
 
 def _picture(data: bytes, side: int) -> str:
@@ -295,7 +323,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command_line("inspect", __doc__)
     parser.add_argument("data", type=Path, help="a mixture's folder, or a LLaVA JSON")
     parser.add_argument("--image-folder", type=Path, help="with a LLaVA JSON: where its images are")
-    parser.add_argument("--tokenizer", type=Path, help="a model folder: measure tokens instead of words")
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        help="a model folder: measure tokens instead of words, and mark on the page what has a label",
+    )
     parser.add_argument("--prompt-version", default="v1", choices=list(TEMPLATES), help="with --tokenizer")
     parser.add_argument("--image-tokens", type=int, default=0, help="with --tokenizer: tokens an image adds")
     parser.add_argument(
@@ -323,7 +355,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         view = overview(store, tokenizer, options.prompt_version, options.limit, options.image_tokens)
         print(as_text(view))
         if options.html is not None:
-            write_text(options.html, as_html(view, sample_cards(store, options.samples, options.seed)))
+            cards = sample_cards(store, options.samples, options.seed, tokenizer, options.prompt_version)
+            write_text(options.html, as_html(view, cards))
             print(f"\npage: {options.html}", file=sys.stderr)
     except SamplesError as error:
         raise UserError(str(error)) from None
