@@ -92,7 +92,6 @@ def test_a_record_that_fails_is_left_out_and_the_training_goes_on(tmp_path, trai
         assert part in text
     assert (result(tmp_path / "out")["status"], result(tmp_path / "out")["step"]) == ("verdict", 3)
     assert (tmp_path / "out/checkpoint-3/complete.json").is_file()
-    assert train_here(flags("out"))[0] == 1, "nothing has changed"
 
     status, text = train_here(flags("out", skip_samples=f"#{BAD}"))
     assert status == 0, text[-3000:]
@@ -145,6 +144,7 @@ def test_a_micro_batch_of_nothing_but_what_is_left_out(stage, pack, tmp_path, tr
     assert result(tmp_path / "out")["metrics"]["batches_without_labels"] == 1
 
 
+@pytest.mark.slow
 def test_a_disk_that_fails_later_costs_no_step_and_is_no_verdict(tmp_path, monkeypatch, train_here):
     """In the first step of the second epoch: that epoch's random numbers must not be drawn twice."""
     pictured = sorted(records(), key=lambda record: "image" not in record)
