@@ -146,7 +146,7 @@ def test_what_may_be_computed_elsewhere_is_kept(folder, monkeypatch):
 
 
 def test_what_a_kept_run_was_made_from_is_kept(folder):
-    """A young export keeps its training and that one's parent; an evaluation stays with its export."""
+    """A young export keeps its training and that one's parent; answers and scores stay with it."""
     folder.training("pretrain", "p")
     folder.training("finetune", "f", parent="of-p")
     folder.made("export", "e", finetune="f")
@@ -165,13 +165,14 @@ def test_runs_of_a_finished_experiment_are_kept_until_it_is_forgotten(folder):
 
 
 def test_states_of_former_inputs_can_go_by_the_same_rules(folder):
-    home = folder.training("finetune", "f", state="now")
-    for state, status in (("before", "finished"), ("half", "interrupted")):
+    home = folder.training("finetune", "f", state="0123456789")
+    before, half = "a123456789", "b123456789"
+    for state, status in ((before, "finished"), (half, "interrupted"), ("not a state", "finished")):
         write_json(home / state / "train_result.json", {"status": status})
     age(home)
-    assert folder.going("finetune/f") == ["finetune/f/before"]
-    assert folder.going("finetune/f", unfinished=True) == ["finetune/f/before", "finetune/f/half"]
-    age(home / "before", 60)
+    assert folder.going("finetune/f") == [f"finetune/f/{before}"]
+    assert folder.going("finetune/f", unfinished=True) == [f"finetune/f/{before}", f"finetune/f/{half}"]
+    age(home / before, 60)
     assert folder.going("finetune/f") == []
 
 

@@ -12,6 +12,7 @@ says which option gives each of them up.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 import time
@@ -29,6 +30,8 @@ from workflow_scripts.io import UserError, read_json, user_errors
 from workflow_scripts.launch.ownership import OWNER, alive
 from workflow_scripts.stages import STAGES
 
+# A state's folder is called by a digest of what it is made from.
+STATE = re.compile(r"[0-9a-f]{10}")
 DAYS = 14.0
 DAY_S = 86400.0
 
@@ -124,11 +127,12 @@ class Folders:
 
     def needs(self, name: str) -> set[str]:
         """The runs that a run was made from: the parent of a training, the training of an export, the export
-        of an evaluation.
+        that was asked, the predictions that were scored.
         """
         content = self.manifests[name]
         found = {f"runs/{stage}/{content[stage]}" for stage in STAGES if stage in content}
-        found |= {f"runs/export/{run}" for run in self._measured(name)}
+        found |= {f"runs/export/{run}" for run in self._named(name, "checkpoint")}
+        found |= {f"runs/predict/{run}" for run in self._named(name, "predictions")}
         specs = [read_json(path) for path in (self.root / name).glob("*/spec.json")]
         for described in [content, *specs]:
             inputs = described.get("inputs")
@@ -136,13 +140,14 @@ class Folders:
             found |= set(self.by_digest.get(parent, ())) if parent else set()
         return found & set(self.names) - {name}
 
-    def _measured(self, name: str) -> list[str]:
-        checkpoint = self.manifests[name].get("checkpoint")
-        return [checkpoint["run"]] if isinstance(checkpoint, dict) and "run" in checkpoint else []
+    def _named(self, name: str, key: str) -> list[str]:
+        """The run that a run's manifest names under ``key``."""
+        said = self.manifests[name].get(key)
+        return [said["run"]] if isinstance(said, dict) and "run" in said else []
 
     def measures(self, name: str, kept: Iterable[str]) -> bool:
-        """Whether a run is a finished evaluation of a checkpoint that is kept."""
-        return any(f"runs/export/{run}" in kept for run in self._measured(name))
+        """Whether a run is predictions or scores of a checkpoint that is kept."""
+        return any(f"runs/export/{run}" in kept for run in self._named(name, "checkpoint"))
 
 
 def keep_reason(folder: Path, last_used: float, is_known: bool, wishes: Wishes) -> str:
@@ -218,7 +223,7 @@ def _former_states(folder: Path, manifest: dict[str, Any], wishes: Wishes) -> It
     """States of former inputs of a run that is used."""
     current = manifest.get("folder")
     for state in sorted(path for path in folder.iterdir() if path.is_dir() and current):
-        if state.name != current:
+        if state.name != current and STATE.fullmatch(state.name):
             size, changed = measure(state)
             why = keep_reason(state, changed, True, wishes)
             yield Unused(state, "made from inputs that have changed since", size, changed, why)

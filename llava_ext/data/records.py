@@ -115,10 +115,11 @@ def _parts(record: Record) -> list[Parts]:
     """The turns that are lists of parts."""
     turns = record.get("conversations")
     turns = turns if isinstance(turns, list) else []
-    values = (
-        [turn.get("value") for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
-    )
-    return [read_parts(value) for value in values if isinstance(value, list)]
+    return [read_parts(turn["value"]) for turn in turns if _is_list(turn)]
+
+
+def _is_list(turn: Any) -> bool:
+    return isinstance(turn, dict) and isinstance(turn.get("value"), list)
 
 
 def _content_lists(record: Any) -> list[Finding]:
@@ -244,8 +245,7 @@ def _renamed(record: Record) -> Record:
 def _without_lists(record: Record) -> Record:
     names = [name for part in _parts(record) for name in part.names if name is not None]
     turns = [
-        turn | {"value": read_parts(turn["value"]).text} if isinstance(turn.get("value"), list) else turn
-        for turn in _of(record)
+        turn | {"value": read_parts(turn["value"]).text} if _is_list(turn) else turn for turn in _of(record)
     ]
     has_pictures = bool(record.get("image") or record.get("images"))
     more = {} if has_pictures or not names else {"image": names[0] if len(names) == 1 else names}

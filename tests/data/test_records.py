@@ -142,6 +142,14 @@ def test_what_a_policy_can_not_say(said, message):
         checked_actions(said)
 
 
+@pytest.mark.parametrize("turn", [None, 3, [], {}, {"from": "human"}, {"from": "human", "value": None}])
+def test_a_turn_that_is_none_is_named_beside_any_other(turn):
+    """Also beside one that is to be mended."""
+    odd = {"conversations": [turn, {"from": "gpt", "value": ["a", {"type": "image"}]}]}
+    with pytest.raises(msgspec.ValidationError, match="conversations"):
+        settle(odd, default_actions())
+
+
 # records at random
 # ------------------------------------------------------------------------------------------------------
 

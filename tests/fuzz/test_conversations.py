@@ -61,8 +61,8 @@ def as_file(records, junk, at):
     return data[:place] + junk + data[place:]
 
 
-@pytest.mark.parametrize("policy_says", ["as it is", "at random"])
 @tries(20, 60, records=RECORDS, policy=POLICY)
+@pytest.mark.parametrize("policy_says", ["as it is", "at random"])
 def test_what_the_merge_leaves_is_trained_on(folder, policy_says, records, policy):
     (folder.path / "notes.json").write_text(json.dumps(records))
     actions = {} if policy_says == "as it is" else {"records": policy}

@@ -133,7 +133,8 @@ def test_unused_runs_are_listed_and_removed_when_somebody_agrees(finished, tmp_p
     assert "nothing is removed: there is no terminal to ask at" in workspace.run("clean_unused").stdout
     assert "nothing is removed" in answered(workspace, "n", "clean_unused")
     assert (workspace.folder / gentle).is_dir()
-    assert "in 3 folders removed" in answered(workspace, "y", "clean_unused")
+    # its stage 2, its export, its predictions and scores
+    assert "in 4 folders removed" in answered(workspace, "y", "clean_unused")
     assert not (workspace.folder / gentle).exists()
     assert workspace.run_folder("pretrain", "vanilla").is_dir()
     assert workspace.planned() == ["report: report/index.html"]
