@@ -19,6 +19,7 @@ from workflow_scripts.plan.checks import (
 )
 from workflow_scripts.plan.source_keys import watched_recipe
 from workflow_scripts.plan.specs import compact, plain
+from workflow_scripts.plan.surveys import survey_threads
 from workflow_scripts.launch.step import prepare
 from workflow_scripts.plan.resources import STEP_JOBS, resources_of
 from workflow_scripts.plan.scans import scan_job

@@ -82,7 +82,7 @@ rule survey:
     retries: ONCE_MORE
     conda:
         "../envs/environment.yaml"
-    threads: STEP_JOBS["survey"].threads
+    threads: lambda wildcards: survey_threads(plan.config, surveyed(wildcards))
     resources:
         mem_mb=STEP_JOBS["survey"].mem_mb,
         runtime=STEP_JOBS["survey"].runtime,

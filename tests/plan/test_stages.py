@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import subprocess
 import sys
 
@@ -88,6 +89,7 @@ def test_an_entry_is_a_rule_of_the_graph(tmp_path):
         register.write(ENTRY)
     workspace = Workspace(tmp_path, code=code)
     workspace.config = with_polish()
+    workspace.config["mixtures"]["pretrain"]["skip_samples"] = ["#12", "a b"]
     output = workspace.run("-n", "-p").stdout
     jobs = {
         stage: [job for job in workspace.planned() if job.startswith(stage)]
@@ -95,6 +97,8 @@ def test_an_entry_is_a_rule_of_the_graph(tmp_path):
     }
     [finetune], polish = jobs["finetune"], jobs["polish"]
     assert len(polish) == 2
+    # an empty value must not be taken for the next option
+    assert sorted(re.findall(r"--skip_samples=(.*)", output)) == ["", "'#12,a b'"]
     for manifest in [job.split()[-1] for job in polish]:
         assert f"--parent {finetune.split()[-1]} --manifest {manifest}" in output
         assert f"--trained {manifest}" in output

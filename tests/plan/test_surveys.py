@@ -6,7 +6,8 @@ from pathlib import Path
 import yaml
 
 from workflow_scripts.config.load import load_config
-from workflow_scripts.plan.plan import Plan
+from workflow_scripts.plan.plan import Plan, read_plan
+from workflow_scripts.plan.surveys import survey_threads
 from workflow_scripts.stages import STAGES
 
 ROOT = Path(__file__).parents[2]
@@ -61,3 +62,15 @@ def test_each_bound_of_an_experiment_is_looked_at():
     found = plan(vanilla={}, tolerant={"finetune": {"survey": {"max_cut_share": 0.5}}})
     uses = [*found.surveys.values()][1].spec()["uses"]
     assert [use["bounds"]["max_cut_share"] for use in uses] == [0.1, 0.5]
+
+
+def test_a_small_mixture_asks_for_one_core():
+    demo, full = read_plan([ROOT / "config/config.yaml"]), plan()
+    assert [survey_threads(demo.config, item) for item in demo.surveys.values()] == [1, 1]
+    assert [survey_threads(full.config, item) for item in full.surveys.values()] == [8, 8]
+    raw = copy.deepcopy(FULL)
+    del raw["mixtures"]["llava_665k"]["parts"][0]["expected_records"]
+    raw["mixtures"]["llava_558k"]["parts"][0]["weight"] = 0.1
+    raw["mixtures"]["llava_558k"]["expected_records"] = 55_813
+    found = Plan(load_config(raw))
+    assert [survey_threads(found.config, item) for item in found.surveys.values()] == [2, 8]

@@ -8,9 +8,14 @@ from typing import Any
 
 from workflow_scripts.code_version import CODE_VERSION
 from workflow_scripts.config.experiments import Experiment
+from workflow_scripts.config.schema import Config
 from workflow_scripts.io import canonical_json, digest
+from workflow_scripts.plan.resources import STEP_JOBS
 from workflow_scripts.stages import STAGES
 from workflow_scripts.survey.layout import image_layout
+
+RECORDS_OF_A_PROCESS = 25_000
+"""Records for which another process pays: half a minute's work."""
 
 
 @dataclass
@@ -68,6 +73,20 @@ def survey_name(experiment: Experiment, stage: str) -> str:
     spec = experiment.stage(stage)
     key = digest([spec.mixture, experiment.model.llm, spec.prompt_version, spec.model_max_length], 6)
     return f"{spec.mixture}-{spec.prompt_version}-{key}"
+
+
+def survey_threads(config: Config, survey: Survey) -> int:
+    """Processes that a survey can use: one where few records are expected, so that it waits for no second
+    core.
+    """
+    mixture = config.mixtures[survey.mixture]
+    parts = [
+        part.expected_records or getattr(config.sources[part.annotations], "pictures", None)
+        for part in mixture.parts
+    ]
+    known = [mixture.expected_records] if mixture.expected_records else parts
+    most = STEP_JOBS["survey"].threads
+    return most if None in known else max(1, min(most, sum(filter(None, known)) // RECORDS_OF_A_PROCESS))
 
 
 def find_surveys(experiments: Mapping[str, Experiment]) -> dict[str, Survey]:
