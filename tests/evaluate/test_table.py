@@ -11,6 +11,7 @@ from PIL import Image
 from workflow_scripts.acquire.step import main as acquire
 from workflow_scripts.config.evaluation import TaskSpec
 from workflow_scripts.config.question_fields import FieldsSpec
+from workflow_scripts.evaluate.metrics import METRICS
 from workflow_scripts.evaluate.questions import read_questions
 from workflow_scripts.evaluate.tasks import TASKS
 from workflow_scripts.io import UserError
@@ -84,6 +85,25 @@ def test_pictures_inside_parquet_are_told_apart_by_their_content(tmp_path):
     assert names[0] == names[1] != names[2]
     with TABLE.pictures(manifest, FieldsSpec(), questions) as shown:
         assert [shown(name) for name in names] == [picture(shade) for shade in shades]
+
+
+def test_benchmarks_in_one_parquet_file_are_scored_by_their_columns(tmp_path):
+    """CV-Bench's form: the answer as (A), choices as a list, one task a row, the picture in the row."""
+    rows = [
+        {"task": "Count", "question": "How many?", "choices": ["1", "2"], "answer": "(B)"},
+        {"task": "Depth", "question": "Which is nearer?", "choices": ["cup", "box", "hat"], "answer": "(A)"},
+    ]
+    shown = [{**row, "image": {"bytes": picture(9), "path": "x.png"}} for row in rows]
+    pd.DataFrame(shown).to_parquet(tmp_path / "test_2d.parquet")
+    columns = {"picture": "image", "stratum": "task", "choices": "choices"}
+    spec = TaskSpec(source="m", kind="table", metric="choice_letter", fields=FieldsSpec(**columns))
+    found = read_questions(spec, source(tmp_path, tmp_path / "test_2d.parquet", images=False))
+    assert [item.type for item in found] == ["Count", "Depth"]
+    score = METRICS[spec.metric].score
+    assert [score("B", item.answers, item.choices) for item in found] == [1, 0]
+    assert score("cup", found[1].answers, found[1].choices) == 1
+    chance = METRICS[spec.metric].chance([(item.answers, item.choices) for item in found])
+    assert chance == pytest.approx((1 / 2 + 1 / 3) / 2)
 
 
 def test_answers_of_ten_people_are_kept(tmp_path):

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from workflow_scripts.config.evaluation import TaskSpec
 from workflow_scripts.evaluate.checkpoint import Checkpoint, permuted_tokens
 from workflow_scripts.evaluate.conditions import Condition, permutation_seed
 from workflow_scripts.evaluate.tasks.task import Question
@@ -110,23 +111,16 @@ def _until_end(ids: list[int], ends: set[int]) -> list[int]:
 
 
 def answer(
-    checkpoint: Checkpoint,
-    chunk: Chunk,
-    questions: Sequence[Question],
-    condition: Condition,
-    permute_seed: int,
-    blank_colour: tuple[int, int, int],
-    max_new_tokens: int,
+    checkpoint: Checkpoint, chunk: Chunk, questions: Sequence[Question], condition: Condition, spec: TaskSpec
 ) -> list[Answer]:
     """The answers to some of a chunk's questions under one condition, in their order."""
-    pictures = chunk.shown(questions, condition, blank_colour)
+    pictures = chunk.shown(questions, condition, spec.blank_colour)
     prompts = prompts_of(checkpoint.processor, questions, pictures is not None)
     batch = prompt_batch(checkpoint.processor, prompts, pictures)
+    seed = spec.permute_seed + condition.seed
     permuted = condition.name == "permuted"
-    seeds = (
-        [permutation_seed(permute_seed + condition.seed, item) for item in questions] if permuted else None
-    )
-    found = generate(checkpoint, batch, seeds, max_new_tokens)
+    seeds = [permutation_seed(seed, item) for item in questions] if permuted else None
+    found = generate(checkpoint, batch, seeds, spec.max_new_tokens)
     decode = checkpoint.processor.tokenizer.decode
     return [
         Answer(digest(prompt, 16), decode(ids, skip_special_tokens=True).strip(), decode(ids), ids)

@@ -88,10 +88,7 @@ def _ask_batch(
     for condition in conditions_of(spec.conditions):
         asked = [item for item in questions if key_of(item, condition) not in known]
         if asked:
-            said = answer(
-                loaded, chunk, asked, condition, spec.permute_seed, spec.blank_colour, spec.max_new_tokens
-            )
-            file.append(asked, condition, said)
+            file.append(asked, condition, answer(loaded, chunk, asked, condition, spec))
 
 
 def versions() -> dict[str, str]:
