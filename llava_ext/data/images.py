@@ -150,12 +150,12 @@ class ImagePreprocessor:
     def __call__(self, image: Image.Image) -> Tensor:
         """Normalised pixel values, float32, (3, S, S)."""
         pixels = self._resized(image)
-        table = self._table()
+        table = self.table()
         return torch.from_numpy(np.stack([table[channel][pixels[..., channel]] for channel in range(3)]))
 
     def uint8(self, image: Image.Image) -> Tensor:
-        """The resized pixels before normalisation, uint8, (3, S, S): a quarter of the bytes; the model
-        normalises them.
+        """The resized pixels before normalisation, uint8, (3, S, S): a quarter of the bytes;
+        :func:`normalised` makes the same values of them, wherever they are.
         """
         return torch.from_numpy(np.ascontiguousarray(self._resized(image).transpose(2, 0, 1)))
 
@@ -163,7 +163,7 @@ class ImagePreprocessor:
         """(images, 3, S, S)."""
         return torch.stack([self(image) for image in images])
 
-    def _table(self) -> np.ndarray:
+    def table(self) -> np.ndarray:
         """The normalised value of each of the 256 levels, (3, 256): there are no others."""
         levels = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
         mean, std = np.array(self.mean, np.float32)[:, None], np.array(self.std, np.float32)[:, None]
@@ -203,3 +203,10 @@ class ImagePreprocessor:
         image = image.resize(target, Image.Resampling(self.resample))
         left, top = (target[0] - self.size) // 2, (target[1] - self.size) // 2
         return image.crop((left, top, left + self.size, top + self.size))
+
+
+def normalised(levels: Tensor, table: Tensor) -> Tensor:
+    """What the levels (images, 3, S, S), uint8, mean by ``table`` (3, 256): the bits of
+    :meth:`ImagePreprocessor.__call__`, on the device of both.
+    """
+    return torch.stack([table[channel][levels[:, channel].int()] for channel in range(3)], dim=1)

@@ -29,7 +29,7 @@ from ..model.configuration_spatial_llava import projector_depth
 from ..model.interventions import Interventions
 from .flag_options import add_interventions, take_interventions
 from .llava_flags import FALSE, translate
-from .machine import fit_machine, tf32_works
+from .machine import fit_machine, free_cores, tf32_works
 
 # transformers' arguments that would do nothing here, or harm: the only value, and why.
 FIXED: dict[str, tuple[Any, str]] = {
@@ -187,6 +187,13 @@ class LlavaTrainingArguments(TrainingArguments):
     cache_dir: str | None = field(
         default=None, metadata={"help": "Hub cache for models given by id.", **NO_INFLUENCE}
     )
+    dataloader_num_workers: int | None = field(
+        default=None,
+        metadata={
+            "help": "Processes that read samples for each training process (default: on a GPU as many as the"
+            " cores allow, on the CPU none)."
+        },
+    )
     optim: str = field(default="adamw_torch", metadata={"help": "Optimizer."})
     remove_unused_columns: bool = field(default=False)
     report_to: None | str | list[str] = field(  # noqa: RUF036 (the parser of transformers needs this order)
@@ -319,6 +326,8 @@ def parse(argv: Sequence[str] | None = None) -> Arguments:
     model = _build(ModelArguments, namespace)
     data = _build(DataArguments, namespace)
     _check_before(model, data, namespace)
+    if namespace.dataloader_num_workers is None:
+        namespace.dataloader_num_workers = 0 if namespace.use_cpu else free_cores()
     # Before anything talks to the other processes, which would only wait for one that never comes.
     rendezvous.wait_for_all(namespace.meeting_timeout_s, on_gpus=not namespace.use_cpu)
     if namespace.deepspeed:
@@ -493,6 +502,7 @@ def _adjust(training: LlavaTrainingArguments) -> None:
     training.remove_unused_columns = False
     if training.device.type == "cpu":
         training.dataloader_pin_memory = False
+    training.accelerator_config.non_blocking = training.dataloader_pin_memory
     if not sys.stderr.isatty():
         training.disable_tqdm = True
     # The model runs all its modules in every batch, so DDP need not look for parameters without gradient.

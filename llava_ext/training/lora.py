@@ -32,6 +32,7 @@ def add_adapters(
     weights: str = "",
     train_projector: bool = True,
     in_float32: bool = True,
+    autocast: bool = False,
 ) -> Any:
     """The model with adapters. Everything is frozen but these and, unless told otherwise, the projector.
 
@@ -39,6 +40,8 @@ def add_adapters(
         weights: an adapter folder to start from, ours or LLaVA's; empty starts new ones.
         in_float32: keep adapters in float32 beside a half-precision model. Not for DeepSpeed, which keeps
             float32 copies itself and whose ZeRO-3 takes one precision only.
+        autocast: the training computes under autocast, which casts adapters to half precision. Activations
+            then stay as they are: cast to float32 and back they would be the same bits.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -56,6 +59,9 @@ def add_adapters(
             task_type="CAUSAL_LM",
         )
         wrapped = get_peft_model(model, config, autocast_adapter_dtype=in_float32)
+    for module in wrapped.modules() if autocast else ():
+        if hasattr(module, "cast_input_dtype_enabled"):
+            module.cast_input_dtype_enabled = False
     for name, parameter in wrapped.named_parameters():
         if component(name) == PROJECTOR:
             parameter.requires_grad_(train_projector)

@@ -10,6 +10,8 @@ from ..errors import NoVerdict
 from .llava_flags import is_on, split_flags
 
 DEVICES = Path("/dev")
+# More would only fill memory: pictures for 16 tokens each, the hungriest case, take four cores a GPU.
+MOST_WORKERS = 8
 
 
 def tf32_works() -> bool:
@@ -17,6 +19,12 @@ def tf32_works() -> bool:
     import torch
 
     return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8
+
+
+def free_cores() -> int:
+    """Cores for the dataset workers of one process: its share of those that it may use, less its own."""
+    share = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(share - 1, MOST_WORKERS))
 
 
 def fit_machine(argv: list[str], notices: list[str]) -> list[str]:

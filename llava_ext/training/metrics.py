@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..errors import say
 from ..files import write_text
 from .claim import check_claim
+
+# A share of the time of so many log lines that is worth a remark.
+NOTICED, WINDOW = 0.2, 20
 
 
 class Metrics(TrainerCallback):
@@ -30,6 +34,8 @@ class Metrics(TrainerCallback):
         self.stream: Any = None
         self.board: Any = None
         self.last_line = 0.0
+        self.waited: deque[tuple[float, float]] = deque(maxlen=WINDOW)
+        self.said = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -62,13 +68,29 @@ class Metrics(TrainerCallback):
             "tokens_per_s": logs["tokens"] / seconds,
             "samples_per_s": logs["samples"] / seconds,
             "supervised_tokens": int(logs["supervised_tokens"]),
+            "data_wait_share": min(logs["data_wait_s"] / seconds, 1.0),
             "time": time.time(),
         }
         self._write(row)
+        if state.global_step > self.first_step + 1:  # the first step waits for the workers to start
+            self._notice_waiting(logs["data_wait_s"], seconds, args.dataloader_num_workers)
         self.last = now
         if self.lines and (now - self.last_line >= self.every_s or state.global_step == state.max_steps):
             self.last_line = now
             self._line(row, state)
+
+    def _notice_waiting(self, waited_s: float, seconds: float, workers: int) -> None:
+        """Says it, once in a training, when the dataset is what the steps wait for."""
+        self.waited.append((waited_s, seconds))
+        waited, passed = (sum(column) for column in zip(*self.waited, strict=True))
+        if self.said or len(self.waited) < WINDOW or waited < NOTICED * passed:
+            return
+        self.said = True
+        say(
+            f"{waited / passed:.0%} of the time of the last {WINDOW} log lines was spent in waiting for"
+            f" samples; --dataloader_num_workers is {workers}: raise it where there are cores to spare, or"
+            " ask for more cores"
+        )
 
     def _write(self, row: dict[str, Any]) -> None:
         check_claim(self.path.parent)

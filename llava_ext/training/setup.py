@@ -123,6 +123,7 @@ def make_trainer(
         lengths=lengths,
         describe=samples.samples.describe,
         mm_projector_lr=training.mm_projector_lr,
+        pixel_table=_preprocessor(arguments, folders).table(),
     )
     if surveyed is not None:
         _say_lengths(surveyed, trainer, arguments)
@@ -160,28 +161,31 @@ def with_known_statistics(arguments: Arguments, checkpoint: Path | None) -> Argu
 
 @dataclass(frozen=True)
 class ReadImage:
-    """From an image file's bytes to pixels, ``(3, height, width)``. A class, so that it can be sent to
-    dataset workers.
+    """From an image file's bytes to levels of 8 bits, (3, height, width), which the trainer normalises on its
+    device. A class, so that it can be sent to dataset workers.
     """
 
     preprocess: ImagePreprocessor
 
     def __call__(self, data: bytes, tolerant: bool) -> torch.Tensor:
-        return self.preprocess(decode(data, tolerant))
+        return self.preprocess.uint8(decode(data, tolerant))
+
+
+def _preprocessor(arguments: Arguments, folders: dict[str, Path]) -> ImagePreprocessor:
+    processor = load_image_processor(folders["vision_tower"])
+    return ImagePreprocessor.from_processor(processor, arguments.data.image_aspect_ratio)
 
 
 def make_samples(
     arguments: Arguments, store: SampleStore, folders: dict[str, Path], tokenizer: Any
 ) -> EncodedSamples:
     """The training set, with LLaVA's preprocessing for this vision tower."""
-    processor = load_image_processor(folders["vision_tower"])
-    pixels = ImagePreprocessor.from_processor(processor, arguments.data.image_aspect_ratio)
     return EncodedSamples(
         store,
         tokenizer,
         arguments.model.version,
         arguments.training.model_max_length,
-        ReadImage(pixels),
+        ReadImage(_preprocessor(arguments, folders)),
         arguments.data.cache_pixels,
     )
 
@@ -260,6 +264,7 @@ def _make_model(arguments: Arguments, folders: dict[str, Path]) -> tuple[Any, An
             weights=training.lora_weight_path,
             train_projector=not training.freeze_mm_mlp_adapter,
             in_float32=not training.deepspeed,
+            autocast=half_precision(training) is not None and not (training.deepspeed or training.fsdp),
         )
     else:
         freeze(

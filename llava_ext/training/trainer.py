@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback
 
 from .. import patches
+from ..data.images import normalised
 from ..data.sampler import EpochSampler
 from ..data.skipping import EXAMPLES, Failure
 from ..distributed.collectives import any_rank, barrier, from_all, world_size
@@ -51,6 +53,7 @@ class LlavaTrainer(Trainer):
     Args:
         lengths: LLaVA's ``modality_lengths`` of the samples, ``(samples,)``.
         describe: text that names a sample, for messages; called with its index.
+        pixel_table: the normalised value of each level of each channel, (3, 256).
         kwargs: as for :class:`transformers.Trainer`.
     """
 
@@ -58,7 +61,13 @@ class LlavaTrainer(Trainer):
     optimizer: torch.optim.Optimizer | None
 
     def __init__(
-        self, *, lengths: np.ndarray, describe: Any, mm_projector_lr: float | None = None, **kwargs: Any
+        self,
+        *,
+        lengths: np.ndarray,
+        describe: Any,
+        mm_projector_lr: float | None = None,
+        pixel_table: np.ndarray,
+        **kwargs: Any,
     ):
         super().__init__(**kwargs)
         if self.is_fsdp_enabled:
@@ -66,6 +75,8 @@ class LlavaTrainer(Trainer):
         self.lengths = lengths
         self.describe = describe
         self.mm_projector_lr = mm_projector_lr
+        self.pixel_table = torch.from_numpy(pixel_table).to(self.args.device)
+        self.waited_s = 0.0
         self.watchdog: NoStep | None = None
         self.remove_callback(PrinterCallback)
         trackers = tuple(get_reporting_integration_callbacks(self.args.report_to))
@@ -136,7 +147,9 @@ class LlavaTrainer(Trainer):
         what the last step has left, and stop.
         """
         before = torch.get_rng_state()  # an epoch's first batch draws the loader's seed
+        began = time.monotonic()
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.waited_s += time.monotonic() - began
         failures = [failure for batch in batches for failure in batch.pop("failures")]
         if any_rank(bool(failures), self.args.device):
             torch.set_rng_state(before)
@@ -176,6 +189,8 @@ class LlavaTrainer(Trainer):
             self.counts[COUNTS[name]] += number
         del inputs["labels"]
         self._predicting, targets = inputs.pop("predicting"), inputs.pop("targets")
+        if "pixel_values" in inputs:
+            inputs["pixel_values"] = normalised(inputs["pixel_values"], self.pixel_table)
         outputs = model(**inputs)
         logits = outputs["logits"][0]
         if len(targets) == 0:
@@ -236,7 +251,8 @@ class LlavaTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As transformers', with the counts of all ranks since the last one."""
         if "loss" in logs:
-            logs |= self.take_counts()
+            logs |= self.take_counts() | {"data_wait_s": self.waited_s}
+            self.waited_s = 0.0
         super().log(logs, start_time)
 
     def _check_finite(self, loss: torch.Tensor) -> None:

@@ -11,12 +11,24 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from llava_ext.data.assembly import Collator
 from llava_ext.data.dataset import TrainingCollator
+from llava_ext.data.images import ImagePreprocessor, normalised
 from llava_ext.errors import TrainingError
 from llava_ext.kernels import ATTENTIONS, Kernels
 from llava_ext.model import attention
 from llava_ext.model.interventions import FLAGS
-from llava_ext.training import kernels
-from tests.support.models import ALONE, RECORDS, flags, make_model, make_samples, one_thread  # noqa: F401
+from llava_ext.training import kernels, machine
+from llava_ext.training.lora import add_adapters
+from llava_ext.training.metrics import WINDOW, Metrics
+from tests.support.models import (
+    ALONE,
+    RECORDS,
+    flags,
+    make_batch,
+    make_model,
+    make_samples,
+    one_thread,  # noqa: F401
+    picture,
+)
 from tests.support.trainings import command_line, losses
 
 ORDER_OF_SUMS, OTHER_FORMULA = 2e-6, 2e-5
@@ -202,6 +214,63 @@ def test_a_missing_tool_of_a_fusion_is_said(monkeypatch):
 def test_liger_is_refused_for_language_models_that_it_may_not_fit():
     with pytest.raises(TrainingError, match="not known to be right for gpt2 models"):
         kernels.check_liger("gpt2")
+
+
+@pytest.mark.parametrize("aspect_ratio", ["pad", "square"])
+def test_levels_become_the_bits_of_normalised_pixels(aspect_ratio):
+    """Pixels travel in 8 bits; the device makes of them what the preprocessing would have made."""
+    _, _, processor = model_of("vanilla")
+    preprocess = ImagePreprocessor.from_processor(processor, aspect_ratio)
+    every_level = torch.arange(256, dtype=torch.uint8).repeat(3, 1, 1)
+    images = [picture(seed) for seed in (1, 2)]
+    levels = torch.stack([preprocess.uint8(image) for image in images])
+    table = torch.from_numpy(preprocess.table())
+    assert torch.equal(normalised(levels, table), preprocess.batch(images))
+    assert torch.equal(normalised(every_level[None], table)[0, :, 0], table)
+
+
+def test_adapters_under_autocast_leave_activations_in_half_precision():
+    """The same bits as with every activation cast to float32 and back; adapters stay in float32."""
+    found = []
+    for autocast in (False, True):
+        model, tokenizer, images = make_model()
+        batch = make_batch(model, tokenizer, images)
+        model = add_adapters(model, rank=4, alpha=8, dropout=0.0, bias="none", autocast=autocast)
+        for parameter in model.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.bfloat16()
+        torch.manual_seed(3)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter)
+        down = model.get_base_model().model.language_model.layers[0].mlp.gate_proj.lora_A["default"]
+        assert down.weight.dtype == torch.float32
+        seen = []
+        down.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0].dtype))
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model.train()(**batch).loss
+        loss.backward()
+        gradients = {name: item.grad for name, item in model.named_parameters() if item.grad is not None}
+        found.append((loss.detach(), gradients, seen))
+    (loss, gradients, cast), (other_loss, other_gradients, kept) = found
+    assert cast == [torch.float32] and kept == [torch.bfloat16]
+    assert torch.equal(loss, other_loss)
+    assert all(torch.equal(gradients[name], other_gradients[name]) for name in gradients)
+
+
+def test_dataset_workers_follow_the_cores(monkeypatch):
+    for cores, processes, expected in ((16, 1, 8), (16, 4, 3), (2, 1, 1), (1, 1, 1)):
+        monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        assert machine.free_cores() == expected
+
+
+@pytest.mark.parametrize(("waited_s", "said"), [(0.1, False), (0.5, True)])
+def test_waiting_for_samples_is_said_once(waited_s, said, tmp_path, capsys):
+    metrics = Metrics(tmp_path, tensorboard=False, lines=False)
+    for _ in range(3 * WINDOW):
+        metrics._notice_waiting(waited_s, 1.0, workers=2)
+    assert capsys.readouterr().err.count("50% of the time") == said
 
 
 @pytest.mark.slow

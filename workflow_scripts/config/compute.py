@@ -92,8 +92,10 @@ class ComputeSpec(StrictModel):
     """Collate without padding: one row of all samples of a micro-batch, each attending to itself only."""
     tf32: bool = False
     """Allow TensorFloat-32 on GPUs that have it."""
-    dataloader_workers: Count = 0
-    """Processes that decode images, for each training process."""
+    dataloader_workers: Count | None = None
+    """Processes that decode images, for each training process. Left out: on GPUs as many as the machine's
+    cores allow, on the CPU none.
+    """
     gres: Annotated[str, Field(pattern=r"^\w+(:[\w.]+)?(:\d+)?$")] | None = None
     """The Slurm request for the GPUs of one machine, as in `gpu:a100:8`; `gpu:N` when left out."""
     gpu_gb: Annotated[float, Field(gt=0)] | None = None

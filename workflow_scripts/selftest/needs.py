@@ -18,8 +18,8 @@ from workflow_scripts.plan.needs import disk_needs, items_of, missing_trackers
 from workflow_scripts.plan.plan import Plan
 from workflow_scripts.selftest.findings import GB, Finding
 
-# A picture as float32 at CLIP-L's 336 pixels; every worker keeps two batches ready.
-PICTURE = 3 * 336 * 336 * 4
+# A picture in 8 bits at CLIP-L's 336 pixels; every worker keeps two batches ready.
+PICTURE = 3 * 336 * 336
 READY_BATCHES = 2
 
 
@@ -70,7 +70,7 @@ def check_shared_memory(kinds: Mapping[str, ComputeSpec]) -> Iterator[Finding]:
     wanted = {
         name: (
             spec.local_processes
-            * spec.dataloader_workers
+            * (spec.dataloader_workers or 0)
             * READY_BATCHES
             * spec.per_device_batch_size
             * PICTURE
