@@ -170,7 +170,11 @@ def training_inputs(stage):
             ],
         }
         # It has to be there, but says nothing that mixture and models do not: a new one is no reason to rerun.
-        found["survey"] = ancient(plan.survey_of(stage, wildcards.run).manifest)
+        survey = plan.survey_of(stage, wildcards.run).manifest
+        # Only of a finished training: Snakemake leaves a job out whose `ancient` input is made again, also
+        # where its output is missing.
+        done = Path(plan.run(stage, experiment.name).manifest).is_file()
+        found["survey"] = ancient(survey) if done else survey
         parent = STAGES[stage].parent
         found["parent"] = plan.run(parent, experiment.name).manifest if parent else []
         return found

@@ -19,6 +19,14 @@ def test_a_higher_code_version_makes_all_trainings_new(finished, tmp_path):
     check_raised_version(finished, tmp_path)
 
 
+def test_a_survey_that_is_made_again_hides_no_training(finished, tmp_path):
+    """Without the report among the targets nothing else asks for what is missing."""
+    workspace = finished.copy_to(tmp_path / "w")
+    workspace.config["experiments"] = {"long": {"finetune": {"max_steps": 60}}}  # another layout is left out
+    planned = {line.split(":")[0] for line in workspace.planned("experiments/long/checkpoint.json")}
+    assert planned == {"survey", "finetune", "export", "checkpoint"}
+
+
 def test_a_moved_clone_and_working_folder_rerun_nothing(finished, tmp_path):
     workspace = finished.copy_to(tmp_path / "elsewhere" / "w", copy_code(tmp_path / "clone"))
     assert workspace.planned() == []
