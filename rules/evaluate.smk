@@ -5,7 +5,7 @@ rule predict_shard:
     input:
         unpack(prediction_inputs),
     output:
-        note="runs/predict/{run}/shards/{shard}-of-{shards}.json",
+        note="runs/predict/{run}/shard-{shard}-of-{shards}.json",
     log:
         "logs/predict/{run}.{shard}-of-{shards}.log",
     retries: ANSWER_RETRIES

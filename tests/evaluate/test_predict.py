@@ -261,7 +261,7 @@ def test_other_content_is_asked_anew(stock_export, compressed_export, held_out, 
 def test_a_part_that_no_shard_answered_is_an_error(stock_export, held_out, tmp_path):
     spec, manifest = task(pictures=3, shards=2), tmp_path / "p" / "manifest.json"
     predict.predict_shard(spec, stock_export, held_out[1], manifest, 1, 2, tmp_path / "note.json")
-    with pytest.raises(UserError, match=r"have no answer, e\.g\. .*; delete the folder `shards`"):
+    with pytest.raises(UserError, match=r"have no answer, e\.g\. .*; delete the files `shard-"):
         predict.predict("shapes", spec, stock_export, held_out[1], manifest, 2)
 
 

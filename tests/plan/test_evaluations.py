@@ -117,7 +117,7 @@ def test_finished_predictions_keep_their_shards():
     """Another number of shards is about jobs that are done."""
     plan = planned(task(shards=3))
     run = plan.evaluations["vanilla", "shapes"].predict
-    assert plan.shard_files(run.name) == [f"{run.folder}/shards/{i}-of-3.json" for i in range(3)]
+    assert plan.shard_files(run.name) == [f"{run.folder}/shard-{i}-of-3.json" for i in range(3)]
     write_json(Path(run.folder) / "shards.json", {"shards": 1})
     assert len(plan.shard_files(run.name)) == 3, "not finished: the new number counts"
     write_json(Path(run.manifest), {})

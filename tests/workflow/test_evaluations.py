@@ -34,7 +34,7 @@ def test_shards_are_jobs_of_their_own_with_the_same_answers(finished, tmp_path):
         path.unlink()
     said = workspace.run("--force", run.manifest).stdout
     assert said.count("rule predict_shard:") == 2
-    assert len(list((workspace.folder / run.folder / "shards").glob("*-of-2.json"))) == 2
+    assert len(list((workspace.folder / run.folder).glob("shard-*-of-2.json"))) == 2
     assert workspace.json(run.manifest)["digest"] == digest
     pd.testing.assert_frame_equal(rows_of(workspace), before)
     # the same content: nothing is scored again, and one job instead of two is no reason to ask again

@@ -92,7 +92,7 @@ def write_table(
     if lacking := missing(questions, conditions, answers):
         raise UserError(
             f"{folder}: {len(lacking)} of {len(questions)} questions have no answer, e.g."
-            f" {lacking[0].name!r}; delete the folder `shards` beside it and start again"
+            f" {lacking[0].name!r}; delete the files `shard-*` beside it and start again"
         )
     rows = [_row(item, condition, answers) for condition in conditions for item in questions]
     path = folder / TABLE

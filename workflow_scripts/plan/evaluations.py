@@ -91,4 +91,4 @@ def shard_files(run: Run, spec: TaskSpec) -> list[str]:
     if Path(run.manifest).is_file() and noted.is_file():
         with suppress(UserError, KeyError, TypeError, ValueError):
             number = int(read_json(noted)["shards"])
-    return [f"{run.folder}/shards/{shard}-of-{number}.json" for shard in range(number)] if number > 1 else []
+    return [f"{run.folder}/shard-{shard}-of-{number}.json" for shard in range(number)] if number > 1 else []
