@@ -75,7 +75,7 @@ METHODS = st.sampled_from([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP
 ZIPPED = st.tuples(NAME, DATA, METHODS, st.sampled_from([0o100644, 0o120777, 0o40755, 0]))
 
 
-@tries(60, 200, members=st.lists(ZIPPED, max_size=6), comment=st.binary(max_size=30), edits=EDITS, cut=CUT)
+@tries(60, 120, members=st.lists(ZIPPED, max_size=6), comment=st.binary(max_size=30), edits=EDITS, cut=CUT)
 def test_zips(folder, members, comment, edits, cut):
     stream = io.BytesIO()
     with warnings.catch_warnings(), zipfile.ZipFile(stream, "w") as file:
@@ -109,7 +109,7 @@ TARRED = st.tuples(NAME, DATA, TYPES, NAME)
 FORMATS = st.sampled_from([tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
 
 
-@tries(60, 200, members=st.lists(TARRED, max_size=6), format=FORMATS, edits=EDITS, cut=CUT)
+@tries(60, 120, members=st.lists(TARRED, max_size=6), format=FORMATS, edits=EDITS, cut=CUT)
 def test_tars(folder, members, format, edits, cut):
     stream, written = io.BytesIO(), []
     with tarfile.open(fileobj=stream, mode="w", format=format) as file:
@@ -131,7 +131,7 @@ def test_tars(folder, members, format, edits, cut):
 KINDS = st.sampled_from(["file", "file", "file", "link out", "link in", "fifo", "loop"])
 
 
-@tries(30, 60, members=st.lists(st.tuples(NAME, DATA, KINDS), max_size=6))
+@tries(30, 50, members=st.lists(st.tuples(NAME, DATA, KINDS), max_size=6))
 def test_folders(tmp_path_factory, members):
     top = tmp_path_factory.mktemp("folders")
     folder, images = top / "inner", top / "inner/images"

@@ -61,7 +61,7 @@ def base(tmp_path):
     ]  # fmt: skip
 
 
-@tries(60, 150, flags=st.lists(flag(), min_size=1, max_size=4))
+@tries(60, 120, flags=st.lists(flag(), min_size=1, max_size=4))
 def test_a_command_line_is_taken_or_refused_by_a_message(base, monkeypatch, tmp_path, flags):
     monkeypatch.chdir(tmp_path)
     before = dict(os.environ)

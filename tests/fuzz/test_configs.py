@@ -33,7 +33,7 @@ def plan_of(path):
         return None
 
 
-@tries(60, 150, config=CONFIG)
+@tries(60, 120, config=CONFIG)
 def test_a_changed_configuration_is_planned_or_refused(tmp_path, monkeypatch, config):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "config.yaml"
@@ -44,7 +44,7 @@ def test_a_changed_configuration_is_planned_or_refused(tmp_path, monkeypatch, co
         assert all(run.folder.startswith("runs/") and ".." not in run.folder for run in plan.runs.values())
 
 
-@tries(40, 100, text=TEXT, junk=st.lists(JUNK, min_size=1, max_size=3), at=st.integers(0, 2**20))
+@tries(40, 80, text=TEXT, junk=st.lists(JUNK, min_size=1, max_size=3), at=st.integers(0, 2**20))
 def test_a_damaged_file_is_read_or_named(tmp_path, monkeypatch, text, junk, at):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "config.yaml"

@@ -61,7 +61,7 @@ def as_file(records, junk, at):
     return data[:place] + junk + data[place:]
 
 
-@tries(20, 60, records=RECORDS, policy=POLICY)
+@tries(20, 40, records=RECORDS, policy=POLICY)
 @pytest.mark.parametrize("policy_says", ["as it is", "at random"])
 def test_what_the_merge_leaves_is_trained_on(folder, policy_says, records, policy):
     (folder.path / "notes.json").write_text(json.dumps(records))
@@ -81,7 +81,7 @@ def test_what_the_merge_leaves_is_trained_on(folder, policy_says, records, polic
     check_encoding(open_samples(folder.mixture))
 
 
-@tries(60, 200, records=RECORDS, junk=JUNK, at=st.integers(0, 2**16))
+@tries(60, 120, records=RECORDS, junk=JUNK, at=st.integers(0, 2**16))
 def test_a_plain_file_is_trained_on_or_refused_by_name(folder, records, junk, at):
     path = folder.path / "plain.json"
     path.write_bytes(as_file(records, junk, at))
@@ -112,7 +112,7 @@ class Pictureless:
         return self.store._names(index)
 
 
-@tries(20, 60, records=RECORDS, junk=JUNK, at=st.integers(0, 2**16))
+@tries(20, 40, records=RECORDS, junk=JUNK, at=st.integers(0, 2**16))
 def test_a_damaged_file_of_records_is_read_or_named(folder, records, junk, at, capsys):
     """The file as a source of its own, through the step that fetches and checks it, and the merge."""
     path = folder.path / "odd.json"
