@@ -13,7 +13,7 @@ ATTENTIONS = ("sdpa", "varlen", "eager", "flash_attention_2")
 # Those that compute a packed row sample by sample, and no pair of tokens of two samples.
 SEGMENTED = ("varlen", "flash_attention_2")
 FUSIONS = ("none", "compile", "liger")
-LAYERS = ("all", "none")
+LAYERS = ("all", "none", "auto")
 # Engines that gather a layer's weights by hooks in the middle of what would be compiled.
 GATHERING = ("zero3", "fsdp")
 
@@ -54,13 +54,13 @@ class Kernels:
             )
 
 
-def layer_interval(value: str | int) -> int:
-    """Of how many decoder layers one is recomputed: 1 for `all`, 0 for `none`, N.
+def layer_interval(value: str | int) -> int | None:
+    """Of how many decoder layers one is recomputed: 1 for `all`, 0 for `none`, N; None for `auto`.
 
     Raises:
         ValueError: anything else, with what is allowed.
     """
-    known = {"all": 1, "none": 0}
+    known = {"all": 1, "none": 0, "auto": None}
     if value in known:
         return known[str(value)]
     if str(value).isdecimal() and int(value) >= 1:
@@ -69,6 +69,8 @@ def layer_interval(value: str | int) -> int:
 
 
 def recomputed_layers(value: str | int, layers: int) -> int:
-    """How many of so many decoder layers are recomputed: of every N the first."""
-    interval = layer_interval(value)
+    """How many of so many decoder layers are recomputed: of every N the first; the most that `auto` may
+    take.
+    """
+    interval = 1 if value == "auto" else layer_interval(value)
     return -(-layers // interval) if interval else 0

@@ -244,7 +244,7 @@ class LlavaTrainingArguments(TrainingArguments):
     checkpoint_layers: str | None = field(
         default=None,
         metadata={
-            "help": "Recompute these decoder layers' activations: all, none, N (every Nth).",
+            "help": "Recompute these decoder layers' activations: all, none, N (every Nth), auto.",
             **NO_INFLUENCE,
         },
     )
@@ -496,8 +496,9 @@ def checkpoint_every(training: LlavaTrainingArguments, interval: int) -> None:
 
 def _adjust(training: LlavaTrainingArguments) -> None:
     """Settings that follow from others, and those that must not hide trouble."""
-    if training.checkpoint_layers is not None:
-        checkpoint_every(training, layer_interval(training.checkpoint_layers))
+    interval = layer_interval(training.checkpoint_layers) if training.checkpoint_layers else None
+    if interval is not None:  # auto: once the model is there
+        checkpoint_every(training, interval)
     training.logging_nan_inf_filter = False
     training.remove_unused_columns = False
     if training.device.type == "cpu":

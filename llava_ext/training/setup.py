@@ -39,12 +39,14 @@ from ..model.parts import (
 )
 from ..model.towers import check_select_feature
 from . import claim, states
+from .arguments import checkpoint_every
 from .identity import ROUNDING, check_finished, check_identity, identity
 from .kernels import check_fusion, check_liger, fuse
 from .lora import add_adapters, is_adapted
 from .optimizer import PROJECTOR, TOWER, component, freeze
 from .precision import cast_frozen, half_precision, load_dtype
-from .token_lengths import counts_by_source, largest_micro_batch, read_token_lengths
+from .recompute import choose_interval
+from .token_lengths import MicroBatch, counts_by_source, largest_micro_batch, read_token_lengths
 from .trainer import LlavaTrainer
 from .vision_tower import train_tower
 
@@ -125,8 +127,13 @@ def make_trainer(
         mm_projector_lr=training.mm_projector_lr,
         pixel_table=_preprocessor(arguments, folders).table(),
     )
+    tokens = training.per_device_train_batch_size * training.model_max_length
     if surveyed is not None:
-        _say_lengths(surveyed, trainer, arguments)
+        tokens = _say_lengths(surveyed, trainer, arguments)
+    if training.checkpoint_layers == "auto":
+        interval, why = choose_interval(model, training, tokens)
+        checkpoint_every(training, interval)
+        say(why)
     return trainer
 
 
@@ -231,13 +238,17 @@ def _encode_some(guarded: GuardedSamples, number: int) -> dict[str, statistics.C
         raise TrainingError(f"{error}\n{guarded.advice([error.index])}") from error
 
 
-def _say_lengths(rows: np.ndarray, trainer: LlavaTrainer, arguments: Arguments) -> None:
-    """Says how much an epoch is, and which micro-batch needs the most memory."""
+def _say_lengths(rows: np.ndarray, trainer: LlavaTrainer, arguments: Arguments) -> int:
+    """Says how much an epoch is, and which micro-batch needs the most memory; gives the tokens of that."""
     training = arguments.training
-    if training.process_index:
-        return
     order = trainer.order_of_samples()
     largest = largest_micro_batch(rows, order, training.per_device_train_batch_size, arguments.data.pack)
+    if not training.process_index:
+        _say_largest(rows, largest)
+    return largest.tokens
+
+
+def _say_largest(rows: np.ndarray, largest: MicroBatch) -> None:
     say(
         f"{int(rows['tokens'].sum(dtype=np.int64))} tokens in an epoch; the largest micro-batch of the first"
         f" one, number {largest.place + 1}, has {len(largest.samples)} samples and {largest.tokens} tokens"

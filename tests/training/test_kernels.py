@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import functools
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import TrainerState
 
 from llava_ext.data.assembly import Collator
 from llava_ext.data.dataset import TrainingCollator
 from llava_ext.data.images import ImagePreprocessor, normalised
 from llava_ext.errors import TrainingError
-from llava_ext.kernels import ATTENTIONS, Kernels
+from llava_ext.kernels import ATTENTIONS, Kernels, recomputed_layers
 from llava_ext.model import attention
 from llava_ext.model.interventions import FLAGS
 from llava_ext.training import kernels, machine
 from llava_ext.training.lora import add_adapters
 from llava_ext.training.metrics import WINDOW, Metrics
+from llava_ext.training.recompute import choose_interval
 from tests.support.models import (
     ALONE,
     RECORDS,
@@ -271,6 +274,42 @@ def test_waiting_for_samples_is_said_once(waited_s, said, tmp_path, capsys):
     for _ in range(3 * WINDOW):
         metrics._notice_waiting(waited_s, 1.0, workers=2)
     assert capsys.readouterr().err.count("50% of the time") == said
+
+
+def test_auto_recomputes_as_few_layers_as_fit():
+    """Of the golden model's sizes; more room, fewer layers, from all to none."""
+    model, _, _ = model_of("vanilla")
+    training = SimpleNamespace(
+        bf16=True, fp16=False, optim="adamw_torch", deepspeed=None, fsdp=None, fusion="none", world_size=1,
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    found = [choose_interval(model, training, 20_000, room=room)[0] for room in range(10**6, 10**9, 10**7)]
+    layers = model.config.text_config.num_hidden_layers
+    recomputed = [recomputed_layers(interval or "none", layers) for interval in found]
+    assert recomputed == sorted(recomputed, reverse=True)
+    assert recomputed[0] == layers and recomputed[-1] == 0 and len(set(recomputed)) > 2
+    assert "of up to 20000 tokens on 0.9 GiB" in choose_interval(model, training, 20_000, 10**9)[1]
+    assert choose_interval(model, training, 1)[0] == 0
+
+
+@pytest.mark.slow
+def test_compiled_layers_compute_the_plain_step(monkeypatch):
+    """Traced by torch's compiler, every second layer recomputed, for lengths that change; the code that the
+    compiler would write for this processor is left out, which takes minutes.
+    """
+    monkeypatch.setattr(kernels, "BACKEND", "aot_eager")
+    parts = make_model(INTERVENTIONS["twoD_vision_embedding"])
+    model = parts[0]
+    batches = [batch_of(parts, True, records) for records in (RECORDS, [SEVERAL, *RECORDS], [SEVERAL])]
+    choose(model, "varlen", every=2)
+    expected = [step(model, batch) for batch in batches]
+    kernels.fuse(model, "compile")
+    watch = kernels.Recompilations(warm=1)
+    state = TrainerState()
+    for batch, plain in zip(batches, expected, strict=True):
+        assert_equal(step(model, batch), plain, OTHER_FORMULA)
+        watch.on_step_end(None, state, None)
+    assert watch.steps == len(batches) and watch.count == 0
 
 
 @pytest.mark.slow
