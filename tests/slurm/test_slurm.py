@@ -26,7 +26,7 @@ def training(finished, folder, compute=(), **stage):
     """A copy of the finished folder with one more stage 2 to train."""
     workspace = finished.copy_to(folder / "w")
     workspace.config["compute"]["small"].update(dict(compute))
-    workspace.config["experiments"] = {"long": {"finetune": {"max_steps": 60, "save_steps": 5, **stage}}}
+    workspace.config["experiments"]["long"] = {"finetune": {"max_steps": 60, "save_steps": 5, **stage}}
     return workspace
 
 

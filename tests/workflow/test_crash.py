@@ -27,7 +27,7 @@ LONG = {"max_steps": 60, "save_steps": 5, "global_batch_size": 96}
 def workspace(finished, tmp_path):
     """A finished folder with one more experiment to train, long enough to be killed."""
     workspace = finished.copy_to(tmp_path / "w")
-    workspace.config["experiments"] = {"long": {"finetune": dict(LONG)}}
+    workspace.config["experiments"]["long"] = {"finetune": dict(LONG)}
     return workspace
 
 
@@ -64,7 +64,7 @@ def test_killed_snakemake_and_killed_trainer_continue_to_the_same_weights(worksp
     expected = straight(workspace, tmp_path / "straight")
 
     process = workspace.start("experiments/long/checkpoint.json")
-    state = wait_for(lambda: checkpoint_of(workspace), 90, "the first checkpoint", process)
+    state = wait_for(lambda: checkpoint_of(workspace), 240, "the first checkpoint", process)
     trainer = json.loads((state / "owner.json").read_text())["trainer"]
     os.kill(trainer, signal.SIGKILL)  # Snakemake starts the job again by itself
     wait_for(lambda: len(attempts(state)) >= 2, 60, "the second attempt", process)
@@ -100,7 +100,7 @@ def test_killed_snakemake_and_killed_trainer_continue_to_the_same_weights(worksp
 
 def test_an_interrupt_saves_the_next_run_continues_and_an_end_is_for_good(workspace):
     process = workspace.start("experiments/long/checkpoint.json")
-    state = wait_for(lambda: checkpoint_of(workspace), 90, "the first checkpoint", process)
+    state = wait_for(lambda: checkpoint_of(workspace), 240, "the first checkpoint", process)
     os.killpg(process.pid, signal.SIGINT)  # what Ctrl-C in a terminal does
     process.wait(timeout=90)
     wait_for(lambda: not (state / "owner.json").exists(), 60, "the launcher's end")

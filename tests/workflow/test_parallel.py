@@ -16,7 +16,7 @@ def training(finished, folder, compute=(), **stage):
     workspace = finished.copy_to(folder)
     workspace.config["compute"]["small"].update({"per_device_batch_size": 4, **dict(compute)})
     recipe = {"max_steps": 12, "save_steps": 4, "loss_normalization": "token", **stage}
-    workspace.config["experiments"] = {"long": {"finetune": recipe}}
+    workspace.config["experiments"]["long"] = {"finetune": recipe}
     return workspace
 
 

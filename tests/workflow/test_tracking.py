@@ -29,7 +29,7 @@ def train_with(finished, folder, tracker, send=os.kill):
         "HF_TOKEN": SECRET,
         "TRACKIO_DIR": str(folder / "trackio"),
     }
-    workspace.config["experiments"] = {"long": {"finetune": {**LONG, "report_to": [tracker]}}}
+    workspace.config["experiments"]["long"] = {"finetune": {**LONG, "report_to": [tracker]}}
     process = workspace.start(workspace.plan().run("finetune", "long").manifest)
     state = wait_for(lambda: checkpoint_of(workspace), 120, "the first checkpoint", process)
     send(json.loads((state / "owner.json").read_text())["trainer"], signal.SIGTERM)
