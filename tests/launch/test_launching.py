@@ -671,9 +671,28 @@ def test_a_verdict_is_not_retried_and_not_started_until_something_changes(execut
     executor.run_jobs([again])
     ((failed, reason),) = executor.failed
     assert executor.started == [job] and failed is again and "the loss is nan at step 5" in reason
+    executor.handle_job_error(again)
+    assert not may_restart(again)
     spec["compute"]["try_again"] = 1
     executor.run_jobs([third := SnakemakeJob(a_training(spec, tmp_path))])
     assert executor.started == [job, third]
+
+
+def test_an_old_verdict_of_other_code_ends_no_retries_unless_the_job_was_refused_for_it(
+    executor, spec, tmp_path, monkeypatch
+):
+    training = a_training(spec, tmp_path)
+    verdicts.pronounce(training.state, spec, REASON, "log")
+    with monkeypatch.context() as here:  # the job has other packages than Snakemake, in a container say
+        here.setattr(verdicts, "versions", lambda: {"torch": "another"})
+        executor.run_jobs([killed := SnakemakeJob(training), refused := SnakemakeJob(training)])
+    assert executor.started == [killed, refused]
+    executor.handle_job_error(killed)
+    assert may_restart(killed)
+    with pytest.raises(UserError, match="the loss is nan"):
+        verdicts.refuse_to_repeat(training.state, "finetune x", spec)
+    executor.handle_job_error(refused)
+    assert not may_restart(refused)
 
 
 def test_a_training_that_is_stuck_is_not_started(executor, spec, tmp_path):

@@ -33,7 +33,8 @@ class _Guard:
 
     def __init__(self, executor: Any, training_of: TrainingOf) -> None:
         self.executor, self.training_of = executor, training_of
-        self.refused_before: dict[Any, dict[str, Any]] = {}
+        self.said_before: dict[Any, tuple[dict[str, Any], ...]] = {}
+        self.in_vain: set[Any] = set()
         self._run_jobs, self._handle_job_error = executor.run_jobs, executor.handle_job_error
         executor.run_jobs, executor.handle_job_error = self.run_jobs, self.handle_job_error
 
@@ -46,10 +47,11 @@ class _Guard:
             training = self.training_of(job)
             reason = step.why_in_vain(training) if training is not None else None
             if reason is not None:
+                self.in_vain.add(job)
                 self.executor.report_job_error(SubmittedJobInfo(job), msg=f"{reason}\n")
                 continue
             if training is not None:
-                self.refused_before[job] = attempts.read_refusal(training.state)
+                self.said_before[job] = _said(training)
             started.append(job)
         if started:
             self._run_jobs(started)
@@ -64,9 +66,12 @@ class _Guard:
         self._handle_job_error(job)
 
     def _is_final(self, job: Any, training: step.Job) -> bool:
-        refusal = attempts.read_refusal(training.state)
-        if verdicts.read_end(training.manifest.parent):
+        if job in self.in_vain or verdicts.read_end(training.manifest.parent):
             return True
-        return verdicts.stands(training.state, training.spec) or (
-            bool(refusal) and refusal != self.refused_before.get(job, {})
-        )
+        before = self.said_before.get(job, ({}, {}))
+        return any(now and now != then for now, then in zip(_said(training), before, strict=True))
+
+
+def _said(training: step.Job) -> tuple[dict[str, Any], ...]:
+    """The last refusal and the last verdict of a training; each says when."""
+    return attempts.read_refusal(training.state), verdicts.read_verdict(training.state)

@@ -115,11 +115,6 @@ def read_verdict(state: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) and {"reason", "settings", "code", "log"} <= found.keys() else {}
 
 
-def stands(state: Path, spec: Mapping[str, Any]) -> bool:
-    """Whether a verdict was given on these settings, by whatever code: for one that was given just now."""
-    return read_verdict(state).get("settings") == settings_digest(spec)
-
-
 def read_end(run: Path) -> dict[str, Any]:
     """Who ended a training for good and when, from its run folder; empty where nobody did."""
     try:
@@ -158,6 +153,7 @@ def refuse_to_repeat(state: Path, label: str, spec: Mapping[str, Any]) -> None:
     if not found:
         return
     if Cause(found["settings"], found["code"]) == Cause.of(spec):
+        write_json(state / VERDICT, found | {"told": time.time()})  # for who started this job in vain
         raise UserError(explain(state, label, spec, found))
     print(f"{label}: settings or code have changed since its verdict; it is tried again", flush=True)
     (state / VERDICT).unlink(missing_ok=True)
