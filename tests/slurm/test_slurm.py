@@ -11,7 +11,7 @@ import pytest
 from tests.slurm.conftest import clone
 from tests.slurm.sandbox import running
 from tests.support.rerun_rows import RERUN_NOTHING, RERUN_SOMETHING, check_raised_version, check_row
-from tests.support.workspace import kill_group, wait_for
+from tests.support.workspace import kill_group, spoil_a_picture, wait_for
 from tests.workflow.test_crash import attempts, losses
 from workflow_scripts.launch import snakemakes
 from workflow_scripts.launch.requeue import requeue_preempted
@@ -321,14 +321,14 @@ def test_a_job_on_two_nodes_saves_when_told_to_end_and_when_cancelled(
 
 def test_a_verdict_waits_in_the_queue_once(finished_on_slurm, tmp_path):
     """Neither the retries nor a second Snakemake submit a training that will fail again."""
-    compute = {"gres": "gpu:1", "attempts": 3}
-    workspace = training(finished_on_slurm, tmp_path, compute, min_supervised_share=1.0, max_steps=2)
+    workspace = training(finished_on_slurm, tmp_path, {"gres": "gpu:1", "attempts": 3}, max_steps=3)
+    number = spoil_a_picture(workspace, "finetune", "group_by_modality_length", step=1)
     first, second = (workspace.run(TRAINED, check=False) for _ in range(2))
     assert [len(submitted(done.stdout, "finetune")) for done in (first, second)] == [1, 0]
     assert [row["outcome"] for row in attempts(workspace.state("finetune", "long"))] == ["verdict"]
     for done in (first, second):
         assert done.returncode != 0
-        assert "stages.finetune.min_supervised_share: 100.00%" in done.stdout[-1500:]
+        assert f'mixtures.finetune.skip_samples "#{number}"' in done.stdout[-1500:]
 
 
 def steps_since_start(state, attempt):

@@ -237,3 +237,24 @@ def kill_group(process, number=signal.SIGKILL):
     """Kills Snakemake alone, not its jobs: they run in the same group but only its process is named."""
     os.kill(process.pid, number)
     process.wait()
+
+
+def spoil_a_picture(workspace, mixture, order, step, batch=8):
+    """Changes some bytes of a picture that a training in that order meets in that step, or soon after where
+    the step has no picture; gives its record's number. Nothing else of the file is another.
+    """
+    from llava_ext.data.sampler import EpochSampler
+    from llava_ext.data.samples import open_samples
+
+    store = open_samples(workspace.folder / f"data/mixtures/{mixture}/samples.json")
+    met = EpochSampler(store.lengths, order, batch, 1, 42).order()[(step - 1) * batch :]
+    index = next(index for index in met if len(store._rows(index)))
+    row = store._rows(index)[0]
+    path = Path(store._stores[row["store"]].path)
+    assert workspace.folder in path.absolute().parents
+    before = path.stat()
+    with path.open("r+b") as stream:
+        stream.seek(int(row["offset"]) + 20)
+        stream.write(b"spoilt")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    return index + 1
