@@ -9,7 +9,7 @@ JOBS   ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-slow test-all golden lint format docs bench slurm-sandbox
+.PHONY: help env demo test test-slow test-gpu test-all golden lint format docs bench slurm-sandbox
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -27,6 +27,9 @@ test: env  ## the fast tests
 
 test-slow: env  ## real trainings, the real Snakefile, a real Slurm where it is installed
 	$(PYTEST) -m "$(SLOW)"
+
+test-gpu: env  ## what needs a CUDA GPU; says so where there is none
+	$(BIN)/python -m pytest -m gpu
 
 test-all: test test-slow  ## everything
 

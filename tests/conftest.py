@@ -3,6 +3,8 @@
 import signal
 import threading
 
+import pytest
+
 # The demo's models and pictures, which several rooms' tests need, are made once for the session.
 pytest_plugins = ["tests.support.demo"]
 
@@ -14,3 +16,15 @@ def pytest_configure(config):
     ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     if ignored and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items):
+    """Tests of a GPU say where there is none."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU, and torch can use none here"))
