@@ -38,6 +38,7 @@ include: "rules/data.smk"
 include: "rules/models.smk"
 include: "rules/train.smk"
 include: "rules/evaluate.smk"
+include: "rules/diagnose.smk"
 include: "rules/results.smk"
 
 
@@ -58,6 +59,7 @@ localrules:
     score,
     evaluation,
     compare,
+    diagnostics,
     report,
     list_unused,
     clean_unused,

@@ -55,6 +55,9 @@ rule report:
         comparisons=expand(
             "experiments/{experiment}/comparison.json", experiment=plan.comparisons()
         ),
+        diagnostics=expand(
+            "experiments/{experiment}/diagnostics.json", experiment=plan.diagnosed()
+        ),
         trainings=[run.manifest for run in plan.trainings()],
         mixtures=expand(
             "data/mixtures/{mixture}/manifest.json", mixture=plan.used_mixtures()

@@ -29,7 +29,7 @@ MISNAMED = {
     "slurm_constraint": "constraint",
     "time": "runtime",
 }
-LIGHT = ("acquire", "prepare_model", "checkpoint", "report", "score", "evaluation", "compare")
+LIGHT = ("acquire", "prepare_model", "checkpoint", "report", "score", "evaluation", "compare", "diagnostics")
 RULES = (*STAGES, *STEP_JOBS, "predict_shard", *LIGHT)
 RESOURCES = (
     *("slurm_partition", "slurm_account", "qos", "constraint", "cluster", "clusters", "slurm_extra"),

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from llava_ext.analysis.diagnostics import permuted_vision_tokens, token_norms
+from llava_ext.analysis.diagnostics import permuted_vision_tokens
 from llava_ext.analysis.generation import answer, generate_ids
 from llava_ext.data.images import ImagePreprocessor
 from llava_ext.model.interventions import FLAGS
@@ -96,26 +96,3 @@ def test_permuted_answers_come_from_the_hook():
     assert permuted == answer(model, tokenizer, images, QUESTIONS, permute_seed=3, **options)
     assert permuted[1] == plain[1]  # no picture, nothing to permute
     assert plain == answer(model, tokenizer, images, QUESTIONS, **options)
-
-
-def test_token_norms_separate_vision_from_text():
-    model, tokenizer, images = make_model(flags("normalize_projector"))
-    batch = make_batch(model, tokenizer, images)
-    norms = token_norms(model, [batch, batch])
-    layers = model.config.text_config.num_hidden_layers
-    assert len(norms.vision) == len(norms.text) == layers + 1
-    assert (norms.vision_tokens, norms.text_tokens) == (64, 2 * int(batch["attention_mask"].sum()) - 64)
-    wanted = model.config.projector_max_norm * model.config.projector_scale
-    assert norms.vision[0] == pytest.approx(wanted, rel=1e-4) and norms.vision_std[0] < 1e-4
-    embedded = model.get_input_embeddings()(batch["input_ids"].clamp(max=1999)).detach().norm(dim=-1)
-    text = batch["attention_mask"] & (batch["input_ids"] != model.config.image_token_id)
-    assert norms.text[0] == pytest.approx(float(embedded[text].mean()), rel=1e-4)
-    assert norms.ratio[0] == pytest.approx(norms.vision[0] / norms.text[0])
-
-
-def test_token_norms_need_both_kinds():
-    model, tokenizer, images = make_model()
-    from tests.support.models import RECORDS
-
-    with pytest.raises(ValueError, match="no vision tokens"):
-        token_norms(model, [make_batch(model, tokenizer, images, [RECORDS[1]])])

@@ -110,6 +110,14 @@ def batch_and_shards(workspace):
     return set()
 
 
+def diagnostics_switched_on(workspace):
+    workspace.config["diagnostics"] = {"batch_size": 2, "runtime_min": 5}
+    plan = workspace.plan()
+    looked = {f"diagnose: {item.run.manifest}" for item in plan.diagnoses.values()}
+    named = {f"diagnostics: experiments/{name}/diagnostics.json" for name in plan.diagnosed()}
+    return looked | named | lines("report", [], workspace)
+
+
 def new_experiment(workspace):
     workspace.config["experiments"]["normalize"] = {"interventions": {"normalize_projector": True}}
     return expected(workspace, AFTER_FINETUNE | {"pretrain"}, ["normalize"])
@@ -200,6 +208,7 @@ RERUN_SOMETHING = {
     "a new experiment": new_experiment,
     "prompt of a task": prompt,
     "metric of a task": metric,
+    "diagnostics switched on": diagnostics_switched_on,
     "caption policy": caption_policy,
     "mixture weight": mixture_weight,
     "a data file": replaced_data,

@@ -51,6 +51,22 @@ def check_evaluation(config: Config, experiments: list[Experiment]) -> Iterator[
             yield from _reference(key, chosen, "evaluation.tasks", tasks)
 
 
+def check_diagnostics(config: Config, experiments: list[Experiment]) -> Iterator[Problem]:
+    """Diagnostics have tasks, and those that they name exist."""
+    spec, tasks = config.diagnostics, config.evaluation.tasks if config.evaluation else {}
+    if spec is None:
+        return
+    if not tasks:
+        yield Problem(
+            "diagnostics",
+            "a section without evaluation",
+            "only with an evaluation, whose questions are shown",
+            "add the section evaluation, or remove diagnostics",
+        )
+    for place, chosen in enumerate(spec.tasks or ()):
+        yield from _reference(f"diagnostics.tasks[{place}]", chosen, "evaluation.tasks", tasks)
+
+
 def check_files(config: Config, experiments: list[Experiment]) -> Iterator[Problem]:
     """Files and folders of this machine that the configuration names are there."""
     for name, source in config.sources.items():
@@ -295,6 +311,7 @@ def _least_tokens(config: Config, experiment: Experiment) -> int | None:
 CHECKS: tuple[Callable[[Config, list[Experiment]], Iterator[Problem]], ...] = (
     check_mixtures,
     check_evaluation,
+    check_diagnostics,
     check_files,
     check_models,
     check_stages,

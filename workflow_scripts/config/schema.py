@@ -6,6 +6,7 @@ from pydantic import Field, field_validator
 
 from workflow_scripts.config.base import StrictModel
 from workflow_scripts.config.compute import ComputeSpec
+from workflow_scripts.config.diagnostics import DiagnosticsSpec
 from workflow_scripts.config.evaluation import EvaluationSpec
 from workflow_scripts.config.experiments import ExperimentSpec
 from workflow_scripts.config.mixtures import MixtureSpec
@@ -40,6 +41,10 @@ class Config(StrictModel):
     """What is trained, by name: each becomes `experiments/<name>/checkpoint.json`."""
     evaluation: EvaluationSpec | None = None
     """What is measured on the finished checkpoints; left out, nothing is."""
+    diagnostics: DiagnosticsSpec | None = None
+    """What is looked at inside the finished checkpoints, with the evaluation's questions; left out, nothing
+    is. `{}` means all that there is.
+    """
     python: str | None = None
     """The interpreter of the jobs. Left out: the one that runs Snakemake, or `python` inside conda and
     containers.

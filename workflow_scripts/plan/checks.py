@@ -22,10 +22,17 @@ def check_targets(plan: Plan, targets: Iterable[str]) -> None:
     """
     for target in targets:
         match Path(target).parts[-4:]:
-            case (*_, "experiments", name, "checkpoint.json" | "comparison.json" as file):
+            case (
+                *_,
+                "experiments",
+                name,
+                "checkpoint.json" | "comparison.json" | "diagnostics.json" as file,
+            ):
                 _check_experiment(plan, target, name)
                 if file == "comparison.json" and name not in plan.comparisons():
                     raise UserError(_not_compared(plan, target, name))
+                if file == "diagnostics.json" and name not in plan.diagnosed():
+                    raise UserError(f"{target}: {name} is not looked into; {_diagnostics_advice(plan)}")
             case ("experiments", name, "evaluation", file) if file.endswith(".json"):
                 _check_experiment(plan, target, name)
                 _check_task(plan, target, name, file.removesuffix(".json"))
@@ -44,6 +51,12 @@ def _check_task(plan: Plan, target: str, name: str, task: str) -> None:
     if task not in tasks:
         advice = suggestion(task, tasks, f"add it to evaluation.tasks (and to experiments.{name}.tasks)")
         raise UserError(f"{target}: {name} is not asked {task!r}; tasks: {known(tasks)}; {advice}")
+
+
+def _diagnostics_advice(plan: Plan) -> str:
+    if plan.config.diagnostics is None:
+        return "add the section diagnostics: {}"
+    return "none of its tasks is in diagnostics.tasks"
 
 
 def _not_compared(plan: Plan, target: str, name: str) -> str:

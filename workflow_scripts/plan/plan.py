@@ -15,6 +15,7 @@ from workflow_scripts.config.evaluation import TaskSpec
 from workflow_scripts.config.experiments import Experiment
 from workflow_scripts.config.load import Loaded, load_files
 from workflow_scripts.config.stages import StageSpec
+from workflow_scripts.plan.diagnoses import Diagnosis, find_diagnoses
 from workflow_scripts.plan.evaluations import Evaluation, find_evaluations, shard_files, statistics_of
 from workflow_scripts.plan.runs import Run, find_runs
 from workflow_scripts.plan.specs import plain
@@ -30,7 +31,9 @@ class Plan:
         self.experiments = loaded.experiments
         self.runs = find_runs(self.config, self.experiments)
         self.evaluations = find_evaluations(self.config, self.experiments, self.runs)
+        self.diagnoses = find_diagnoses(self.config, self.experiments, self.runs)
         answered = [run for item in self.evaluations.values() for run in (item.predict, item.score)]
+        answered += [item.run for item in self.diagnoses.values()]
         self.by_name = {(run.stage, run.name): run for run in [*self.runs.values(), *answered]}
         self.surveys = find_surveys(self.experiments)
 
@@ -71,9 +74,11 @@ class Plan:
         return self.config.compute[self.experiment_of(stage, name).stage(stage).compute]
 
     def single_job(self, stage: str, name: str) -> dict[str, Any]:
-        """Resources of an export (CPU) or of predictions (one GPU where the training has some)."""
+        """Resources of an export (CPU), of predictions or a diagnosis (one GPU where the training has
+        some).
+        """
         compute = self.config.compute[self.experiment_of(stage, name).stage(last_stage()).compute]
-        on_gpu = stage == "predict" and compute.gpus_per_node > 0
+        on_gpu = stage in ("predict", "diagnose") and compute.gpus_per_node > 0
         return {
             "mem_mb": min(compute.mem_mb, 64000),
             "gres": f"{split_gres(compute.gres or 'gpu')[0]}:1" if on_gpu else None,
@@ -174,7 +179,9 @@ class Plan:
         return self.config.evaluation.tasks[task]
 
     def task_of(self, stage: str, name: str) -> tuple[str, TaskSpec]:
-        """The task of a run of predictions or scores. Raises KeyError for a folder of another config."""
+        """The task of a run of predictions, scores or a diagnosis. Raises KeyError for a folder of another
+        config.
+        """
         task = self.by_name[stage, name].task
         return task, self.task_spec(task)
 
@@ -185,6 +192,14 @@ class Plan:
     def evaluations_of(self, experiment: str) -> list[Evaluation]:
         """An experiment's evaluations."""
         return [item for (name, _), item in self.evaluations.items() if name == experiment]
+
+    def diagnoses_of(self, experiment: str) -> list[Diagnosis]:
+        """An experiment's diagnoses."""
+        return [item for (name, _), item in self.diagnoses.items() if name == experiment]
+
+    def diagnosed(self) -> list[str]:
+        """The experiments that are looked into."""
+        return list(dict.fromkeys(name for name, _ in self.diagnoses))
 
     @property
     def baseline(self) -> str | None:

@@ -23,6 +23,7 @@ STEP_JOBS = {
     "survey": StepJob(threads=8, runtime=120, mem_mb=8000),
     "export": StepJob(threads=1, runtime=120),
     "predict": StepJob(threads=1, runtime=120),
+    "diagnose": StepJob(threads=1, runtime=60),
 }
 
 

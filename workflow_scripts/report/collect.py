@@ -23,6 +23,7 @@ class Collected:
     checkpoints: dict[str, Manifest] = field(default_factory=dict)
     evaluations: dict[tuple[str, str], Manifest] = field(default_factory=dict)
     comparisons: dict[str, Manifest] = field(default_factory=dict)
+    diagnostics: dict[str, Manifest] = field(default_factory=dict)
     trainings: dict[tuple[str, str], Manifest] = field(default_factory=dict)
     mixtures: dict[str, Manifest] = field(default_factory=dict)
     surveys: dict[str, Manifest] = field(default_factory=dict)
@@ -42,6 +43,8 @@ def collect(paths: Iterable[Path]) -> Collected:
             found.evaluations[content["experiment"], content["task"]] = path, content
         elif {"experiment", "baseline", "tasks"} <= keys:
             found.comparisons[content["experiment"]] = path, content
+        elif {"experiment", "diagnostics"} <= keys:
+            found.diagnostics[content["experiment"]] = path, content
         elif {"stage", "run", "folder"} <= keys:
             found.trainings[content["stage"], content["run"]] = path, content
         elif {"survey", "layouts"} <= keys:
@@ -55,8 +58,9 @@ def collect(paths: Iterable[Path]) -> Collected:
         else:
             raise UserError(
                 f"{path}: no manifest that a report is made from; allowed: experiments/*/checkpoint.json,"
-                " experiments/*/comparison.json, experiments/*/evaluation/*.json and the manifest.json"
-                " files of sources, scans, mixtures, surveys and trainings"
+                " experiments/*/comparison.json, experiments/*/diagnostics.json,"
+                " experiments/*/evaluation/*.json and the manifest.json files of sources, scans, mixtures,"
+                " surveys and trainings"
             )
     return found
 

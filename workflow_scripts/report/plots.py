@@ -16,7 +16,8 @@ matplotlib.use("svg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 # Told apart on white and on near-black, also by people with colour-blindness; later experiments get dashes.
 PALETTE = ("#3b7dd8", "#e07b39", "#2f9e6e", "#b65fc2", "#c9a227", "#3fa7b5", "#d1495b", "#80868f")
@@ -177,3 +178,63 @@ def accuracy_figure(
         panels[0][0].set_yticks(range(len(rows)), [row["name"] for row in rows])
         figure.subplots_adjust(wspace=0.12)
         return to_svg(figure, label)
+
+
+def diagnostics_figure(panels: Sequence[Mapping[str, Any]], label: str) -> str:
+    """One column an experiment: above, norms by layer (full line: vision, dashed: text); below, CMB by layer
+    and head, from 0 (text alone, the page's colour) to 1 (vision alone, the experiment's).
+
+    ``panels``: mappings with name, index (colour), norms (vision and text: layers, values) and cmb (a table,
+    heads x layers).
+    """
+    columns = min(len(panels), 4)
+    rows = -(-len(panels) // columns)
+    with pyplot.rc_context(STYLE):
+        size = (2.6 * columns + 0.6, 3.4 * rows)
+        figure, grid = pyplot.subplots(2 * rows, columns, figsize=size, squeeze=False)
+        for place in range(rows * columns):
+            row, column = divmod(place, columns)
+            above, below = grid[2 * row][column], grid[2 * row + 1][column]
+            if place < len(panels):
+                _norm_panel(above, panels[place])
+                _head_panel(below, panels[place])
+            else:
+                above.set_axis_off()
+                below.set_axis_off()
+        high = max(value for panel in panels for _, values in panel["norms"].values() for value in values)
+        low = min(value for panel in panels for _, values in panel["norms"].values() for value in values)
+        for axes in grid[::2].flat:
+            axes.set_ylim(low / 1.4, high * 1.4)
+        for row in range(rows):
+            grid[2 * row][0].set_ylabel("norm")
+            grid[2 * row + 1][0].set_ylabel("head")
+        figure.tight_layout()
+        return to_svg(figure, label)
+
+
+def _norm_panel(axes: Axes, panel: Mapping[str, Any]) -> None:
+    for (layers, values), style in zip(panel["norms"].values(), ("solid", "dashed"), strict=True):
+        axes.plot(layers, values, color=colour(panel["index"]), linestyle=style, linewidth=1.6)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
+    axes.set_title(panel["name"], fontsize=11, loc="left")
+
+
+def _head_panel(axes: Axes, panel: Mapping[str, Any]) -> None:
+    table = panel["cmb"]
+    for head, shares in enumerate(table.to_numpy()):
+        for layer, share in zip(table.columns, shares, strict=True):
+            box = (layer - 0.46, head - 0.46)
+            axes.add_patch(
+                Rectangle(
+                    box, 0.92, 0.92, facecolor=colour(panel["index"]), edgecolor="none", alpha=float(share)
+                )
+            )
+    axes.set_xlim(min(table.columns) - 0.6, max(table.columns) + 0.6)
+    axes.set_ylim(len(table) - 0.4, -0.6)
+    axes.grid(visible=False)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=4))
+    axes.set_xlabel("layer")

@@ -8,6 +8,7 @@ configuration without an evaluation gets a page without accuracies:
   experiments/<experiment>/checkpoint.json   names of the experiments, their runs, links to the checkpoints
   experiments/<experiment>/evaluation/<task>.json   accuracies and example answers
   experiments/<experiment>/comparison.json   differences to the baseline
+  experiments/<experiment>/diagnostics.json  norms and attention, from the tables that it names
   runs/<stage>/<run>/manifest.json   losses and provenance, from the files beside it
   data/mixtures/<mixture>/manifest.json      what was dropped and kept, a contact sheet of samples
   data/surveys/<survey>/manifest.json        lengths in tokens, what is cut, what has no label
@@ -26,7 +27,7 @@ from typing import Any
 from llava_ext.files import write_text
 from workflow_scripts.command_line import command_line
 from workflow_scripts.io import user_errors
-from workflow_scripts.report import collect, evaluations
+from workflow_scripts.report import collect, diagnostics, evaluations
 from workflow_scripts.report.collect import Collected
 from workflow_scripts.report.table import text_table
 from workflow_scripts.stages import STAGES
@@ -149,6 +150,7 @@ def render(found: Collected, page: Path) -> str:
         experiments=experiment_rows(found, colours, page),
         evaluation=evaluations.summary(tasks, found, colours),
         tasks=evaluations.task_sections(tasks, found, colours),
+        diagnostics=diagnostics.sections(found, colours),
         examples=evaluations.example_cards(tasks, found),
         names=list(dict.fromkeys(asked)),
         trainings=trainings,
@@ -174,6 +176,8 @@ def write_report(inputs: Sequence[Path], output: Path) -> str:
     tasks = collect.evaluations_by_task(found)
     if tasks:
         evaluations.write_tables(tasks, found, output.parent)
+    if found.diagnostics:
+        diagnostics.write_table(found, output.parent)
     write_text(output, render(found, output))
     return text_table(tasks)
 

@@ -75,7 +75,7 @@ def kinds_of_job(plan: Plan, configfiles: Sequence[Path], profile: Path) -> list
         asked = {**resources_of(compute), "threads": compute.cpus}
         own = {key: _of_compute(name, key, value, configfiles) for key, value in asked.items()}
         jobs.append(_job(f"{run.stage} on compute.{name}", run.stage, own, profile))
-    for stage in ("export", "predict"):
+    for stage in ("export", "predict", "diagnose"):
         for name in plan.names(stage):
             compute_name = plan.experiment_of(stage, name).stage(list(STAGES)[-1]).compute
             asked = plan.single_job(stage, name)

@@ -1,0 +1,1 @@
+"""Looks into finished checkpoints: norms, attention, rotary positions."""
