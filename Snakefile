@@ -38,6 +38,7 @@ include: "rules/data.smk"
 include: "rules/models.smk"
 include: "rules/train.smk"
 include: "rules/evaluate.smk"
+include: "rules/common_diagnose.smk"
 include: "rules/diagnose.smk"
 include: "rules/results.smk"
 

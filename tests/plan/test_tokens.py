@@ -27,7 +27,7 @@ def plan(tmp_path, monkeypatch):
     layouts = [
         {
             "of": [image_layout(experiment.model, experiment.interventions)],
-            "all": {"samples": 1000, "tokens": tokens},
+            "all": {"samples": 1000, "tokens": tokens, "length": {"longest": 900}},
         }
         for experiment, tokens in zip(plan.experiments.values(), (900_000, 300_000), strict=True)
     ]
