@@ -90,9 +90,8 @@ def test_images_that_changed_since_the_scan_are_not_trained_on(mixture):
         stream.write(b"\0\0\0\0")
     (mixture.path / "folder" / "sub" / "0.jpg").write_bytes(encoded(seed=77))
     for index, name in ((0, "zip.zip"), (3, "folder")):
-        with pytest.raises(SamplesError, match=f"{name} is not what the scan saw") as error:
+        with pytest.raises(SamplesError, match=f"{name} is not what the scan saw"):
             store.image_bytes(index)
-        assert f"sample {index}" in str(error.value)
     (mixture.path / "tar.tar").write_bytes(b"short")
     with pytest.raises(SamplesError, match="ends at byte"):
         store.image_bytes(2)
