@@ -27,7 +27,7 @@ from ..distributed import memory
 from ..distributed.gather import count, whole
 from ..errors import NoVerdict, TrainingError, say
 from ..model.attention import attend_by_segments, check_family, while_loading
-from ..model.build import build_model, reset_projector
+from ..model.build import build_model, image_config, reset_projector
 from ..model.language_models import text_model_type
 from ..model.modeling_spatial_llava import VARLEN
 from ..model.parts import (
@@ -138,9 +138,17 @@ def make_trainer(
 
 
 def _check_families(arguments: Arguments, folders: dict[str, Path]) -> None:
-    """Refuses towers and language models that are not registered, before anything is loaded."""
-    tower = tower_config(folders["vision_tower"])
-    check_select_feature(tower, arguments.model.mm_vision_select_feature == "cls_patch")
+    """Refuses towers and language models that are not registered, and a compression that keeps every token of
+    this tower, before anything is loaded.
+    """
+    keeps_all, flags = arguments.model.mm_vision_select_feature == "cls_patch", arguments.interventions
+    check_select_feature(tower_config(folders["vision_tower"]), keeps_all)
+    side = image_config(folders["vision_tower"], flags, keeps_all).grid_side
+    if flags.final_spatial_size == side**2 and not flags.published_behaviour:
+        raise TrainingError(
+            f"--final_spatial_size {side**2}: as many tokens as the tower's grid has are no compression;"
+            " choose fewer, or leave --compression_after_projection out"
+        )
     check_language_model(folders["llm"])
     if arguments.model.attention == VARLEN:
         check_family(text_model_type(folders["llm"]))

@@ -161,6 +161,12 @@ def test_a_disk_that_is_too_small_is_said_before_the_first_step(tmp_path, train_
     stopped(train_here(short(1, tmp_path)), "GiB are free, the final weights need")
 
 
+def test_a_compression_to_all_tokens_is_refused(tmp_path, train_here):
+    """The tower has 4x4 patches."""
+    flags = {"compression_after_projection": True, "final_spatial_size": 16}
+    stopped(train_here(short(1, tmp_path, **flags)), "--final_spatial_size 16", "no compression")
+
+
 def test_a_projector_of_another_layer_of_the_tower_is_refused(tmp_path, train_here):
     """What stage 1 took of the tower is in the config.json beside its projector; -2 of 3 layers is also 2."""
     folder = tmp_path / "one"
