@@ -17,7 +17,7 @@ from pathlib import Path
 from workflow_scripts.command_line import command_line
 
 CODE_VERSION = 3
-CODE_DIGEST = "c938a2530b5168a3"
+CODE_DIGEST = "89a2269c75ab60f8"
 
 # The modules whose code decides what a training computes.
 NUMERIC = (

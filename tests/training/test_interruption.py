@@ -117,29 +117,30 @@ def test_a_signal_to_every_process_of_a_job_leaves_the_dataset_workers_at_work(
 ):
     """Slurm sends it to all; a worker that died of it would take the training with it, ahead of the save."""
     argv = command_line(
-        2, tmp_path / "out", dataloader_num_workers=2, dataloader_multiprocessing_context=context
+        2, tmp_path / "out", dataloader_num_workers=1, dataloader_multiprocessing_context=context
     )
     # with threads of libraries that the workers load before any code of ours
     process = start(argv, tmp_path / "log", OPENBLAS_NUM_THREADS="2")
     wait_for(lambda: len(rows(tmp_path / "out")) >= 6, process)
-    assert len(descendants(process.pid)) >= 2
+    assert descendants(process.pid)
     signal_tree(process.pid, number)
     assert process.wait(60) == 0, (tmp_path / "log").read_text()[-2000:]
     stopped = result(tmp_path / "out")
     assert stopped["status"] == "interrupted" and 6 <= stopped["step"] < 20
-    run(argv, tmp_path / "log")
+    run(command_line(2, tmp_path / "out"), tmp_path / "log")  # without workers: they change no result
     assert_same(2, tmp_path / "out", uninterrupted(2))
 
 
 @pytest.mark.parametrize("context", ["fork", "forkserver"])
 def test_dataset_workers_do_not_outlive_a_killed_trainer(tmp_path, context):
+    workers = 2 if context == "fork" else 1  # each of the others loads all libraries
     argv = command_line(
-        2, tmp_path / "out", dataloader_num_workers=2, dataloader_multiprocessing_context=context
+        2, tmp_path / "out", dataloader_num_workers=workers, dataloader_multiprocessing_context=context
     )
     process = start(argv, tmp_path / "log")
     wait_for(lambda: len(rows(tmp_path / "out")) >= 3, process)
     left = [Path(f"/proc/{pid}") for pid in descendants(process.pid)]
-    assert len(left) >= 2
+    assert len(left) >= workers
     process.kill()
     process.wait(60)
     deadline = time.monotonic() + 60
