@@ -268,6 +268,11 @@ class LlavaTrainingArguments(TrainingArguments):
         metadata={"help": "auto: continue from the last good checkpoint in --output_dir.", **NO_INFLUENCE},
     )
 
+    def __post_init__(self) -> None:
+        if self.dataloader_num_workers is None:
+            self.dataloader_num_workers = 0 if self.use_cpu else free_cores()
+        super().__post_init__()
+
 
 @dataclass(frozen=True)
 class Arguments:
@@ -326,8 +331,6 @@ def parse(argv: Sequence[str] | None = None) -> Arguments:
     model = _build(ModelArguments, namespace)
     data = _build(DataArguments, namespace)
     _check_before(model, data, namespace)
-    if namespace.dataloader_num_workers is None:
-        namespace.dataloader_num_workers = 0 if namespace.use_cpu else free_cores()
     # Before anything talks to the other processes, which would only wait for one that never comes.
     rendezvous.wait_for_all(namespace.meeting_timeout_s, on_gpus=not namespace.use_cpu)
     if namespace.deepspeed:
