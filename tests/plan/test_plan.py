@@ -250,19 +250,20 @@ def test_an_executor_without_a_shared_file_system_is_refused_in_one_sentence(tmp
 
 
 def test_a_target_behind_the_configuration_is_told_where_to_stand(tmp_path):
-    target = tmp_path / "experiments/vanilla/checkpoint.json"
-    target.parent.mkdir(parents=True)
-    target.write_text('{"experiment": "vanilla"}\n')
-    words = ["--configfile", str(DEMO), "experiments/vanilla/checkpoint.json"]
-    done = subprocess.run(
-        [sys.executable, "-m", "snakemake", "-s", str(ROOT / "Snakefile"), "-n", *words],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=tmp_path,
-    )
-    said = done.stdout + done.stderr
-    assert done.returncode == 1 and "Traceback" not in said
-    assert (
-        "put the target before it, as in `snakemake experiments/vanilla/checkpoint.json --configfile" in said
-    )
+    """Whether it is there already, or not yet."""
+    made, missing = "experiments/vanilla/checkpoint.json", "experiments/normalize/checkpoint.json"
+    (tmp_path / made).parent.mkdir(parents=True)
+    (tmp_path / made).write_text('{"experiment": "vanilla"}\n')
+    for target, hint in (
+        (made, f"put the target before it, as in `snakemake {made} --configfile"),
+        (missing, f"a target stands before it: snakemake {missing} --configfile FILE"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "snakemake", "-s", ROOT / "Snakefile", "-n", "--configfile", DEMO, target],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=tmp_path,
+        )
+        said = done.stdout + done.stderr
+        assert done.returncode == 1 and "Traceback" not in said and hint in said
