@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 GIB = 2**30
 FLOAT32, HALF, ADAM = 4, 2, 8
@@ -28,6 +29,20 @@ class Decoder:
     vocabulary: int
     key_value_share: float = 1.0
     tied: bool = False
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Decoder:
+        """From the entries of a language model's ``config.json``. Raises KeyError where a size is missing."""
+        heads = config.get("num_attention_heads")
+        shared = config.get("num_key_value_heads")
+        return cls(
+            layers=config["num_hidden_layers"],
+            hidden=config["hidden_size"],
+            intermediate=config["intermediate_size"],
+            vocabulary=config["vocab_size"],
+            key_value_share=shared / heads if heads and shared else 1.0,
+            tied=bool(config.get("tie_word_embeddings")),
+        )
 
     @property
     def layer_weights(self) -> int:

@@ -8,13 +8,14 @@ optimizer's state, where an offload keeps its gradients) counts as nothing.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from ..errors import TrainingError
-from .estimate import ADAM, FLOAT32, GIB, HALF, Layout
+from .estimate import FLOAT32, GIB, Layout, layout_of
 from .gather import count
 from .offload import offloads_optimizer
 
@@ -26,35 +27,35 @@ ADAMS = ("adamw_torch", "adamw_torch_fused", "Adam", "AdamW")
 
 def layout(training: Any) -> Layout:
     """The layout that a command line asks for."""
-    half = HALF if training.bf16 or training.fp16 else FLOAT32
-    moments = ADAM if training.optim in ADAMS else 0
-    at_step = FLOAT32 if training.optim == FOREACH else 0
     if training.deepspeed:
-        found = training.hf_deepspeed_config.config
-        return _deepspeed_layout(found, int(training.world_size), half, moments, at_step)
-    if training.fsdp:
-        moved = "parameters" if (training.fsdp_config or {}).get("cpu_offload") else "none"
-        return Layout(3, int(training.world_size), moments=moments, at_step=at_step, offload=moved)
-    cast = HALF if half == HALF else 0
-    return Layout(frozen=half, moments=moments, at_step=at_step, cast=cast)
+        return _deepspeed_layout(training)
+    moved = training.fsdp and (training.fsdp_config or {}).get("cpu_offload")
+    found = layout_of(
+        split=3 if training.fsdp else 0,
+        parts=int(training.world_size) if training.fsdp else 1,
+        half=bool(training.bf16 or training.fp16),
+        engine=False,
+        foreach=training.optim == FOREACH,
+        offload="parameters" if moved else "none",
+    )
+    return found if training.optim in ADAMS else dataclasses.replace(found, moments=0)
 
 
-def _deepspeed_layout(config: Mapping[str, Any], world: int, half: int, moments: int, at_step: int) -> Layout:
-    zero = config.get("zero_optimization", {})
+def _deepspeed_layout(training: Any) -> Layout:
+    config: Mapping[str, Any] = training.hf_deepspeed_config.config
+    zero, own = config.get("zero_optimization", {}), config.get("optimizer")
     moved = "parameters" if (zero.get("offload_param") or {}).get("device", "none") != "none" else "none"
     if moved == "none" and offloads_optimizer(config):
         moved = "optimizer"
-    master = FLOAT32 if half != FLOAT32 else 0
-    if "optimizer" in config:
-        at_step = 0
-        moments = ADAM if config["optimizer"].get("type") in ADAMS else 0
-    if any(value is True for key, value in config.get("bf16", {}).items() if key.startswith("bf16_")):
-        master = moments = 0  # DeepSpeed's switches for states in half precision
-    copied = FLOAT32 if master else 0  # its gradients in float32 beside those of the model
-    return Layout(
-        split=int(zero.get("stage", 0)), parts=world, weight=half, frozen=half, master=master,
-        moments=moments, at_step=at_step + copied, offload=moved,
-    )  # fmt: skip
+    # DeepSpeed's switches for states in half precision: no master, and no gradients beside it
+    small = any(value is True for key, value in config.get("bf16", {}).items() if key.startswith("bf16_"))
+    foreach = own is None and training.optim == FOREACH
+    half = bool(training.bf16 or training.fp16)
+    found = layout_of(int(zero.get("stage", 0)), int(training.world_size), half, True, foreach, moved)
+    if small:
+        return dataclasses.replace(found, master=0, moments=0, at_step=FLOAT32 if foreach else 0)
+    name = training.optim if own is None else own.get("type")
+    return found if name in ADAMS else dataclasses.replace(found, moments=0)
 
 
 def check(model: Any, training: Any, room: int | None = None) -> None:

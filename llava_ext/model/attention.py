@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch import library as operators
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import repeat_kv
@@ -92,6 +93,8 @@ def _on_gpu(
             key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
     if "scale" in PARAMETERS:
         causal["scale"] = scale
+    elif scale != query.shape[-1] ** -0.5:
+        raise ValueError(f"attention varlen: torch {torch.__version__} takes no scale of its own; use sdpa")
     found: Any = varlen_attn(query, key, value, starts, starts, longest, longest, **causal)
     return found
 
@@ -99,7 +102,7 @@ def _on_gpu(
 # One operator, so that a compiled layer holds it whole: it reads the segments' places.
 
 
-@torch.library.custom_op("llava_ext::attend_segments", mutates_args=())
+@operators.custom_op("llava_ext::attend_segments", mutates_args=())
 def attend_segments(
     query: Tensor, key: Tensor, value: Tensor, starts: Tensor, scale: float, window: int
 ) -> Tensor:
@@ -117,7 +120,7 @@ def attend_segments(
     return found
 
 
-@torch.library.custom_op("llava_ext::attend_segments_backward", mutates_args=())
+@operators.custom_op("llava_ext::attend_segments_backward", mutates_args=())
 def attend_segments_backward(
     gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, starts: Tensor, scale: float, window: int
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -27,7 +27,7 @@ def choose_interval(model: Any, training: Any, tokens: int, room: int | None = N
         if training.device.type != "cuda":
             return 0, "--checkpoint_layers auto: on the CPU all activations are kept"
         room = int(torch.cuda.get_device_properties(training.device).total_memory)
-    decoder = decoder_of(model.config.text_config)
+    decoder = Decoder.of(model.config.text_config.to_dict())
     trained = count(parameter for parameter in model.parameters() if parameter.requires_grad)
     frozen = count(model.parameters()) - trained
     learns = any(component(name) == LANGUAGE_MODEL for name in trainable_names(model))
@@ -49,16 +49,3 @@ def _interval(decoder: Decoder, states: Layout, trained: int, frozen: int, work:
         return 1 if needed is None else 0
     fitting = range(decoder.layers, 0, -1)
     return next(every for every in fitting if recomputed_layers(every, decoder.layers) >= needed)
-
-
-def decoder_of(config: Any) -> Decoder:
-    """The sizes of a language model's config."""
-    heads = config.num_attention_heads
-    return Decoder(
-        layers=config.num_hidden_layers,
-        hidden=config.hidden_size,
-        intermediate=config.intermediate_size,
-        vocabulary=config.vocab_size,
-        key_value_share=(getattr(config, "num_key_value_heads", None) or heads) / heads,
-        tied=bool(config.tie_word_embeddings),
-    )

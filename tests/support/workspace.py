@@ -161,11 +161,12 @@ class Workspace:
             start_new_session=True,
         )
 
-    def run(self, *arguments, check=True, timeout=600):
+    def run(self, *arguments, check=True, timeout=600, stdin=None):
         done = subprocess.run(
             self.command(*arguments),
             cwd=self.folder,
             env=self.environment(),
+            stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

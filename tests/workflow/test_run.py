@@ -93,19 +93,10 @@ def answered(workspace, answer, *arguments):
     """Snakemake at a terminal, where somebody answers its question; what it printed."""
     terminal, inside = pty.openpty()
     os.write(terminal, f"{answer}\n".encode())
-    process = subprocess.run(
-        workspace.command(*arguments),
-        cwd=workspace.folder,
-        env=workspace.environment(),
-        stdin=inside,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
+    output = workspace.run(*arguments, stdin=inside, timeout=120).stdout
     os.close(terminal)
     os.close(inside)
-    return process.stdout + process.stderr
+    return output
 
 
 def grow_old(folder, days=30):

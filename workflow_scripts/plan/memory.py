@@ -28,6 +28,14 @@ CAPTION_TOKENS = 128
 """Text of a caption sample, at most, where no survey says it."""
 SPLIT = {"none": 0, "ddp": 0, "zero2": 2, "zero3": 3, "fsdp": 3}
 
+# What a model's section may state, by the names of its config.json.
+STATED = {
+    "layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "vocabulary_size": "vocab_size",
+}
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -41,52 +49,33 @@ class Sizes:
 def sizes_of(plan: Plan, run: Run) -> Sizes | None:
     """Sizes of the models of a training; None where they are not known yet."""
     model = plan.experiments[run.experiment].model
-    llm, tower = (_known(plan, name) for name in (model.llm, model.vision_tower))
-    wanted = ("layers", "hidden_size", "intermediate_size")
-    if not all(llm.get(key) for key in (*wanted, "vocabulary_size")) or not all(map(tower.get, wanted)):
+    try:
+        decoder = Decoder.of(_known(plan, model.llm))
+        tower = _known(plan, model.vision_tower)
+        width = tower["hidden_size"]
+        layer = 4 * width**2 + 2 * width * tower["intermediate_size"]
+        weights = float(tower["num_hidden_layers"] * layer)
+    except KeyError:
         return None
-    heads, shared = llm.get("heads"), llm.get("key_value_heads")
-    decoder = Decoder(
-        layers=llm["layers"],
-        hidden=llm["hidden_size"],
-        intermediate=llm["intermediate_size"],
-        vocabulary=llm["vocabulary_size"],
-        key_value_share=shared / heads if heads and shared else 1.0,
-        tied=bool(llm.get("tied")),
-    )
-    width = tower["hidden_size"]
-    layer = 4 * width**2 + 2 * width * tower["intermediate_size"]
-    projector = (width + decoder.hidden) * decoder.hidden
-    return Sizes(decoder, float(tower["layers"] * layer), float(projector))
+    return Sizes(decoder, weights, float((width + decoder.hidden) * decoder.hidden))
 
 
 def _known(plan: Plan, name: str) -> dict[str, Any]:
-    """What the prepared model's own config says, else what the configuration states."""
-    manifest = Path("models") / name / "manifest.json"
+    """What is known of a model, by the names of its ``config.json``: the prepared copy's, else what the
+    configuration states, else the folder's that it names.
+    """
+    manifest, spec = Path("models") / name / "manifest.json", plan.config.models[name]
     if manifest.is_file():
-        path = manifest.parent / read_json(manifest)["folder"] / "config.json"
-        return _from_config(read_json(path))
-    spec: Any = plan.config.models[name]
-    known = dict(spec) if spec.kind in ("hub", "path") else {}
-    if spec.kind == "path" and (Path(spec.path).expanduser() / "config.json").is_file():
-        found = _from_config(read_json(Path(spec.path).expanduser() / "config.json"))
-        known = found | {key: value for key, value in known.items() if value is not None}
-    return known
+        return _read(manifest.parent / read_json(manifest)["folder"] / "config.json")
+    stated = {theirs: getattr(spec, ours, None) for ours, theirs in STATED.items()}
+    found = {key: value for key, value in stated.items() if value is not None}
+    return (_read(Path(spec.path).expanduser() / "config.json") if spec.kind == "path" else {}) | found
 
 
-def _from_config(content: dict[str, Any]) -> dict[str, Any]:
-    """Our names of what a transformers config says."""
-    content = content.get("vision_config", content)
-    names = {
-        "layers": "num_hidden_layers",
-        "hidden_size": "hidden_size",
-        "intermediate_size": "intermediate_size",
-        "vocabulary_size": "vocab_size",
-        "heads": "num_attention_heads",
-        "key_value_heads": "num_key_value_heads",
-        "tied": "tie_word_embeddings",
-    }
-    return {ours: content[theirs] for ours, theirs in names.items() if content.get(theirs) is not None}
+def _read(path: Path) -> dict[str, Any]:
+    content = read_json(path) if path.is_file() else {}
+    found: dict[str, Any] = content.get("vision_config", content)
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def longest_sample(plan: Plan, run: Run) -> int:
