@@ -118,12 +118,15 @@ def show_answers(chat: Chat, question: str) -> None:
 def _side_by_side(chat: Chat, question: str) -> None:
     from rich.live import Live
     from rich.table import Table
+    from rich.text import Text
 
     texts = {speaker.name: "" for speaker in chat.speakers}
 
     def table() -> Table:
-        made = Table(*texts, expand=True)
-        made.add_row(*texts.values())
+        made = Table(expand=True)
+        for name in texts:
+            made.add_column(Text(name))  # brackets are no markup here
+        made.add_row(*map(Text, texts.values()))
         return made
 
     with Live(table()) as live:
@@ -212,6 +215,10 @@ def check(options: argparse.Namespace) -> None:
         raise TrainingError("--compare: names a checkpoint twice; give other ones")
     if options.max_new_tokens < 1:
         raise TrainingError(f"--max_new_tokens {options.max_new_tokens}: allowed is a number from 1 on")
+    if options.page is not None and (options.image or options.question):
+        raise TrainingError(
+            "--page: picture and question are given on the page; leave --image and --question out"
+        )
     if options.permute is not None and options.image is None and options.page is None:
         raise TrainingError("--permute: there are vision tokens only with --image; give a picture")
 

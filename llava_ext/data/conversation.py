@@ -145,18 +145,12 @@ def inference_prompt(
     asked = [*(question for question, _ in history), question]
     if has_image and not any(IMAGE_TOKEN in text for text in asked):
         asked[0] = f"{IMAGE_TOKEN}\n{asked[0]}"
-    answers = [*(answer for _, answer in history), ""]
+    rounds = zip(asked, [*(answer for _, answer in history), ""], strict=True)
+    roles = ("user", "assistant") if style.style == "tokenizer" else style.roles
+    turns = [turn for pair in rounds for turn in zip(roles, pair, strict=True)]
     if style.style == "tokenizer":
-        rounds = zip(asked, answers, strict=True)
-        messages = [
-            {"role": role, "content": text}
-            for pair in rounds
-            for role, text in zip(("user", "assistant"), pair, strict=True)
-        ]
-        return chat_of(tokenizer).render(messages[:-1], ask=True)
-    turns = [
-        turn for pair in zip(asked, answers, strict=True) for turn in zip(style.roles, pair, strict=True)
-    ]
+        messages = [{"role": role, "content": text} for role, text in turns[:-1]]
+        return chat_of(tokenizer).render(messages, ask=True)
     return dialogue_text(style, turns)
 
 

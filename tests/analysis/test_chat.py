@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
 import pty
@@ -133,6 +134,7 @@ def test_a_person_asks_on_and_takes_another_picture(folder, tmp_path):
         (["--checkpoint", "nowhere"], "nowhere: no config.json; give a checkpoint folder"),
         (["--checkpoint", "VANILLA", "--compare", "VANILLA"], "names a checkpoint twice"),
         (["--checkpoint", "VANILLA", "--permute"], "only with --image"),
+        (["--checkpoint", "VANILLA", "--page", "--question", "What?"], "given on the page"),
         (["--checkpoint", "VANILLA", "--image", "gone.png"], "--image gone.png"),
         (["--checkpoint", "VANILLA", "--max_new_tokens", "0"], "a number from 1 on"),
         (["--checkpoint", "VANILLA", "--question", "what is <image>?"], "needs one <image>"),
@@ -151,8 +153,26 @@ def test_a_picture_that_is_none(tmp_path):
         chat.open_image(tmp_path / "page.jpg")
 
 
-def test_the_page_needs_gradio_or_says_so(folder):
-    """With Gradio: the same answers, over HTTP."""
+def test_without_gradio_the_page_says_how_to_get_it(folder, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(SystemExit):
+        chat.main(["--checkpoint", str(folder / "vanilla"), "--page"])
+    assert "pip install -r envs/requirements-chat.txt" in capsys.readouterr().err
+
+
+def test_columns_side_by_side_are_no_markup(folder, monkeypatch):
+    """In a terminal; a folder's name may have brackets, as an answer may."""
+    from rich.console import Console
+
+    speaker = load_speaker(folder / "vanilla", torch.device("cpu"), torch.float32)
+    named = dataclasses.replace(speaker, name="a [red] folder")
+    screen = Console(file=io.StringIO(), force_terminal=True, width=160)
+    monkeypatch.setattr("rich.live.get_console", lambda: screen)
+    chat._side_by_side(chat.Chat([named, named.permuted(1)], picture(0), 4), QUESTION)
+    assert "a [red] folder, vision tokens permuted (1)" in screen.file.getvalue()
+
+
+def test_the_page_gives_the_same_answers_over_http(folder):
     gradio = pytest.importorskip("gradio", reason="the page needs Gradio (envs/requirements-chat.txt)")
     from gradio_client import Client, handle_file
 
