@@ -17,7 +17,7 @@ part of the questions and writes a note; without, it answers what is left and pu
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ def ask_missing(
         try:
             starts = range(0, len(left), spec.batch_size)
             for start in progress(starts, len(starts), f"asking {len(left)} questions, batches"):
-                _ask_batch(spec, loaded, left[start : start + spec.batch_size], pictures, file, set(answers))
+                _ask_batch(spec, loaded, left[start : start + spec.batch_size], pictures, file, answers)
         finally:
             file.close()
     return len(left)
@@ -81,7 +81,7 @@ def _ask_batch(
     questions: Sequence[Question],
     pictures: Pictures,
     file: AnswerFile,
-    known: set[Any],
+    known: Container[Any],
 ) -> None:
     names = dict.fromkeys(item.image for item in questions)
     chunk = Chunk(questions, {name: decode_picture(name, pictures(name)) for name in names})

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from workflow_scripts.plan.needs import GB, Item, disk_needs, items_of, missing_
 from workflow_scripts.plan.plan import Plan, read_plan
 from workflow_scripts.plan.runs import Run
 from workflow_scripts.plan.skipped import lines_of_others
-from workflow_scripts.plan.tokens import hours_of, tokens_of
+from workflow_scripts.plan.tokens import hours_of, measured_speeds, tokens_of
 
 
 @dataclass(frozen=True)
@@ -41,15 +41,16 @@ class Job:
 
 def jobs_of(plan: Plan) -> list[Job]:
     """All trainings, stage 1 first."""
-    return [_job(plan, run) for run in plan.trainings()]
+    speeds = measured_speeds(plan)
+    return [_job(plan, run, speeds) for run in plan.trainings()]
 
 
-def _job(plan: Plan, run: Run) -> Job:
+def _job(plan: Plan, run: Run, speeds: Mapping[tuple[str, str], float]) -> Job:
     compute = plan.compute(run.stage, run.name)
     count = compute.nodes * compute.gpus_per_node
     shape = f"{compute.nodes} x {compute.gpus_per_node} GPU" if count else f"{compute.nodes} x CPU"
     tokens = tokens_of(plan, run)
-    hours, is_measured = hours_of(plan, run, tokens)
+    hours, is_measured = hours_of(plan, run, tokens, speeds)
     total = hours * count if hours is not None else None
     used, finished = plan.used_by(run.stage, run.name), Path(run.manifest).is_file()
     needs = memory.needs_of(plan, run)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -38,17 +38,13 @@ def tokens_of(plan: Plan, run: Run) -> int | None:
     return round(seen * every["tokens"] / every["samples"])
 
 
-def measured_speed(plan: Plan, run: Run) -> float | None:
-    """Tokens per second of finished trainings of the same stage in the same kind of job: the median of
-    theirs.
-    """
-    kind = _kind(plan, run)
-    speeds = [
-        speed
-        for other in plan.trainings()
-        if _kind(plan, other) == kind and (speed := _speed(Path(other.manifest))) is not None
-    ]
-    return median(speeds) if speeds else None
+def measured_speeds(plan: Plan) -> dict[tuple[str, str], float]:
+    """Tokens per second by stage and kind of job: the median of trainings that are finished."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for run in plan.trainings():
+        if (speed := _speed(Path(run.manifest))) is not None:
+            found.setdefault(_kind(plan, run), []).append(speed)
+    return {kind: median(speeds) for kind, speeds in found.items()}
 
 
 def _kind(plan: Plan, run: Run) -> tuple[str, str]:
@@ -56,7 +52,7 @@ def _kind(plan: Plan, run: Run) -> tuple[str, str]:
 
 
 def _speed(manifest: Path) -> float | None:
-    speeds = sorted(_speeds(manifest)) if manifest.is_file() else []
+    speeds = list(_speeds(manifest)) if manifest.is_file() else []
     return median(speeds) if speeds else None
 
 
@@ -66,11 +62,13 @@ def _speeds(manifest: Path) -> Iterator[float]:
             yield float(row["tokens_per_s"])
 
 
-def hours_of(plan: Plan, run: Run, tokens: int | None) -> tuple[float | None, bool]:
-    """Hours of a training, and whether they were computed from its tokens and a speed that was seen here;
-    otherwise they are what the configuration expects.
+def hours_of(
+    plan: Plan, run: Run, tokens: int | None, speeds: Mapping[tuple[str, str], float]
+) -> tuple[float | None, bool]:
+    """Hours of a training, and whether they were computed from its tokens and a speed that was seen here
+    (:func:`measured_speeds`); otherwise they are what the configuration expects.
     """
-    speed = measured_speed(plan, run) if tokens else None
+    speed = speeds.get(_kind(plan, run))
     if tokens and speed:
         return tokens / speed / 3600, True
     return plan.compute(run.stage, run.name).expected_hours, False
