@@ -20,8 +20,7 @@ def problems(facts: Mapping[str, Any], use: Mapping[str, Any], mixture: str) -> 
     yield from _refused(facts, mixture)
     for source, found in facts["sources"].items():
         examples = facts["examples"].get(source, {})
-        yield from _masked(source, found, examples, use)
-        yield from _unlabelled(source, found, examples, use)
+        yield from _without_labels(source, found, examples, use)
     yield from _cut(facts, use)
     yield from _supervised(facts["all"], use)
 
@@ -37,35 +36,34 @@ def _refused(facts: Mapping[str, Any], mixture: str) -> Iterator[str]:
             )
 
 
-def _masked(
+def _without_labels(
     source: str, found: Mapping[str, Any], examples: Mapping[str, Any], use: Mapping[str, Any]
 ) -> Iterator[str]:
-    numbers = {name: found["unlabelled"].get(name, 0) for name in MASKED}
-    key, allowed = _bound(use, "max_mismatch_share")
-    if sum(numbers.values()) > allowed * found["samples"]:
-        named = [item for name in MASKED for item in examples.get(name, [])]
-        yield (
-            f"source {source}: {_of(sum(numbers.values()), found)} are masked whole ({_reasons(numbers)});"
-            f" allowed by {key}: {allowed:.1%}{_named(named)}\n    Use the prompt_version that fits the"
-            " tokenizer, take what ends an answer out of the texts, or allow more."
-        )
-
-
-def _unlabelled(
-    source: str, found: Mapping[str, Any], examples: Mapping[str, Any], use: Mapping[str, Any]
-) -> Iterator[str]:
-    numbers = {
-        name: number for name, number in found["unlabelled"].items() if name not in (*MASKED, "refused")
-    }
-    key, allowed = _bound(use, "survey.max_unlabelled_share")
-    if sum(numbers.values()) > allowed * found["samples"]:
-        named = [item for name in numbers for item in examples.get(name, [])]
-        yield (
-            f"source {source}: {_of(sum(numbers.values()), found)} have no label after the cut at"
-            f" model_max_length {use['model_max_length']} ({_reasons(numbers)}); allowed by {key}:"
-            f" {allowed:.1%}{_named(named)}\n    Raise model_max_length, shorten or drop the records, or"
-            " allow more."
-        )
+    cut = [name for name in found["unlabelled"] if name not in (*MASKED, "refused")]
+    length = use["model_max_length"]
+    for name, reasons, what, fix in (
+        (
+            "max_mismatch_share",
+            MASKED,
+            "are masked whole",
+            "Use the prompt_version that fits the tokenizer, take what ends an answer out of the texts, or"
+            " allow more.",
+        ),
+        (
+            "survey.max_unlabelled_share",
+            cut,
+            f"have no label after the cut at model_max_length {length}",
+            "Raise model_max_length, shorten or drop the records, or allow more.",
+        ),
+    ):
+        numbers = {reason: found["unlabelled"].get(reason, 0) for reason in reasons}
+        key, allowed = _bound(use, name)
+        if sum(numbers.values()) > allowed * found["samples"]:
+            named = [item for reason in numbers for item in examples.get(reason, [])]
+            yield (
+                f"source {source}: {_of(sum(numbers.values()), found)} {what} ({_reasons(numbers)});"
+                f" allowed by {key}: {allowed:.1%}{_named(named)}\n    {fix}"
+            )
 
 
 def _cut(facts: Mapping[str, Any], use: Mapping[str, Any]) -> Iterator[str]:
