@@ -28,6 +28,7 @@ from workflow_scripts.config.problems import known, suggestion
 from workflow_scripts.configs_seen import Seen, all_seen, latest
 from workflow_scripts.io import UserError, read_json, user_errors
 from workflow_scripts.launch.ownership import OWNER, alive
+from workflow_scripts.plan.plan import read_plan
 from workflow_scripts.stages import STAGES
 
 # A state's folder is called by a digest of what it is made from.
@@ -296,7 +297,6 @@ def check_names(root: Path, wishes: Wishes) -> None:
 
 def used_by_files(configurations: Iterable[Sequence[Path]]) -> list[str]:
     """The run folders that configurations use; of each, later files are merged into earlier ones."""
-    from workflow_scripts.plan.plan import read_plan
 
     return sorted({folder for files in configurations for folder in read_plan(files).used_folders()})
 

@@ -20,7 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_ext.data.templates import TEMPLATES, ConversationError
+from llava_ext.data.templates import (
+    IGNORE_INDEX,
+    IMAGE_TOKEN,
+    IMAGE_TOKEN_INDEX,
+    TEMPLATES,
+    ConversationError,
+)
 from llava_ext.files import write_text
 from workflow_scripts.command_line import command_line
 from workflow_scripts.io import UserError, progress, read_json, user_errors
@@ -268,7 +274,6 @@ def sample_cards(
 def training_text(record: dict[str, Any], tokenizer: Any, version: str) -> str:
     """The tokens of a sample as HTML: those with a label are marked."""
     from llava_ext.data.conversation import encode
-    from llava_ext.data.templates import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 
     try:
         encoded = encode(record, tokenizer, version, 1 << 30)

@@ -12,6 +12,7 @@ import shlex
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -81,8 +82,6 @@ def run_step(name: str, arguments: Sequence[str], log: Path) -> int:
         status = 128 + signal.SIGINT
         print(f"the step {name} was interrupted", file=sys.stderr)
     except BaseException:  # noqa: BLE001 - whatever it was, it belongs into the log
-        import traceback
-
         print(redact(traceback.format_exc()), file=sys.stderr)
     sys.stdout.flush()  # what the step printed comes before what is said about it
     code = status if isinstance(status, int) else 0 if status is None else 1

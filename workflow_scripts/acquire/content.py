@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from msgspec import MsgspecError
+
+from llava_ext.data.json_records import JsonRecordsError, iterate_blocks
+from llava_ext.data.record_view import record_decoder
 from workflow_scripts.io import UserError
 
 _HTML = re.compile(rb"\s*(<!doctype\s+html|<html|<head)", re.IGNORECASE)
@@ -41,10 +46,6 @@ def _no_archive(path: Path) -> str | None:
 
 
 def _no_records(path: Path) -> str | None:
-    from msgspec import MsgspecError
-
-    from llava_ext.data.json_records import JsonRecordsError, iterate_blocks
-    from llava_ext.data.record_view import record_decoder
 
     count, only = 0, b""
     try:
@@ -72,7 +73,6 @@ def _no_parquet(path: Path) -> str | None:
 
 
 def _no_csv(path: Path) -> str | None:
-    import csv
 
     with path.open(encoding="utf-8-sig", newline="") as stream:
         try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -255,7 +256,6 @@ def get_file(
 
 def _checked_with_config(repository: Repository, file: HubFile) -> Wanted:
     """The hub's own facts about a file, compared with those of the config."""
-    from dataclasses import replace
 
     try:
         info = repository.describe([file.path])[file.path]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -191,7 +192,6 @@ def _tower_config(folder: Path) -> dict[str, Any]:
 
 def _json(path: Path) -> dict[str, Any]:
     """A JSON object; empty where there is none."""
-    import json
 
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -202,7 +202,6 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _crop_side(folder: Path) -> int | None:
     """Side of the pictures that a tower's image processor cuts out, where its settings say it."""
-    import json
 
     try:
         crop = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))["crop_size"]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_ext.files import sha256
+from llava_ext.model.interventions import Interventions
 from workflow_scripts.command_line import command_line
 from workflow_scripts.io import UserError, digest, progress, read_json, user_errors, write_json
 from workflow_scripts.prepare_model.step import link
@@ -59,7 +60,6 @@ def export_llava(hf: Path, target: Path, vision_tower: str) -> dict[str, str]:
 def export(spec: Mapping[str, Any], trained: Path, manifest: Path) -> dict[str, Any]:
     """Both exports (LLaVA's own only of families that LLaVA's code knows) and, last, the manifest."""
     from llava_ext.checkpoints.original import loads_with, unknown_to_llava
-    from llava_ext.model.interventions import Interventions
 
     content = read_json(trained)
     home = manifest.parent / content["digest"][:10]

@@ -31,7 +31,7 @@ def job_id() -> str:
     return os.environ.get("SLURM_JOB_ID", "")
 
 
-def _output(command: Sequence[str], timeout: float = 30) -> str | None:
+def output_of(command: Sequence[str], timeout: float = 30) -> str | None:
     """The command's output, or None when it failed or does not exist."""
     if shutil.which(command[0]) is None:
         return None
@@ -63,7 +63,7 @@ def job_is_alive(job: str, tries: int = 3) -> bool | None:
 
 def preempted_jobs(name: str) -> list[str]:
     """The jobs of this name that were preempted, have ended, and are not in the queue again."""
-    listed = _output(["squeue", "--noheader", "--states=PREEMPTED", f"--name={name}", "--format=%A %T"])
+    listed = output_of(["squeue", "--noheader", "--states=PREEMPTED", f"--name={name}", "--format=%A %T"])
     # A job that still saves is COMPLETING, whatever states were asked for.
     return [line.split()[0] for line in (listed or "").splitlines() if line.split()[1:] == ["PREEMPTED"]]
 
@@ -78,14 +78,14 @@ def requeue(job: str) -> str | None:
 
 def cancel(job: str, patience_s: float) -> bool:
     """Asks the job to save and end, then insists. True when it is gone."""
-    _output(["scancel", "--state=PENDING", job])  # it waits, perhaps preempted: there is nothing to save
-    _output(["scancel", "--signal=TERM", job])
+    output_of(["scancel", "--state=PENDING", job])  # it waits, perhaps preempted: there is nothing to save
+    output_of(["scancel", "--signal=TERM", job])
     deadline = time.monotonic() + patience_s
     while time.monotonic() < deadline:
         if job_is_alive(job) is False:
             return True
         time.sleep(2)
-    _output(["scancel", job])
+    output_of(["scancel", job])
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         if job_is_alive(job) is False:
@@ -98,9 +98,9 @@ def job_nodes(job: str, wanted: int) -> Nodes:
     """The machines of a job with several of them, from Slurm's own words: variables are stripped from job
     steps.
     """
-    shown = _output(["scontrol", "show", "job", "-o", job]) or ""
+    shown = output_of(["scontrol", "show", "job", "-o", job]) or ""
     match = re.search(r"\bNodeList=(\S+)", shown)
-    names = (_output(["scontrol", "show", "hostnames", match.group(1)]) or "").split() if match else []
+    names = (output_of(["scontrol", "show", "hostnames", match.group(1)]) or "").split() if match else []
     if len(names) != wanted:
         raise UserError(
             f"the job {job} has {len(names)} machines ({', '.join(names) or 'none found'}), the training"
@@ -114,7 +114,7 @@ def _address(name: str) -> str:
     try:
         socket.getaddrinfo(name, None)
     except OSError:
-        shown = _output(["scontrol", "show", "node", "-o", name]) or ""
+        shown = output_of(["scontrol", "show", "node", "-o", name]) or ""
         match = re.search(r"\bNodeAddr=(\S+)", shown)
         return match.group(1) if match else name
     return name

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from workflow_scripts.io import UserError
 from workflow_scripts.merge.joins import Store
+from workflow_scripts.merge.parts import MergedPart, label_of_records
 from workflow_scripts.merge.writing import empty_images, empty_records
-
-if TYPE_CHECKING:
-    from workflow_scripts.merge.parts import MergedPart
 
 
 class Tables:
@@ -33,7 +31,6 @@ class Tables:
         self._keep_used_sources()
 
     def _records(self, part: MergedPart, rows: slice, first: int) -> None:
-        from workflow_scripts.merge.parts import label_of_records
 
         source_of_label = np.array([self.sources.index(name) for name in part.names], np.uint16)
         table = self.records[rows]

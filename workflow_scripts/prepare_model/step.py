@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from llava_ext.checkpoints.generation import REPAIRED, SAMPLING
-from llava_ext.files import sha256
+from llava_ext.files import follow_umask, sha256
+from workflow_scripts.acquire.stopping import until_signalled
 from workflow_scripts.command_line import command_line, read_spec
 from workflow_scripts.config.models import HubModel, ModelSpec, PathModel
 from workflow_scripts.io import UserError, digest, progress, read_json, user_errors, write_json
@@ -62,7 +63,6 @@ def _fill(spec: Any, home: Path, target: Path) -> dict[str, Any]:
     """Puts the model's files into ``target`` and returns where they come from."""
     if isinstance(spec, HubModel):
         from workflow_scripts.acquire.hub import fetch_snapshot
-        from workflow_scripts.acquire.stopping import until_signalled
 
         commit, found = until_signalled(
             lambda: fetch_snapshot(
@@ -137,8 +137,6 @@ def convert_shards(shards: dict[str, Path], target: Path) -> None:
     """Writes PyTorch shards as safetensors with an index. Nothing inside the files is executed."""
     import torch
     from safetensors.torch import save_file
-
-    from llava_ext.files import follow_umask
 
     weights: dict[str, str] = {}
     total = 0

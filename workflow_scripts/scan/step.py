@@ -14,8 +14,10 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from workflow_scripts.archives import detect_type
 from workflow_scripts.command_line import command_line
 from workflow_scripts.disk import explain_full_disk
 from workflow_scripts.io import UserError, read_json, user_errors, write_json
@@ -58,9 +60,7 @@ def _compare_count(summary: dict[str, Any], expected: int | None) -> None:
 
 def scan_path(path: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Scans anybody's folder or archive; the table stays only when a name is given for it."""
-    from tempfile import TemporaryDirectory
 
-    from workflow_scripts.archives import detect_type
     from workflow_scripts.scan.table import ScanSettings, scan_store
 
     settings = ScanSettings(options.threads, options.max_pixels, options.full)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from workflow_scripts.launch.preflight import gpus_of_driver, visible_gpus
 from workflow_scripts.launch.provenance import ROOT
+from workflow_scripts.launch.slurm import output_of
 from workflow_scripts.selftest.findings import GB, Finding
 
 IMPORTS = (
@@ -86,7 +87,6 @@ def check_hardware(wanted: int = 0) -> Iterator[Finding]:
 
 def check_cluster() -> Iterator[Finding]:
     """Slurm's commands, the plugin, and whether it keeps accounts."""
-    from workflow_scripts.launch.slurm import _output
 
     tools = [
         name for name in ("sbatch", "srun", "squeue", "scontrol", "scancel") if shutil.which(name) is None
@@ -95,11 +95,11 @@ def check_cluster() -> Iterator[Finding]:
         "Slurm", not tools, f"lacks {', '.join(tools)}" if tools else "its commands are here", needed=False
     )
     if not tools:
-        answers = _output(["squeue", "--noheader", "--me"]) is not None
+        answers = output_of(["squeue", "--noheader", "--me"]) is not None
         yield Finding(
             "Slurm answers", answers, "squeue works" if answers else "squeue fails; SLURM_CONF?", needed=False
         )
-        accounts = shutil.which("sacct") and _output(["sacct", "-X", "-n"]) is not None
+        accounts = shutil.which("sacct") and output_of(["sacct", "-X", "-n"]) is not None
         yield Finding(
             "accounting",
             bool(accounts),

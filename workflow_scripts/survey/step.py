@@ -21,16 +21,23 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+
+from llava_ext.data.assembly import Collator
+from llava_ext.data.samples import open_samples
+from llava_ext.data.skipping import find_records
+from llava_ext.data.survey import MEASURED, Measured, Surveyor
+from llava_ext.errors import TrainingError
 from llava_ext.files import atomic_path, sha256
+from llava_ext.model.build import image_config
+from llava_ext.model.interventions import Interventions
+from llava_ext.model.parts import load_tokenizer
 from workflow_scripts.command_line import command_line
 from workflow_scripts.io import UserError, digest, progress, read_json, user_errors, write_json
 from workflow_scripts.survey.bounds import problems
-
-if TYPE_CHECKING:
-    from llava_ext.data.assembly import Collator
-    from llava_ext.data.survey import Measured, Surveyor
+from workflow_scripts.survey.facts import facts_of
 
 CHUNK = 2048
 """Samples that a process measures at once."""
@@ -76,9 +83,6 @@ def read_inputs(mixture: Path, models: Sequence[Path], skip_samples: str = "") -
 
 
 def _left_out(mixture: Path, names: str) -> list[int]:
-    from llava_ext.data.samples import open_samples
-    from llava_ext.data.skipping import find_records
-    from llava_ext.errors import TrainingError
 
     try:
         return find_records(open_samples(mixture), names)
@@ -88,10 +92,6 @@ def _left_out(mixture: Path, names: str) -> list[int]:
 
 def layouts_of(spec: Mapping[str, Any], inputs: Inputs, tokenizer: Any) -> list[Layout]:
     """The distinct layouts of all uses."""
-    from llava_ext.data.assembly import Collator
-    from llava_ext.data.survey import MEASURED
-    from llava_ext.model.build import image_config
-    from llava_ext.model.interventions import Interventions
 
     found: dict[str, Layout] = {}
     for use in spec["uses"]:
@@ -157,9 +157,6 @@ def measured_chunks(surveyor: Surveyor, processes: int) -> Iterator[tuple[range,
 
 def measure_all(surveyor: Surveyor, processes: int, name: str) -> Measured:
     """Every sample, for every layout of the surveyor."""
-    import numpy as np
-
-    from llava_ext.data.survey import MEASURED, Measured
 
     total = len(surveyor.store)
     found = Measured(np.zeros((len(surveyor.collators), total), MEASURED))
@@ -189,7 +186,6 @@ def known_facts(folder: Path, key: str) -> dict[str, Any] | None:
 
 def write_layout(folder: Path, key: str, rows: Any, facts: Mapping[str, Any]) -> None:
     """The table, looked at again, and then what was counted in it."""
-    import numpy as np
 
     table = folder / f"{key}.npy"
     with atomic_path(table) as temporary:
@@ -203,7 +199,6 @@ def write_layout(folder: Path, key: str, rows: Any, facts: Mapping[str, Any]) ->
 
 def survey(name: str, spec: Mapping[str, Any], inputs: Inputs, manifest: Path, processes: int = 1) -> None:
     """Makes a survey; see the module's text. Raises UserError for data that are out of bounds."""
-    from llava_ext.model.parts import load_tokenizer
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes share the work
     tokenizer = load_tokenizer(inputs.llm, spec["model_max_length"])
@@ -237,9 +232,6 @@ def _survey_layouts(
     folder: Path,
     processes: int,
 ) -> None:
-    from llava_ext.data.samples import open_samples
-    from llava_ext.data.survey import Surveyor
-    from workflow_scripts.survey.facts import facts_of
 
     store = open_samples(inputs.mixture)
     collators = [layout.collator for layout in layouts]
