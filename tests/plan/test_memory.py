@@ -12,6 +12,7 @@ from workflow_scripts.config.load import load_config
 from workflow_scripts.plan import memory
 from workflow_scripts.plan.describe import describe_plan
 from workflow_scripts.plan.plan import Plan, read_plan
+from workflow_scripts.plan.sizes import sizes_of
 
 ROOT = Path(__file__).parents[2]
 GB = 1e9
@@ -72,16 +73,15 @@ def test_what_does_not_fit_is_said_with_what_would(tmp_path, monkeypatch):
 
 def test_what_is_proposed_fits(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    lora = {"gpu_gb": 24, "per_device_batch_size": 16}
-    said = memory.problem_of(*on_24(plan_of("llava-v1.5-7b-lora", compute={"finetune_1gpu": lora})))
+    said = memory.problem_of(*on_24(lora_on(24, per_device_batch_size=16)))
     size = int(said.rpartition("per_device_batch_size: ")[2])
     assert size in (1, 2, 4)
-    fits = plan_of("llava-v1.5-7b-lora", compute={"finetune_1gpu": lora | {"per_device_batch_size": size}})
-    assert memory.problem_of(*on_24(fits)) is None
-    larger = plan_of(
-        "llava-v1.5-7b-lora", compute={"finetune_1gpu": lora | {"per_device_batch_size": 2 * size}}
-    )
-    assert memory.problem_of(*on_24(larger)) is not None
+    assert memory.problem_of(*on_24(lora_on(24, per_device_batch_size=size))) is None
+    assert memory.problem_of(*on_24(lora_on(24, per_device_batch_size=2 * size))) is not None
+
+
+def lora_on(gigabytes, **values):
+    return plan_of("llava-v1.5-7b-lora", compute={"one_gpu": {"gpu_gb": gigabytes, **values}})
 
 
 def on_24(plan):
@@ -90,23 +90,27 @@ def on_24(plan):
 
 def test_no_number_of_small_cards_is_proposed_where_none_fits(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    tiny = {"gpu_gb": 8, "per_device_batch_size": 1, "parallel": "none", "gpus_per_node": 1}
-    plan = plan_of(compute={"finetune_8gpu": tiny})
-    assert memory.problem_of(*on_24(plan)).endswith("more GPUs, or GPUs with more memory")
+    tiny = {"gpu_gb": 1, "per_device_batch_size": 1, "parallel": "zero3", "gpus_per_node": 1}
+    plan = plan_of(compute={"finetune_8gpu": tiny | {"offload": "parameters"}})
+    assert "more GPUs, or GPUs with more memory (gpu_gb: " in memory.problem_of(*on_24(plan))
 
 
 def test_a_prepared_model_says_its_sizes_itself(tmp_path, monkeypatch):
     """Two key and value heads instead of 32: less to train, and the file is believed."""
     monkeypatch.chdir(tmp_path)
-    before = memory.sizes_of(*on_24(plan_of())).decoder
+    before = sizes_of_vanilla(plan_of()).decoder
     folder = tmp_path / "models/vicuna_7b/model"
     folder.mkdir(parents=True)
     (folder.parent / "manifest.json").write_text(json.dumps({"folder": "model"}))
     content = {"num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 11008, "vocab_size": 32000,
                "num_attention_heads": 32, "num_key_value_heads": 2}  # fmt: skip
     (folder / "config.json").write_text(json.dumps(content))
-    after = memory.sizes_of(*on_24(plan_of())).decoder
+    after = sizes_of_vanilla(plan_of()).decoder
     assert before.weights - after.weights == 32 * 2 * 4096 * (4096 - 256)
+
+
+def sizes_of_vanilla(plan):
+    return sizes_of(plan.config, plan.experiments["vanilla"])
 
 
 def test_what_is_not_known_is_not_said(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from llava_ext.model.towers import TOWERS, known_towers
+from workflow_scripts.config.compute import AUTO
 from workflow_scripts.config.experiments import Experiment
 from workflow_scripts.config.problems import Problem, known, suggestion
 from workflow_scripts.config.schema import Config
@@ -156,12 +157,13 @@ def _check_stage(config: Config, stage: StageSpec, kind: Stage, where: str) -> I
     if stage.compute not in config.compute:
         return
     compute = config.compute[stage.compute]
-    together = compute.processes * compute.per_device_batch_size
+    size = 1 if compute.per_device_batch_size == AUTO else int(compute.per_device_batch_size)
+    together = compute.processes * size
     if stage.global_batch_size % together:
         yield Problem(
             f"{where}.global_batch_size",
             stage.global_batch_size,
-            f"a multiple of {together} = {compute.processes} process(es) x {compute.per_device_batch_size}"
+            f"a multiple of {together} = {compute.processes} process(es) x {size}"
             f" samples (compute.{stage.compute})",
             f"change compute.{stage.compute}.per_device_batch_size or its number of GPUs, not the global"
             " batch: it decides the result",

@@ -12,8 +12,10 @@ from pydantic import Field, model_validator
 from llava_ext.kernels import ATTENTIONS, FUSIONS, LAYERS, SEGMENTED, Kernels
 from workflow_scripts.config.base import StrictModel
 from workflow_scripts.config.types import Count, NonNegative, Positive
+from workflow_scripts.stages import STAGES
 
 LEAST_TRAINING_S = 30
+AUTO = "auto"
 
 
 def split_gres(gres: str) -> tuple[str, int]:
@@ -28,8 +30,10 @@ if TYPE_CHECKING:
     Attention = str
     Fusion = str
     Layers = str
+    StageName = str
 else:
     Attention, Fusion, Layers = Literal[ATTENTIONS], Literal[FUSIONS], Literal[LAYERS]
+    StageName = Literal[tuple(STAGES)]
 
 
 class KernelSpec(StrictModel):
@@ -64,9 +68,9 @@ class ComputeSpec(StrictModel):
     """GPUs on each machine; 0 trains on the CPU."""
     processes_per_node: Positive | None = None
     """Processes on each machine; one per GPU when left out, and 1 without GPUs."""
-    per_device_batch_size: Positive = 16
+    per_device_batch_size: Literal["auto"] | Positive = 16
     """Samples that one process computes at a time. Gradient accumulation follows from the stage's global
-    batch.
+    batch. `auto`: as many as fit into `gpu_gb`, at most 32, the same for all experiments.
     """
     cpus: Positive = 1
     """CPUs on each machine."""
@@ -74,14 +78,16 @@ class ComputeSpec(StrictModel):
     """Memory on each machine in MB."""
     runtime_min: Positive = 60
     """Time limit of one attempt in minutes; a training that needs longer saves ahead of it and continues."""
-    expected_hours: NonNegative | None = None
-    """How long a training takes, for the printed plan."""
+    expected_hours: dict[StageName, NonNegative] | NonNegative | None = None
+    """How long a training takes, for the printed plan; one number, or one a stage."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Number format of the training."""
     parallel: Literal["none", "ddp", "zero2", "zero3", "fsdp"] = "none"
     """How the model is spread: not at all, DistributedDataParallel, DeepSpeed ZeRO-2 or ZeRO-3, or FSDP2."""
-    offload: Literal["none", "optimizer", "parameters"] = "none"
-    """What DeepSpeed moves to the CPU's memory: nothing, the optimizer, or (ZeRO-3) the parameters too."""
+    offload: Literal["none", "optimizer", "parameters", "auto"] = "none"
+    """What DeepSpeed moves to the CPU's memory: nothing, the optimizer, or (ZeRO-3) the parameters too.
+    `auto`: the least with which it fits into `gpu_gb`.
+    """
     deepspeed_config: str | None = None
     """A DeepSpeed JSON file of your own instead of the one that `parallel` and `offload` give."""
     kernels: KernelSpec = KernelSpec()
@@ -132,6 +138,16 @@ class ComputeSpec(StrictModel):
         """Training processes on one machine."""
         return self.processes_per_node or max(1, self.gpus_per_node)
 
+    @property
+    def leaves_open(self) -> bool:
+        """Whether something follows from the GPU's memory."""
+        return AUTO in (self.per_device_batch_size, self.offload, self.kernels.checkpoint_layers)
+
+    def hours(self, stage: str) -> float | None:
+        """The expected hours of a training of that stage."""
+        hours = self.expected_hours
+        return hours.get(stage) if isinstance(hours, dict) else hours
+
     @model_validator(mode="before")
     @classmethod
     def _kernels_of_before(cls, data: Any) -> Any:
@@ -165,10 +181,25 @@ class ComputeSpec(StrictModel):
                 f"parallel is none, but there are {self.processes} processes; set parallel to ddp, zero2,"
                 " zero3 or fsdp"
             )
-        if self.offload != "none" and self.parallel not in ("zero2", "zero3"):
+        if self.offload not in ("none", AUTO) and self.parallel not in ("zero2", "zero3"):
             raise ValueError(f"offload: {self.offload} needs parallel: zero2 or zero3, found {self.parallel}")
         if self.offload == "parameters" and self.parallel != "zero3":
             raise ValueError("offload: parameters needs parallel: zero3; with zero2 use offload: optimizer")
+        return self
+
+    @model_validator(mode="after")
+    def _knows_the_memory(self) -> ComputeSpec:
+        if self.per_device_batch_size == AUTO and not self.gpus_per_node:
+            raise ValueError(
+                "per_device_batch_size: auto follows from a GPU's memory, but gpus_per_node is 0; give a"
+                " number"
+            )
+        for key in ("per_device_batch_size", "offload"):
+            if getattr(self, key) == AUTO and self.gpus_per_node and self.gpu_gb is None:
+                raise ValueError(
+                    f"{key}: auto follows from the GPU's memory, which is not stated; set gpu_gb (80, 48,"
+                    f" 24), or another {key}"
+                )
         return self
 
     @model_validator(mode="after")

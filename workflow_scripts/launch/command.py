@@ -51,7 +51,7 @@ class Nodes:
 
 def accumulation(stage: StageSpec, compute: ComputeSpec) -> int:
     """Micro-batches in one optimizer step of one process."""
-    together = compute.processes * compute.per_device_batch_size
+    together = compute.processes * int(compute.per_device_batch_size)
     if stage.global_batch_size % together:
         raise UserError(
             f"global_batch_size {stage.global_batch_size} can't be divided by {together} ({compute.processes}"

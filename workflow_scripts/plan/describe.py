@@ -63,7 +63,7 @@ def describe_plan(plan: Plan, folder: Path | None = None) -> str:
     items = items_of(plan)
     lines = ["What this configuration needs", ""]
     lines += _data_lines(items) + _disk_lines(plan, items, folder or Path.cwd()) + _job_lines(jobs_of(plan))
-    lines += _memory_lines(plan)
+    lines += _chosen_lines(plan) + _memory_lines(plan)
     lines += [f"  {line}" for line in lines_of_others(plan)]
     missing = missing_trackers(plan)
     return "\n".join([*lines, *(f"  NOT INSTALLED: {text}" for text in missing), *[""][: len(missing)]])
@@ -123,6 +123,16 @@ def _job_lines(jobs: list[Job]) -> list[str]:
 
 def _gigabytes(size: float | None) -> str:
     return f"{'?' if size is None else format(size / GB, '.0f'):>9}"
+
+
+def _chosen_lines(plan: Plan) -> list[str]:
+    """One line a kind of job and stage for what `auto` has come to."""
+    lines = [
+        f"  compute.{name}, {stage}, gpu_gb: {spec.gpu_gb:g}: {memory.chosen(plan, stage, name)}"
+        for (name, stage), spec in plan.kinds.items()
+        if plan.config.compute[name].leaves_open and spec.gpu_gb
+    ]
+    return [*lines, *[""][: len(lines)]]
 
 
 def _memory_lines(plan: Plan) -> list[str]:

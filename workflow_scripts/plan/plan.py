@@ -17,6 +17,7 @@ from workflow_scripts.config.load import Loaded, load_files
 from workflow_scripts.config.stages import StageSpec
 from workflow_scripts.plan.diagnoses import Diagnosis, find_diagnoses
 from workflow_scripts.plan.evaluations import Evaluation, find_evaluations, shard_files, statistics_of
+from workflow_scripts.plan.fitting import fitted
 from workflow_scripts.plan.runs import Run, find_runs
 from workflow_scripts.plan.specs import plain
 from workflow_scripts.plan.surveys import Survey, find_surveys, survey_name
@@ -36,6 +37,7 @@ class Plan:
         answered += [item.run for item in self.diagnoses.values()]
         self.by_name = {(run.stage, run.name): run for run in [*self.runs.values(), *answered]}
         self.surveys = find_surveys(self.experiments)
+        self.kinds = fitted(self.config, self.experiments)
 
     # -- runs ----------------------------------------------------------------------------------------------
 
@@ -70,8 +72,12 @@ class Plan:
         return sorted(run.folder for run in self.by_name.values())
 
     def compute(self, stage: str, name: str) -> ComputeSpec:
-        """The kind of job that computes a training."""
-        return self.config.compute[self.experiment_of(stage, name).stage(stage).compute]
+        """The kind of job that computes a training, with a value in place of every `auto`."""
+        return self.kinds[self.experiment_of(stage, name).stage(stage).compute, stage]
+
+    def kind(self, run: Run) -> str:
+        """The name of the kind of job that computes a training."""
+        return self.experiments[run.experiment].stage(run.stage).compute
 
     def single_job(self, stage: str, name: str) -> dict[str, Any]:
         """Resources of an export (CPU), of predictions or a diagnosis (one GPU where the training has
@@ -98,8 +104,11 @@ class Plan:
 
     def used_compute(self) -> dict[str, ComputeSpec]:
         """The kinds of job that some training asks for, in the order of the configuration."""
-        used = {spec.compute for _, spec in self.stage_specs()}
-        return {name: spec for name, spec in self.config.compute.items() if name in used}
+        found: dict[str, ComputeSpec] = {}
+        for (name, _), spec in self.kinds.items():  # the stage with the larger micro-batch stands for both
+            other = found.get(name, spec)
+            found[name] = max(spec, other, key=lambda item: int(item.per_device_batch_size))
+        return {name: found[name] for name in self.config.compute if name in found}
 
     def used_models(self) -> list[str]:
         """The models that some experiment is built from, in the order of the configuration."""
@@ -150,7 +159,7 @@ class Plan:
             "recipe": plain(spec),
             "model": plain(experiment.model),
             "interventions": experiment.flags,
-            "compute": plain(self.config.compute[spec.compute]),
+            "compute": plain(self.kinds[spec.compute, stage]),
         }
 
     def export_spec(self, name: str) -> dict[str, Any]:

@@ -71,4 +71,4 @@ def hours_of(
     speed = speeds.get(_kind(plan, run))
     if tokens and speed:
         return tokens / speed / 3600, True
-    return plan.compute(run.stage, run.name).expected_hours, False
+    return plan.compute(run.stage, run.name).hours(run.stage), False

@@ -72,7 +72,7 @@ def check_shared_memory(kinds: Mapping[str, ComputeSpec]) -> Iterator[Finding]:
             spec.local_processes
             * (spec.dataloader_workers or 0)
             * READY_BATCHES
-            * spec.per_device_batch_size
+            * int(spec.per_device_batch_size)
             * PICTURE
         )
         for name, spec in kinds.items()
