@@ -46,7 +46,6 @@ def _no_archive(path: Path) -> str | None:
 
 
 def _no_records(path: Path) -> str | None:
-
     count, only = 0, b""
     try:
         for block in iterate_blocks(path):
@@ -73,7 +72,6 @@ def _no_parquet(path: Path) -> str | None:
 
 
 def _no_csv(path: Path) -> str | None:
-
     with path.open(encoding="utf-8-sig", newline="") as stream:
         try:
             first = next(csv.DictReader(stream), None)

@@ -83,7 +83,6 @@ def read_inputs(mixture: Path, models: Sequence[Path], skip_samples: str = "") -
 
 
 def _left_out(mixture: Path, names: str) -> list[int]:
-
     try:
         return find_records(open_samples(mixture), names)
     except TrainingError as error:
@@ -92,7 +91,6 @@ def _left_out(mixture: Path, names: str) -> list[int]:
 
 def layouts_of(spec: Mapping[str, Any], inputs: Inputs, tokenizer: Any) -> list[Layout]:
     """The distinct layouts of all uses."""
-
     found: dict[str, Layout] = {}
     for use in spec["uses"]:
         layout = use["layout"]
@@ -157,7 +155,6 @@ def measured_chunks(surveyor: Surveyor, processes: int) -> Iterator[tuple[range,
 
 def measure_all(surveyor: Surveyor, processes: int, name: str) -> Measured:
     """Every sample, for every layout of the surveyor."""
-
     total = len(surveyor.store)
     found = Measured(np.zeros((len(surveyor.collators), total), MEASURED))
 
@@ -186,7 +183,6 @@ def known_facts(folder: Path, key: str) -> dict[str, Any] | None:
 
 def write_layout(folder: Path, key: str, rows: Any, facts: Mapping[str, Any]) -> None:
     """The table, looked at again, and then what was counted in it."""
-
     table = folder / f"{key}.npy"
     with atomic_path(table) as temporary:
         with temporary.open("wb") as stream:
@@ -199,7 +195,6 @@ def write_layout(folder: Path, key: str, rows: Any, facts: Mapping[str, Any]) ->
 
 def survey(name: str, spec: Mapping[str, Any], inputs: Inputs, manifest: Path, processes: int = 1) -> None:
     """Makes a survey; see the module's text. Raises UserError for data that are out of bounds."""
-
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes share the work
     tokenizer = load_tokenizer(inputs.llm, spec["model_max_length"])
     layouts = layouts_of(spec, inputs, tokenizer)
@@ -232,7 +227,6 @@ def _survey_layouts(
     folder: Path,
     processes: int,
 ) -> None:
-
     store = open_samples(inputs.mixture)
     collators = [layout.collator for layout in layouts]
     version, length = spec["prompt_version"], spec["model_max_length"]
