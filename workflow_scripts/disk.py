@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from workflow_scripts.io import UserError
+from workflow_scripts.io import Hiccup, UserError
 
 FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
@@ -39,7 +39,7 @@ def explain_full_disk(folder: Path, kept: str) -> Iterator[None]:
     except OSError as error:
         if error.errno not in FULL_DISK:
             raise
-        raise UserError(
+        raise Hiccup(
             f"{folder}: the disk is full (or a quota is); {kept}. Free space on that disk, or put the working"
             " folder on a larger one, and run the same command again"
         ) from None

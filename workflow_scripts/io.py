@@ -24,6 +24,14 @@ class UserError(Exception):
     """A mistake that its reader can mend: the message says what, where, what is allowed and the fix."""
 
 
+class Hiccup(UserError):
+    """What may have passed at the next attempt, without anybody mending anything: a network, a disk."""
+
+
+class Refusal(SystemExit):
+    """The end of a step that would end so again."""
+
+
 def canonical_json(value: Any) -> str:
     """One spelling per value: sorted keys, no spaces, so that equal values have equal digests."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
@@ -44,7 +52,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: the file does not exist; run the step that makes it first") from None
+        raise Hiccup(f"{path}: the file does not exist; run the step that makes it first") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(
             f"{path}: not valid JSON ({error}); delete it and run the step that makes it again"
@@ -72,9 +80,13 @@ def progress(items: Iterable[T], total: int | None, what: str, every_s: float = 
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Turns a :class:`UserError` into one message on stderr and exit status 1, without a traceback."""
+    """Turns a :class:`UserError` into one message on stderr and exit status 1, without a traceback.
+
+    Raises:
+        Refusal: unless the error is a :class:`Hiccup`.
+    """
     try:
         yield
     except UserError as error:
         print(redact(f"error: {error}"), file=sys.stderr, flush=True)
-        raise SystemExit(1) from None
+        raise (SystemExit if isinstance(error, Hiccup) else Refusal)(1) from None

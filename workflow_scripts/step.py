@@ -18,7 +18,11 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+from workflow_scripts.io import Refusal
 from workflow_scripts.secrets import redact
+
+# What the last line says of a step that ended by a mistake which another attempt would meet again.
+REPEATS = "and would fail so again"
 
 
 def command(python: str, home: Path, setup: str = "", module: str = "workflow_scripts.step") -> str:
@@ -73,11 +77,13 @@ def run_step(name: str, arguments: Sequence[str], log: Path) -> int:
     """Runs the step's ``main(arguments)`` and returns its exit status."""
     thread, terminal = _tee(log)
     status: int | str | None = 1
+    outlook = ""
     try:
         find_main(name)(list(arguments))
         status = 0
     except SystemExit as stop:
         status = stop.code
+        outlook = f" {REPEATS}" if isinstance(stop, Refusal) else ""
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
         print(f"the step {name} was interrupted", file=sys.stderr)
@@ -88,7 +94,7 @@ def run_step(name: str, arguments: Sequence[str], log: Path) -> int:
     if isinstance(status, str):
         print(status, file=sys.stderr)
     if code:
-        print(f"the step {name} failed with status {code}; its log: {log}", file=sys.stderr)
+        print(f"the step {name} failed with status {code}{outlook}; its log: {log}", file=sys.stderr)
     sys.stderr.flush()
     os.dup2(terminal, 1)
     os.dup2(terminal, 2)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,11 +18,12 @@ import pytest
 
 import llava_ext
 from tests.support.workspace import ROOT
+from workflow_scripts import step as step_module
 from workflow_scripts.config.compute import ComputeSpec
 from workflow_scripts.config.mixtures import MixtureSpec
 from workflow_scripts.config.models import ModelSection
 from workflow_scripts.config.stages import StageSpec
-from workflow_scripts.io import UserError, write_json
+from workflow_scripts.io import Hiccup, UserError, user_errors, write_json
 from workflow_scripts.launch import attempts, command, ownership, preflight, step, verdicts
 from workflow_scripts.launch.command import (
     Inputs,
@@ -40,6 +41,7 @@ from workflow_scripts.launch.step import complete
 from workflow_scripts.plan.plan import read_plan
 from workflow_scripts.plan.resources import resources_of
 from workflow_scripts.status.read import last_metrics
+from workflow_scripts.step import REPEATS, run_step
 
 
 @pytest.fixture()
@@ -608,6 +610,7 @@ class Executor:
 @dataclass(eq=False)
 class SnakemakeJob:
     training: step.Job | None
+    log: list[str] = field(default_factory=list)
     attempt: int = 1
     restart_times: int = 3
 
@@ -636,6 +639,35 @@ def test_jobs_that_are_no_trainings_are_started_and_retried_as_ever(executor):
     executor.run_jobs([job])
     executor.handle_job_error(job)
     assert executor.started == executor.ended == [job] and may_restart(job)
+
+
+@pytest.mark.parametrize(
+    ("error", "restarts"),
+    [
+        (UserError("two turns of one side"), False),
+        (Hiccup("the disk is full"), True),
+        (OSError(5, "io"), True),
+    ],
+)
+def test_a_step_that_is_refused_its_inputs_is_not_retried(
+    executor, tmp_path, monkeypatch, capfd, error, restarts
+):
+    @user_errors()
+    def fail(arguments):
+        raise error
+
+    log = tmp_path / "merge.log"
+    log.write_text(
+        f"of an earlier Snakemake\nthe step merge failed with status 1 {REPEATS}; its log: {log}\n"
+    )
+    monkeypatch.setattr(step_module, "find_main", lambda name: fail)
+    executor.run_jobs([killed := SnakemakeJob(None, [log]), job := SnakemakeJob(None, [log])])
+    executor.handle_job_error(killed)
+    assert may_restart(killed)
+    with capfd.disabled():  # what is printed goes where the step sends it
+        assert run_step("merge", [], log) == 1
+    executor.handle_job_error(job)
+    assert may_restart(job) is restarts
 
 
 def test_a_training_that_failed_without_a_word_may_be_retried(executor, spec, tmp_path):

@@ -45,7 +45,7 @@ from workflow_scripts.acquire.stopping import pause
 from workflow_scripts.acquire.verified import CHUNK, Hasher, Wanted, already_there, now, objection, remember
 from workflow_scripts.acquire.voice import Voice
 from workflow_scripts.disk import FULL_DISK, check_disk, size_text
-from workflow_scripts.io import UserError, read_json, write_json
+from workflow_scripts.io import Hiccup, UserError, read_json, write_json
 from workflow_scripts.secrets import MissingSecret, expand, public
 
 OVERLAP = 1 << 16
@@ -100,11 +100,11 @@ class _Fetch:
                 except MirrorFailed as error:
                     failures.append(f"  {public(url)}: {error}")
                     self.voice.say(f"{public(url)}: {error}")
-            raise UserError(self._give_up(failures))
+            raise Hiccup(self._give_up(failures))
         except MissingSecret as error:
             raise UserError(f"{self.wanted.name}: {error}") from None
         except OSError as error:
-            raise UserError(self._disk_trouble(error)) from None
+            raise Hiccup(self._disk_trouble(error)) from None
         finally:
             self.session.close()
 

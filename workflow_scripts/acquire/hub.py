@@ -27,7 +27,7 @@ from workflow_scripts.acquire.verified import (
     recall,
 )
 from workflow_scripts.acquire.voice import Voice, say
-from workflow_scripts.io import UserError, read_json, write_json
+from workflow_scripts.io import Hiccup, UserError, read_json, write_json
 from workflow_scripts.secrets import hide
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ class Repository:
                     voice.say(f"{why} from {self.endpoint}; again in {seconds:.1f} s")
                     voice.set_activity(f"waiting {seconds:.0f} s to ask {self.endpoint} again ({why})")
                     pause(seconds)
-        raise UserError(
+        raise Hiccup(
             f"{self.shown}: {self.endpoint} can't be reached ({why}); check the network and HF_ENDPOINT, or"
             " name a copy that you have under `local`"
         )

@@ -16,7 +16,7 @@ from workflow_scripts.acquire.voice import say
 from workflow_scripts.archives import detect_type
 from workflow_scripts.config.sources import HubSource, PathSource, RemoteFile, UrlSource
 from workflow_scripts.disk import check_disk
-from workflow_scripts.io import UserError
+from workflow_scripts.io import Hiccup, UserError
 from workflow_scripts.plan.source_keys import pinned, remember_recipe
 
 FILES_AT_A_TIME = 4
@@ -68,8 +68,9 @@ def _results(tasks: list[Task[tuple[Path, dict[str, Any]]]]) -> list[tuple[Path,
     for task in tasks:
         if task.error is not None and not isinstance(task.error, UserError):
             raise task.error
-    if reasons := [str(task.error) for task in tasks if task.error is not None]:
-        raise UserError("\n".join(reasons))
+    if errors := [task.error for task in tasks if task.error is not None]:
+        passes = any(isinstance(error, Hiccup) for error in errors)
+        raise (Hiccup if passes else UserError)("\n".join(map(str, errors)))
     return [task.result() for task in tasks]
 
 

@@ -35,7 +35,7 @@ from llava_ext.model.build import image_config
 from llava_ext.model.interventions import Interventions
 from llava_ext.model.parts import load_tokenizer
 from workflow_scripts.command_line import command_line
-from workflow_scripts.io import UserError, digest, progress, read_json, user_errors, write_json
+from workflow_scripts.io import Hiccup, UserError, digest, progress, read_json, user_errors, write_json
 from workflow_scripts.survey.bounds import problems
 from workflow_scripts.survey.facts import facts_of
 
@@ -145,7 +145,7 @@ def measured_chunks(surveyor: Surveyor, processes: int) -> Iterator[tuple[range,
         with ProcessPoolExecutor(workers, context, _end_with, (os.getpid(),)) as pool:
             yield from zip(chunks, pool.map(_measure, chunks), strict=True)
     except BrokenProcessPool:
-        raise UserError(
+        raise Hiccup(
             "a process of the survey was killed, perhaps for its memory; start it again with fewer"
             " --processes, or ask for more memory (set-resources: survey: mem_mb)"
         ) from None
@@ -188,7 +188,7 @@ def write_layout(folder: Path, key: str, rows: Any, facts: Mapping[str, Any]) ->
         with temporary.open("wb") as stream:
             np.save(stream, rows)
         if not np.array_equal(np.load(temporary, mmap_mode="r"), rows):
-            raise UserError(f"{table}: what was written can't be read back; check the disk")
+            raise Hiccup(f"{table}: what was written can't be read back; check the disk")
         content = sha256(temporary)
     write_json(folder / f"{key}.json", {**facts, "file": table.name, "sha256": content})
 
