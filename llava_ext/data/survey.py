@@ -43,8 +43,8 @@ MEASURED = np.dtype(
 # Why a sample has no label, in words for people; the place in this table is what MEASURED holds.
 REASONS: dict[str, str] = {
     "labelled": "it has labels",
-    "mismatch": "masked whole: the tokenizer does not fit the conversation template",
-    "end_in_text": "masked whole: its text holds what ends an answer",
+    "mismatch": "the tokenizer does not fit the conversation template",
+    "end_in_text": "its text holds what ends an answer",
     "cut_away": "everything with a label lies behind model_max_length",
     "no_answer": "no answer has a token",
     "refused": "it can't be encoded",
