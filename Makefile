@@ -3,13 +3,15 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+# with lmms-eval, over that one
+EVALUATION ?= .venv-evaluation
 SLOW   := slow or slurm or scale
 # two test files at a time; `make test JOBS=0` runs them one after the other
 JOBS   ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-slow test-gpu test-all golden lint format docs bench slurm-sandbox
+.PHONY: help env env-evaluation demo test test-slow test-gpu test-all golden lint format docs bench slurm-sandbox
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -18,6 +20,12 @@ env: $(READY)  ## make the environment (.venv) from the pinned requirements
 
 $(READY): envs/requirements.txt envs/make_venv.sh
 	PYTHON=$(PYTHON) bash envs/make_venv.sh $(VENV)
+
+env-evaluation: $(EVALUATION)/.ready  ## make the environment with lmms-eval over it, for tasks of kind: lmms
+
+$(EVALUATION)/.ready: $(READY) envs/requirements-evaluation.txt envs/make_overlay.sh
+	bash envs/make_overlay.sh $(EVALUATION) $(VENV) --no-deps -r envs/requirements-evaluation.txt
+	touch $@
 
 demo: env  ## run the whole workflow on the embedded demo (CPU, offline, minutes)
 	$(BIN)/snakemake

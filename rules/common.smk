@@ -17,6 +17,7 @@ from workflow_scripts.plan.checks import (
     check_shared_files,
     check_targets,
 )
+from workflow_scripts.plan.questions import by_name, evaluation_python
 from workflow_scripts.plan.source_keys import watched_recipe
 from workflow_scripts.plan.specs import compact, plain
 from workflow_scripts.plan.surveys import survey_threads
@@ -72,6 +73,26 @@ def step(wildcards, output):
     return STEP
 
 
+with readable_errors():
+    deployed = workflow.deployment_settings.deployment_method
+    LMMS_STEP = command(
+        evaluation_python(
+            plan,
+            HERE,
+            interpreter(),
+            DeploymentMethod.CONDA in deployed,
+            DeploymentMethod.APPTAINER in deployed,
+        ),
+        HERE,
+        plan.config.setup,
+    )
+
+
+def lmms_step(wildcards, output):
+    """The command that starts a step in the environment that has lmms-eval; not tracked either."""
+    return LMMS_STEP
+
+
 # A job that runs inside a cluster job must not multiply the outer retries.
 RETRIES = 0 if workflow.remote_exec else plan.retries
 DOWNLOAD_RETRIES = 0 if workflow.remote_exec else 2
@@ -86,6 +107,7 @@ wildcard_constraints:
     run="[^/]+",
     experiment="[^/]+",
     survey="[^/]+",
+    questions="[^/]+",
     task="[^/]+",
     shard="[0-9]+",
     shards="[0-9]+",

@@ -8,11 +8,11 @@ def diagnosed(run):
 
 def diagnosis_inputs(wildcards):
     """The checkpoint and the questions that are looked at."""
-    _, spec = diagnosed(wildcards.run)
+    task, _ = diagnosed(wildcards.run)
     experiment = training("diagnose", wildcards.run).name
     return {
         "checkpoint": plan.run("export", experiment).manifest,
-        "source": source_manifest(spec.source),
+        "source": plan.questions_manifest(task),
     }
 
 

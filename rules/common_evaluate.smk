@@ -18,11 +18,11 @@ def evaluated(stage, run):
 
 def prediction_inputs(wildcards):
     """The checkpoint and the questions of predictions."""
-    _, spec = evaluated("predict", wildcards.run)
+    task, _ = evaluated("predict", wildcards.run)
     experiment = training("predict", wildcards.run).name
     return {
         "checkpoint": plan.run("export", experiment).manifest,
-        "source": source_manifest(spec.source),
+        "source": plan.questions_manifest(task),
     }
 
 
@@ -62,6 +62,19 @@ def predictions_of(run):
     """The manifest of the predictions that a run of scores counts."""
     task, _ = evaluated("score", run)
     return plan.evaluations[training("score", run).name, task].predict.manifest
+
+
+def prepared(wildcards):
+    """The section of the task whose questions are written."""
+    with readable_errors():
+        item = by_name(plan.questions.values(), wildcards.questions)
+    return plan.task_spec(item.task)
+
+
+def lmms_scores_of(run):
+    """What lmms-eval says of the answers that a run of scores counts; nothing where the metric is ours."""
+    task, _ = evaluated("score", run)
+    return [f"runs/score/{run}/lmms_eval.json"] if task in plan.questions else []
 
 
 def evaluation_of(experiment, task):

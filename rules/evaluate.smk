@@ -1,6 +1,29 @@
 # Evaluations: answers of checkpoints to the questions of tasks, their scores, comparisons with the baseline.
 
 
+# As a task of lmms-eval words and shows them.
+rule prepare_questions:
+    input:
+        source=lambda wildcards: source_manifest(prepared(wildcards).source),
+    output:
+        manifest="data/questions/{questions}/manifest.json",
+    log:
+        "logs/questions/{questions}.log",
+    retries: ONCE_MORE
+    conda:
+        "../envs/evaluation.yaml"
+    resources:
+        mem_mb=STEP_JOBS["prepare_questions"].mem_mb,
+        runtime=STEP_JOBS["prepare_questions"].runtime,
+    params:
+        step=lmms_step,
+        # not tracked (it takes `resources`): what matters is in the name
+        spec=lambda wildcards, resources: compact(plain(prepared(wildcards).lmms)),
+    shell:
+        "{params.step} --log {log} evaluate.lmms.questions --name {wildcards.questions} --spec {params.spec:q}"
+        " --source {input.source} --manifest {output.manifest}"
+
+
 rule predict_shard:
     input:
         unpack(prediction_inputs),
@@ -51,9 +74,37 @@ rule predict:
         " --manifest {output.manifest} --shards {input.shards}"
 
 
+# By the metrics of the task itself.
+rule lmms_scores:
+    input:
+        predictions=lambda wildcards: predictions_of(wildcards.run),
+        source=lambda wildcards: source_manifest(
+            evaluated("score", wildcards.run)[1].source
+        ),
+    output:
+        scores="runs/score/{run}/lmms_eval.json",
+    log:
+        "logs/lmms_scores/{run}.log",
+    retries: ONCE_MORE
+    conda:
+        "../envs/evaluation.yaml"
+    resources:
+        mem_mb=STEP_JOBS["lmms_scores"].mem_mb,
+        runtime=STEP_JOBS["lmms_scores"].runtime,
+    params:
+        step=lmms_step,
+        spec=lambda wildcards, resources: compact(
+            plain(evaluated("score", wildcards.run)[1])
+        ),
+    shell:
+        "{params.step} --log {log} evaluate.lmms.scores --spec {params.spec:q} --source {input.source}"
+        " --predictions {input.predictions} --output {output.scores}"
+
+
 rule score:
     input:
         predictions=lambda wildcards: predictions_of(wildcards.run),
+        lmms=lambda wildcards: lmms_scores_of(wildcards.run),
     output:
         manifest="runs/score/{run}/manifest.json",
     log:
@@ -66,7 +117,7 @@ rule score:
         spec=lambda wildcards, resources: compact(plan.score_spec(wildcards.run)),
     shell:
         "{params.step} --log {log} evaluate.score --spec {params.spec:q} --predictions {input.predictions}"
-        " --manifest {output.manifest}"
+        " --manifest {output.manifest} --lmms {input.lmms}"
 
 
 rule evaluation:

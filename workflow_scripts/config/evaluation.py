@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeA
 from pydantic import Field, model_validator
 
 from workflow_scripts.config.base import StrictModel
+from workflow_scripts.config.lmms import LmmsSpec
 from workflow_scripts.config.question_fields import FieldsSpec
 from workflow_scripts.config.types import Count, Name, Positive, Seed, Share
 from workflow_scripts.evaluate.metrics import METRICS
@@ -50,17 +51,21 @@ class TaskSpec(StrictModel):
     """Name of the source with the questions and their pictures."""
     kind: KindName = "shapes"
     """The form of the questions: `shapes` (one LLaVA record a question, with `question_type`: drawn sources
-    with `split: test` and `two_d_shapes`), `two_d_shapes` (parquet in the published form of 2DS), or `table`
-    (your own JSON, JSON lines, CSV or parquet, see `fields`)."""
+    with `split: test` and `two_d_shapes`), `two_d_shapes` (parquet in the published form of 2DS), `table`
+    (your own JSON, JSON lines, CSV or parquet, see `fields`), or `lmms` (a task of lmms-eval over the
+    source's parquet files, see `lmms`)."""
     fields: FieldsSpec | None = None
     """The columns of a `table`."""
+    lmms: LmmsSpec | None = None
+    """The task of lmms-eval."""
     prompt_prefix: str = ""
     """Put before each question."""
     prompt_suffix: str = ""
     """Put behind each question and its choices: "\\nAnswer the question using a single word or phrase."."""
     metric: MetricName = "exact_match"
     """What counts as right: `exact_match` (without case, blanks and a final full stop), `yes_no` (the
-    answer's first word), `choice_letter`, `vqa_accuracy` (a share, by ten people's answers)."""
+    answer's first word), `choice_letter`, `vqa_accuracy` (a share, by ten people's answers), `lmms_eval` (the
+    task's own; what `kind: lmms` has, and nothing else)."""
     conditions: ConditionsSpec = ConditionsSpec()
     """Under which conditions each question is asked besides as it is."""
     pictures: Positive | None = None
@@ -90,12 +95,35 @@ class TaskSpec(StrictModel):
 
     def asked(self) -> dict[str, Any]:
         """What decides the answers, the questions' content aside: JSON values, without defaults."""
-        other = self.ABOUT_SCORES | self.ABOUT_JOBS | {"source", "kind"}
-        return {"kind": self.kind, **self.model_dump(mode="json", exclude_defaults=True, exclude=set(other))}
+        other = self.ABOUT_SCORES | self.ABOUT_JOBS | {"source", "kind", "lmms"}
+        said = self.model_dump(mode="json", exclude_defaults=True, exclude=set(other))
+        return {"kind": self.kind, **said, **({"lmms": self.lmms.asked()} if self.lmms else {})}
 
     def scored(self) -> dict[str, Any]:
         """What decides the scores of given answers: JSON values, without defaults."""
-        return self.model_dump(mode="json", exclude_defaults=True, include=set(self.ABOUT_SCORES))
+        about: Any = {**dict.fromkeys(self.ABOUT_SCORES, True), "lmms": set(LmmsSpec.ABOUT_SCORES)}
+        found = self.model_dump(mode="json", exclude_defaults=True, include=about)
+        return {key: value for key, value in found.items() if value != {}}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _metric_of_lmms(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and data.get("kind") == "lmms":
+            return {"metric": "lmms_eval", **data}
+        return data
+
+    @model_validator(mode="after")
+    def _lmms_goes_together(self) -> Self:
+        prepared = TASKS[self.kind].prepared
+        if (self.lmms is not None) != prepared:
+            advice = "add lmms: {task: NAME}" if prepared else "remove it or set kind: lmms"
+            raise ValueError(f"kind: {self.kind} {'needs' if prepared else 'takes no'} lmms; {advice}")
+        if (METRICS[self.metric].score is None) != prepared:
+            fit = [name for name, metric in METRICS.items() if (metric.score is None) == prepared]
+            raise ValueError(
+                f"metric: {self.metric} does not go with kind: {self.kind}; use {' or '.join(fit)}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _fields_of_a_table(self) -> Self:

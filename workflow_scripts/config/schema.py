@@ -49,6 +49,10 @@ class Config(StrictModel):
     """The interpreter of the jobs. Left out: the one that runs Snakemake, or `python` inside conda and
     containers.
     """
+    python_evaluation: str | None = None
+    """The interpreter that has lmms-eval, for tasks of `kind: lmms`. Left out: that of `make env-evaluation`,
+    or of the conda environment and the container.
+    """
     setup: str = ""
     """Shell commands on one line that run before every step, inside its job (and its container): `module
     load cuda/12.4`. For the profile of a site, see docs/slurm.md; a change reruns nothing.

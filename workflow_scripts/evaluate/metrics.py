@@ -13,12 +13,13 @@ class Metric:
 
     Attributes:
         score: (given, right answers, choices) to 1 for right, 0 for wrong, a share between them, or None
-            where the answer can't be read, which counts as wrong and is counted apart.
+            where the answer can't be read, which counts as wrong and is counted apart. None in its place:
+            a step of its own scores, in the environment that has lmms-eval.
         chance: (right answers and choices of each question) to the score of one who guesses; None: unknown.
     """
 
     name: str
-    score: Callable[[str, Sequence[str], Sequence[str]], float | None]
+    score: Callable[[str, Sequence[str], Sequence[str]], float | None] | None
     chance: Callable[[Sequence[tuple[Sequence[str], Sequence[str]]]], float | None]
 
 
@@ -116,5 +117,6 @@ METRICS = {
         Metric("yes_no", _yes_no, lambda asked: 0.5),
         Metric("choice_letter", _choice, _one_of_the_choices),
         Metric("vqa_accuracy", _vqa, lambda asked: None),
+        Metric("lmms_eval", None, lambda asked: None),
     )
 }

@@ -128,6 +128,7 @@ def predict(
         "source": {"name": described["name"], "digest": described["digest"]},
         "harness": harness(),
         "asked": spec.asked(),
+        **({"lmms_eval": described["lmms_eval"]} if TASKS[spec.kind].prepared else {}),
     }
     write_json(manifest.with_name("shards.json"), {"shards": shards})
     write_json(manifest, result)

@@ -1,7 +1,7 @@
 """Counts a task's right answers: accuracies with intervals, the permutation index, what could not be read.
 
     python -m workflow_scripts.evaluate.score --spec JSON --predictions runs/predict/P/manifest.json \\
-        --manifest runs/score/S/manifest.json
+        --manifest runs/score/S/manifest.json [--lmms runs/score/S/lmms_eval.json]
 
 Reads rows only: no picture, no model, no GPU. Writes the manifest and, beside it, `scores.parquet`, the score
 of each row, from which checkpoints are compared.
@@ -49,16 +49,35 @@ class ScoreSpec(StrictModel):
         return Settings(self.confidence, self.resamples, self.seed)
 
 
-def scored_rows(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """The rows with `score` (0 to 1), `empty` (nothing was said) and `unparsed` (it can't be read)."""
+def scored_rows(rows: pd.DataFrame, metric: str, lmms: Path | None = None) -> pd.DataFrame:
+    """The rows with `score` (0 to 1), `empty` (nothing was said) and `unparsed` (it can't be read).
+
+    ``lmms`` is what the step `evaluate.lmms.scores` wrote, for a metric that is not ours.
+    """
     score = METRICS[metric].score
-    said = zip(rows["answer"], rows["right"], rows["choices"], strict=True)
-    found = [score(given, list(right), list(choices)) for given, right, choices in said]
+    if score is None:
+        found = scores_elsewhere(rows, lmms)
+    else:
+        said = zip(rows["answer"], rows["right"], rows["choices"], strict=True)
+        found = [score(given, list(right), list(choices)) for given, right, choices in said]
     return rows.assign(
         score=[0.0 if value is None else value for value in found],
         unparsed=[value is None for value in found],
         empty=[not text for text in rows["answer"]],
     )
+
+
+def scores_elsewhere(rows: pd.DataFrame, lmms: Path | None) -> list[float | None]:
+    """The scores that lmms-eval gave to these rows. Raises UserError unless each row has exactly one."""
+    if lmms is None:
+        raise UserError("metric: lmms_eval: --lmms is needed, the file of the step evaluate.lmms.scores")
+    keys = ["question", "condition", "seed"]
+    table = pd.read_parquet(lmms.parent / read_json(lmms)["table"])
+    known = {tuple(key): score for *key, score in table[[*keys, "score"]].itertuples(index=False)}
+    asked = list(rows[keys].itertuples(index=False, name=None))
+    if len(known) != len(table) or known.keys() != set(asked):
+        raise UserError(f"{lmms}: has scores of {len(table)} answers, but {len(asked)} were given")
+    return [float(known[key]) for key in asked]
 
 
 def check_rows(rows: pd.DataFrame, spec: TaskSpec, name: str) -> None:
@@ -171,10 +190,10 @@ def _answers_about(rows: pd.DataFrame) -> list[dict[str, Any]]:
     return found
 
 
-def score(spec: ScoreSpec, predictions: Path, manifest: Path) -> dict[str, Any]:
+def score(spec: ScoreSpec, predictions: Path, manifest: Path, lmms: Path | None = None) -> dict[str, Any]:
     """Scores the rows and writes the manifest."""
     said = read_json(predictions)
-    rows = scored_rows(pd.read_parquet(predictions.parent / said["folder"] / TABLE), spec.task.metric)
+    rows = scored_rows(pd.read_parquet(predictions.parent / said["folder"] / TABLE), spec.task.metric, lmms)
     check_rows(rows, spec.task, said["task"])
     kept = [
         "question",
@@ -204,6 +223,8 @@ def score(spec: ScoreSpec, predictions: Path, manifest: Path) -> dict[str, Any]:
         "chance": chance_levels(rows, spec.task.metric),
         "examples": examples(rows, spec.task.examples),
     }
+    if lmms is not None:
+        result |= {key: read_json(lmms)[key] for key in ("lmms_eval", "metrics")}
     write_json(manifest, result)
     return result
 
@@ -216,8 +237,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         "manifest": "the manifest of the scores, to be written",
     }
     texts = {"spec": "the task's section and the settings of the statistics, as JSON"}
-    options = command_line("evaluate.score", __doc__, texts, paths).parse_args(argv)
-    result = score(read_spec(ScoreSpec, options.spec), options.predictions, options.manifest)
+    parser = command_line("evaluate.score", __doc__, texts, paths)
+    parser.add_argument("--lmms", nargs="*", type=Path, default=[], help="the scores that lmms-eval gave")
+    options = parser.parse_args(argv)
+    lmms = options.lmms[0] if options.lmms else None
+    result = score(read_spec(ScoreSpec, options.spec), options.predictions, options.manifest, lmms)
     for condition, found in result["accuracy"].items():
         cells = "  ".join(f"{kind} {100 * item['value']:5.1f}" for kind, item in found.items())
         print(f"{condition:<9} {cells}", flush=True)

@@ -17,6 +17,7 @@ from workflow_scripts.config.experiments import Experiment
 from workflow_scripts.config.schema import Config
 from workflow_scripts.evaluate.harness import harness
 from workflow_scripts.io import UserError, digest, read_json
+from workflow_scripts.plan.questions import find_prepared
 from workflow_scripts.plan.runs import Run
 from workflow_scripts.plan.source_keys import known_recipe
 
@@ -70,6 +71,8 @@ def _names(config: Config, export: Run, task: str) -> Iterator[tuple[str, str]]:
         "source": known_recipe(spec.source, config.sources[spec.source]),
         "harness": harness(),
     }
+    if task in (prepared := find_prepared(config)):
+        asked["questions"] = prepared[task].name
     key = digest({"stage": "predict", **asked}, 10)
     yield "predict", f"{slug}-{task}-{key}"
     counted = {"predict": key, "task": spec.scored(), "statistics": statistics_of(config.evaluation)}

@@ -18,6 +18,7 @@ from workflow_scripts.config.stages import StageSpec
 from workflow_scripts.plan.diagnoses import Diagnosis, find_diagnoses
 from workflow_scripts.plan.evaluations import Evaluation, find_evaluations, shard_files, statistics_of
 from workflow_scripts.plan.fitting import fitted
+from workflow_scripts.plan.questions import find_prepared
 from workflow_scripts.plan.runs import Run, find_runs
 from workflow_scripts.plan.specs import plain
 from workflow_scripts.plan.surveys import Survey, find_surveys, survey_name
@@ -32,6 +33,10 @@ class Plan:
         self.experiments = loaded.experiments
         self.runs = find_runs(self.config, self.experiments)
         self.evaluations = find_evaluations(self.config, self.experiments, self.runs)
+        prepared = find_prepared(self.config)
+        self.questions = {
+            item.task: prepared[item.task] for item in self.evaluations.values() if item.task in prepared
+        }
         self.diagnoses = find_diagnoses(self.config, self.experiments, self.runs)
         answered = [run for item in self.evaluations.values() for run in (item.predict, item.score)]
         answered += [item.run for item in self.diagnoses.values()]
@@ -193,6 +198,12 @@ class Plan:
         """
         task = self.by_name[stage, name].task
         return task, self.task_spec(task)
+
+    def questions_manifest(self, task: str) -> str:
+        """What the questions of a task are read from: its source, or what was written from it."""
+        if task in self.questions:
+            return self.questions[task].manifest
+        return f"data/sources/{self.task_spec(task).source}/manifest.json"
 
     def shard_files(self, name: str) -> list[str]:
         """What says that the shards of predictions are done."""

@@ -21,6 +21,8 @@ STEP_JOBS = {
     "scan": StepJob(threads=8, runtime=360, mem_mb=8000),
     "mixture": StepJob(threads=1, runtime=120, mem_mb=8000),
     "survey": StepJob(threads=8, runtime=120, mem_mb=8000),
+    "prepare_questions": StepJob(threads=1, runtime=240, mem_mb=16000),
+    "lmms_scores": StepJob(threads=1, runtime=120, mem_mb=8000),
     "export": StepJob(threads=1, runtime=120),
     "predict": StepJob(threads=1, runtime=120),
     "diagnose": StepJob(threads=1, runtime=60),

@@ -69,6 +69,8 @@ def kinds_of_job(plan: Plan, configfiles: Sequence[Path], profile: Path) -> list
     """
     scans = [_step("scan", {}, profile, scan_job(plan, name)) for name in plan.scanned()]
     jobs = [*scans, *(_step(rule, {}, profile) for rule in ("mixture", "survey"))]
+    if plan.questions:
+        jobs += [_step(rule, {}, profile) for rule in ("prepare_questions", "lmms_scores")]
     for run in plan.trainings():
         name = plan.experiment_of(run.stage, run.name).stage(run.stage).compute
         compute = plan.compute(run.stage, run.name)

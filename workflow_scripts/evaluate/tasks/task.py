@@ -52,5 +52,9 @@ class Task:
     """
     pictures: Callable[[Path, FieldsSpec | None, Sequence[Question]], AbstractContextManager[Pictures]]
     """The pictures of these questions, read when they are asked for."""
+    prepared: bool = False
+    """Whether a step of its own writes the questions first, in the environment that has lmms-eval: the source
+    is then what it wrote, and `lmms` says which task.
+    """
     takes_fields: bool = False
     """Whether `fields` says which columns hold what."""
