@@ -78,17 +78,17 @@ def run(
 ) -> str:
     """Runs a training to its end and returns its log."""
     before = log.stat().st_size if log.exists() else 0
-    if processes == 1 and not env:
-        status = warm.run("llava_ext.train", argv, log, GOLDEN, environment(), timeout)
+    if env:  # which libraries may read while they load
+        status = _run_cold(argv, log, timeout, env)
     else:
-        status = _run_cold(argv, log, processes, timeout, env)
+        status = warm.run("llava_ext.train", argv, log, GOLDEN, environment(), timeout, processes)
     text = log.read_bytes()[before:].decode(errors="replace")
     assert status == expect, text[-4000:]
     return text
 
 
-def _run_cold(argv: Sequence[str], log: Path, processes: int, timeout: float, env: dict[str, str]) -> int:
-    process = start(argv, log, processes, **env)
+def _run_cold(argv: Sequence[str], log: Path, timeout: float, env: dict[str, str]) -> int:
+    process = start(argv, log, **env)
     try:
         return process.wait(timeout)
     finally:
