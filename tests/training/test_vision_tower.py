@@ -317,22 +317,18 @@ def test_an_interrupted_training_ends_with_the_same_bits(stage, number, tmp_path
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "engine",
-    [{"deepspeed": "zero2.json"}, {"deepspeed": "zero3.json"}, {"fsdp": True}, {}],
-    ids=["zero2", "zero3", "fsdp", "ddp"],
-)
-def test_two_processes_equal_one_and_one_continues(engine, tmp_path):
-    """With a batch of texts on one process while the other has pictures; both parts with rates of their
-    own.
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Flags of a training in which one of two processes gets a batch of texts while the other has pictures,
+    both parts with rates of their own; and what one process makes of them.
     """
+    folder = tmp_path_factory.mktemp("alone")
     records = json.loads((GOLDEN / "train" / "stage2.json").read_text())
     pictures = [record for record in records if "image" in record]
     texts = [record for record in records if "image" not in record]
-    (tmp_path / "samples.json").write_text(json.dumps(pictures[:4] + texts[:4] + pictures[4:28]))
+    (folder / "samples.json").write_text(json.dumps(pictures[:4] + texts[:4] + pictures[4:28]))
     flags = TRAINED | {
-        "data_path": tmp_path / "samples.json",
+        "data_path": folder / "samples.json",
         "max_steps": 4,
         "save_steps": 2,
         "group_by_modality_length": None,
@@ -340,10 +336,21 @@ def test_two_processes_equal_one_and_one_continues(engine, tmp_path):
         "weight_decay": 0.3,
         "mm_projector_lr": 5e-4,
     }
-    run(command_line(2, tmp_path / "one", **flags), tmp_path / "log")
+    run(command_line(2, folder / "one", **flags), folder / "log")
+    return flags, folder / "one"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "engine",
+    [{"deepspeed": "zero2.json"}, {"deepspeed": "zero3.json"}, {"fsdp": True}, {}],
+    ids=["zero2", "zero3", "fsdp", "ddp"],
+)
+def test_two_processes_equal_one_and_one_continues(engine, alone, tmp_path):
+    flags, one = alone
     several = flags | {"gradient_accumulation_steps": 1} | engine
     run(command_line(2, tmp_path / "two", **several), tmp_path / "log", processes=2)
-    assert_close(tmp_path / "two", tmp_path / "one")
+    assert_close(tmp_path / "two", one)
     if "fsdp" in engine:  # never on a single process
         return
     for name in ("train_result.json", "model.safetensors"):
@@ -351,7 +358,7 @@ def test_two_processes_equal_one_and_one_continues(engine, tmp_path):
     shutil.rmtree(tmp_path / "two/checkpoint-4")
     text = run(command_line(2, tmp_path / "two", **flags | engine), tmp_path / "log")
     assert "saved by 2 processes, now 1" in text
-    assert_close(tmp_path / "two", tmp_path / "one")
+    assert_close(tmp_path / "two", one)
 
 
 def assert_close(ours: Path, theirs: Path) -> None:
