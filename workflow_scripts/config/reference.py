@@ -7,14 +7,20 @@ schema.
 
 from __future__ import annotations
 
+import ast
+import inspect
+import itertools
 import json
+import textwrap
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from llava_ext.files import write_text
 from llava_ext.model.interventions import DEFAULTS, ROLES, description
 from workflow_scripts.command_line import command_line
+from workflow_scripts.config.base import StrictModel
 from workflow_scripts.config.schema import Config
 from workflow_scripts.io import UserError, user_errors
 
@@ -38,9 +44,40 @@ reader does not.
 """
 
 
+def _below(model: type[StrictModel]) -> Iterator[type[StrictModel]]:
+    for found in model.__subclasses__():
+        yield found
+        yield from _below(found)
+
+
+def field_docs(model: type[StrictModel]) -> dict[str, str]:
+    """The docstrings behind the fields of a section, its bases' too, by field."""
+    found: dict[str, str] = {}
+    for item in (*reversed(model.__mro__), model.documented_like):
+        if item is not None and item.__module__.startswith("workflow_scripts."):
+            with suppress(OSError):  # made without a text of its own
+                found |= dict(_docs_in(inspect.getsource(item)))
+    return found
+
+
+def _docs_in(source: str) -> Iterator[tuple[str, str]]:
+    (section,) = ast.parse(textwrap.dedent(source)).body
+    assert isinstance(section, ast.ClassDef)
+    for field, doc in itertools.pairwise(section.body):
+        match field, doc:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                yield name, inspect.cleandoc(text)
+
+
 def json_schema() -> dict[str, Any]:
     """The JSON schema of a configuration file."""
     schema = Config.model_json_schema()
+    known = {model.__name__: model for model in _below(StrictModel)}
+    for name, section in {"Config": schema, **schema["$defs"]}.items():
+        docs = field_docs(known[name]) if name in known else {}
+        for key, field in section.get("properties", {}).items():
+            if key in docs and "description" not in field:
+                section["properties"][key] = dict(sorted({**field, "description": docs[key]}.items()))
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "llava-spatial-workflow configuration",

@@ -171,7 +171,9 @@ def partial_model(model: type[StrictModel], name: str, doc: str) -> type[StrictM
         )
         for key, field in model.model_fields.items()
     }
-    return create_model(name, __base__=StrictModel, __doc__=doc, **fields)
+    partial = create_model(name, __base__=StrictModel, __doc__=doc, **fields)
+    partial.documented_like = model
+    return partial
 
 
 StageOverrides = partial_model(
