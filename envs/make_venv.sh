@@ -25,5 +25,7 @@ if [ ! -x "$venv/bin/pip" ]; then
 fi
 
 echo "installing into $venv (several hundred MB the first time)"
-"$venv/bin/pip" install --quiet --disable-pip-version-check -r "$here/requirements.txt"
+"$venv/bin/pip" install --quiet --no-compile --disable-pip-version-check -r "$here/requirements.txt"
+# On all cores, which pip would not do; some packages carry files for other Pythons.
+"$venv/bin/python" -m compileall -qq -j 0 "$venv/lib" || true
 touch "$venv/.ready"
