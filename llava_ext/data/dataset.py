@@ -133,8 +133,8 @@ def _is_of_the_disk(error: BaseException | None) -> bool:
 class TrainingCollator:
     """A collator whose batches also say which samples they hold (``indices``), for messages, what they hold
     (``counts``), which of them could not be used (``failures``), where the placeholders are
-    (``image_places``, ``image_offsets``), and where the next token is a label (``predicting``, flat places,
-    and ``targets``, both (labels,)).
+    (``image_places``, ``image_offsets``, ``image_span``), and where the next token is a label
+    (``predicting``, flat places, and ``targets``, both (labels,)).
 
     Counted and looked for here, in the dataset workers: on a GPU each number would cost a wait. Padding on
     the right needs no mask: attention is causal, so no token sees the padding behind it, and without a mask
@@ -166,7 +166,9 @@ class TrainingCollator:
         if "image_token_counts" in batch:
             counts = batch["image_token_counts"].tolist()
             offsets = torch.cat([torch.arange(count) for count in counts])
-            found |= {"image_token_counts": counts, "image_offsets": offsets}
+            columns = is_image.any(0).nonzero()[:, 0]
+            span = int(columns[-1] - columns[0])
+            found |= {"image_token_counts": counts, "image_offsets": offsets, "image_span": span}
         return found
 
     def _count(self, batch: dict[str, Any]) -> dict[str, int]:

@@ -212,6 +212,7 @@ class SpatialLlavaModel(LlavaModel):
         image_token_counts: Tensor | Sequence[int] | None = None,
         image_places: Tensor | None = None,
         image_offsets: Tensor | None = None,
+        image_span: int | None = None,
         **kwargs: Any,
     ) -> LlavaModelOutputWithPast:
         """As ``LlavaModel.forward``, and:
@@ -225,6 +226,7 @@ class SpatialLlavaModel(LlavaModel):
             image_places, image_offsets: (vision tokens,), of each placeholder, row by row, its place in the
                 flattened batch and its number within its image. Who knows them (a training's collator) spares
                 the device the search, for which the host would wait; numbers are given as a list then.
+            image_span: and how many columns lie between the first and the last that hold a placeholder.
 
         Raises:
             ValueError: placeholders without pixel values, or numbers of placeholders and vision tokens that
@@ -242,7 +244,7 @@ class SpatialLlavaModel(LlavaModel):
         images = self._images(pixel_values, mm_encoder_outputs, *vision)
         if images is not None:
             image_tokens, counts = self._kept_tokens(images, image_token_counts)
-            placeholders = Placeholders.found(is_image, counts, image_places, image_offsets)
+            placeholders = Placeholders.found(is_image, counts, image_places, image_offsets, image_span)
             inputs_embeds = self._merged(inputs_embeds, placeholders, image_tokens)
         elif is_image is not None:
             if image_places is None or len(image_places):
@@ -375,15 +377,22 @@ class Placeholders:
         is_image: (batch, tokens), True at a placeholder.
         places: (vision tokens,), their places in the flattened batch, row by row.
         offsets: (vision tokens,), the number of each within its image.
+        span: columns from the first to the last with a placeholder in any row; None where nobody has looked.
     """
 
     is_image: Tensor
     places: Tensor
     offsets: Tensor
+    span: int | None = None
 
     @classmethod
     def found(
-        cls, is_image: Tensor | None, counts: Sequence[int], places: Tensor | None, offsets: Tensor | None
+        cls,
+        is_image: Tensor | None,
+        counts: Sequence[int],
+        places: Tensor | None,
+        offsets: Tensor | None,
+        span: int | None,
     ) -> Placeholders:
         """From what is known; the rest is looked for."""
         if is_image is None:
@@ -392,7 +401,7 @@ class Placeholders:
             places = is_image.flatten().nonzero().squeeze(-1)
         if offsets is None:
             offsets = torch.cat([torch.arange(count) for count in counts]).to(places.device)
-        return cls(is_image, places, offsets)
+        return cls(is_image, places, offsets, span)
 
 
 def _refuse_placeholders(is_image: Tensor, past_key_values: Any) -> None:
@@ -451,16 +460,19 @@ def _published_table(
     Raises:
         ValueError: image tokens lie more than 575 places apart, as in the published code.
     """
-    is_image = placeholders.is_image
-    columns = is_image.any(0)
-    where = columns.nonzero().squeeze(-1)
-    offset = where - where[0]
-    if int(offset[-1]) >= PUBLISHED_GRID_SIDE**2:
+    columns = placeholders.is_image.any(0)
+    span = placeholders.span
+    if span is None:
+        where = columns.nonzero().squeeze(-1)
+        span = int(where[-1] - where[0])
+    if span >= PUBLISHED_GRID_SIDE**2:
         raise ValueError(
-            f"twoD_vision_embedding with published_behaviour: image tokens lie {int(offset[-1])} positions"
-            f" apart, at most {PUBLISHED_GRID_SIDE**2 - 1} work; set published_behaviour: false or use one"
-            " image a sample"
+            f"twoD_vision_embedding with published_behaviour: image tokens lie {span} positions apart, at"
+            f" most {PUBLISHED_GRID_SIDE**2 - 1} work; set published_behaviour: false or use one image a"
+            " sample"
         )
+    # In columns without an image token the numbers mean nothing, and are not taken.
+    offset = torch.arange(len(columns), device=columns.device) - columns.int().argmax()
     axes = [torch.div(offset, PUBLISHED_GRID_SIDE, rounding_mode="floor"), offset % PUBLISHED_GRID_SIDE]
     (row_cos, row_sin), (column_cos, column_sin) = (
         rotary.forward(hidden, axis.unsqueeze(0)) for axis in axes
@@ -469,9 +481,8 @@ def _published_table(
     tables = []
     for text, by_row, by_column in zip(plain, (row_cos, row_sin), (column_cos, column_sin), strict=True):
         image = torch.cat([by_row[..., :half], by_column[..., half:]], dim=-1)
-        table = text.expand(len(is_image), -1, -1).clone()
-        table[:, where] = image.to(table.dtype)
-        tables.append(table)
+        text = text.expand(len(placeholders.is_image), -1, -1)
+        tables.append(torch.where(columns[:, None], image.to(text.dtype), text))
     return tables[0], tables[1]
 
 

@@ -21,14 +21,14 @@ def add_callbacks(trainer: LlavaTrainer, arguments: Arguments, watchdog: NoStep)
     """
     training = arguments.training
     board = bool(getattr(training, "own_tensorboard", False))
-    interruption = Interruption()
+    interruption = Interruption(trainer.reports)
     trainer.watchdog = watchdog
     for callback in (
         Metrics(Path(training.output_dir), board, lines=bool(training.disable_tqdm)),
         LearnsNothing(
             training.watchdog_zero_steps,
             arguments.data.supervised_share_bound,
-            trainer.take_recent,
+            trainer.reports.take_recent,
             trainer.last_samples,
         ),
         watchdog,

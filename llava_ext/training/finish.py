@@ -58,9 +58,9 @@ def conclude(
 
 
 def _check_learned(trainer: LlavaTrainer) -> None:
-    """Raises TrainingError when no token of the whole training carried a label. Every rank must call."""
+    """Raises TrainingError when no token of the whole training carried a label."""
     logged = sum(row.get("supervised_tokens", 0) for row in trainer.state.log_history)
-    if not logged + trainer.take_counts()["supervised_tokens"]:
+    if not logged + trainer.reports.take_counts()["supervised_tokens"]:
         raise TrainingError(
             f"not one token of the {trainer.state.global_step} steps carried a label, so nothing was learned"
             " and no weights are written; the last batch was\n"

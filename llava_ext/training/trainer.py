@@ -4,9 +4,9 @@ survive kills.
 
 from __future__ import annotations
 
-import math
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,18 +33,12 @@ from ..errors import NoVerdict, TrainingError
 from . import claim, signals, states
 from .arguments import LlavaTrainingArguments, sampling_strategy
 from .optimizer import parameter_groups, trainable_names
+from .step_report import StepReports
 
 if TYPE_CHECKING:
     from .watchdogs import NoStep
 
 TRAINED = "trained.safetensors"
-# The collator's counts by their names in logs.
-COUNTS = {
-    "tokens": "tokens",
-    "text": "text_tokens",
-    "supervised": "supervised_tokens",
-    "samples": "samples",
-}
 
 
 class LlavaTrainer(Trainer):
@@ -89,8 +83,8 @@ class LlavaTrainer(Trainer):
             self.model_accepts_loss_kwargs = False
         self.sampler: EpochSampler | None = None
         self.last_indices: list[int] = []
-        self.counts: dict[str, Any] = dict.fromkeys(COUNTS.values(), 0)
-        self.recent: list[Any] = [0.0, 0, 0]
+        self.reports = StepReports(self.name_samples)
+        self.add_callback(self.reports)
         self.unsupervised_batches = 0
         self._predicting: torch.Tensor | None = None
         self.model.get_output_embeddings().register_forward_pre_hook(self._keep_predicting)
@@ -184,9 +178,7 @@ class LlavaTrainer(Trainer):
 
         A micro-batch without any label counts as zero instead of poisoning the weights with NaN.
         """
-        self.last_indices = inputs.pop("indices")
-        for name, number in inputs.pop("counts").items():
-            self.counts[COUNTS[name]] += number
+        self.last_indices, counts = inputs.pop("indices"), inputs.pop("counts")
         del inputs["labels"]
         self._predicting, targets = inputs.pop("predicting"), inputs.pop("targets")
         if "pixel_values" in inputs:
@@ -202,29 +194,8 @@ class LlavaTrainer(Trainer):
             total = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
             # Gradients are averaged over the ranks, the number of tokens is that of all ranks.
             loss = total / num_items_in_batch * world_size()
-        self._check_finite(loss)
+        self.reports.add(loss, counts, self.last_indices, last=self.accelerator.sync_gradients)
         return (loss, outputs) if return_outputs else loss
-
-    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
-        """As transformers'; remembers what :meth:`take_recent` gives."""
-        counts = inputs["counts"]
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        # the loss stays on its device: to read it would be to wait for it
-        news = (loss, counts["supervised"], counts["text"])
-        self.recent = [old + new for old, new in zip(self.recent, news, strict=True)]
-        return loss
-
-    def take_recent(self) -> tuple[float, float, float]:
-        """The sums of losses, tokens with a label and text tokens of all ranks since it was last called.
-        Every rank must call.
-        """
-        sums = torch.tensor([float(value) for value in self.recent], dtype=torch.float64)
-        self.recent = [0.0, 0, 0]
-        if world_size() > 1:
-            sums = sums.to(self.args.device)
-            dist.all_reduce(sums)
-        loss, supervised, text = sums.tolist()
-        return loss, supervised, text
 
     def _keep_predicting(self, head: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """Hands the LLM's head only the places whose next token is a label: (batch, tokens, hidden) -> (1,
@@ -236,44 +207,20 @@ class LlavaTrainer(Trainer):
         self._predicting = None
         return (chosen[None], *args[1:])
 
-    def take_counts(self) -> dict[str, float]:
-        """Tokens, text tokens, supervised tokens and samples of all ranks since the last call. Every rank
-        must call.
-        """
-        counts = torch.tensor([float(value) for value in self.counts.values()], dtype=torch.float64)
-        if world_size() > 1:
-            counts = counts.to(self.args.device)
-            dist.all_reduce(counts)
-        taken = dict(zip(self.counts, counts.tolist(), strict=True))
-        self.counts = dict.fromkeys(self.counts, 0)
-        return taken
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As transformers', with the counts of all ranks since the last one."""
         if "loss" in logs:
-            logs |= self.take_counts() | {"data_wait_s": self.waited_s}
+            logs |= self.reports.take_counts() | {"data_wait_s": self.waited_s}
             self.waited_s = 0.0
         super().log(logs, start_time)
 
-    def _check_finite(self, loss: torch.Tensor) -> None:
-        mine = not math.isfinite(float(loss.detach()))
-        if not any_rank(mine, self.args.device):
-            return
-        where = f"at step {self.state.global_step + 1}"
-        if not mine:
-            raise NoVerdict(
-                f"the loss is not finite on another rank {where}; stopped before the weights changed"
-            )
-        raise TrainingError(
-            f"the loss is {float(loss.detach())} {where}; stopped before the weights changed. The samples of"
-            " this micro-batch:\n"
-            + "\n".join(self.last_samples())
-            + "\nLook at these samples, the learning rate and the precision; the last checkpoint is kept."
-        )
-
     def last_samples(self) -> list[str]:
         """The samples of the last micro-batch, one a line."""
-        return [f"  {self.describe(index)}" for index in self.last_indices]
+        return self.name_samples(self.last_indices)
+
+    def name_samples(self, indices: Sequence[int]) -> list[str]:
+        """Samples by their indices, one a line."""
+        return [f"  {self.describe(index)}" for index in indices]
 
     # -- optimizer -----------------------------------------------------------------------------------------
 

@@ -35,13 +35,13 @@ class Stretch:
 class LearnsNothing(TrainerCallback, ExportableState):
     """Stops when for so many steps the loss has been zero, or hardly any token carried a label.
 
-    It looks every few steps, however often they are logged, which costs one sum over the ranks. What it has
-    seen goes into checkpoints: a training that continues knows of the steps before.
+    It looks every few steps, however often they are logged. What it has seen goes into checkpoints: a
+    training that continues knows of the steps before.
 
     Args:
         limit: so many steps; 0: never.
         bound: the least share of the text tokens that carry a label; 0: any.
-        take_recent: the sums over the steps since it was last called; every rank calls.
+        take_recent: the sums over the steps since it was last called.
         samples: the samples of the last micro-batch, for the message.
     """
 

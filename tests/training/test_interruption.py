@@ -157,7 +157,7 @@ def test_an_error_ends_the_dataset_workers_too(tmp_path, error):
     workers = {"dataloader_num_workers": 2, "dataloader_persistent_workers": True, "max_steps": 4}
     argv = command_line(2, tmp_path / "out", **workers)
     then = f"from llava_ext import errors; raise {error}('it broke')"
-    done = run_with("trainer.LlavaTrainer.take_counts", then, argv, tmp_path)
+    done = run_with("step_report.StepReports.take_counts", then, argv, tmp_path)
     assert done.returncode == 1 and "it broke" in done.stderr
     run(argv, tmp_path / "log")  # and those that are left at a good end
     assert result(tmp_path / "out")["status"] == "finished"
