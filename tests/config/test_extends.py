@@ -16,7 +16,8 @@ from workflow_scripts.plan.plan import read_plan
 from workflow_scripts.stages import STAGES
 
 ROOT = Path(__file__).parents[2]
-SHIPPED = sorted(path for path in (ROOT / "config").glob("*.yaml"))
+FRAGMENTS = {"benchmarks.yaml"}
+SHIPPED = sorted(path for path in (ROOT / "config").glob("*.yaml") if path.name not in FRAGMENTS)
 
 
 @pytest.fixture
@@ -52,6 +53,38 @@ def test_a_chain_and_a_second_file(demo, tmp_path):
     assert rates([two, site]) == {"pretrain": 1.0, "finetune": 3.0}
 
 
+def test_of_several_files_later_ones_are_merged_into_earlier_ones(demo):
+    (demo.parent / "rates.yaml").write_text("stages: {pretrain: {learning_rate: 1.0}}\n")
+    (demo.parent / "rest.yaml").write_text("stages: {pretrain: {learning_rate: 2.0}}\n")
+    mine = demo.with_name("mine.yaml")
+    mine.write_text("extends: [demo.yaml, rates.yaml, rest.yaml]\n")
+    assert rates([mine]) == {**rates([demo]), "pretrain": 2.0}
+    mine.write_text("extends: [demo.yaml, mine.yaml]\n")
+    with pytest.raises(UserError, match=r"mine\.yaml: extends itself"):
+        load_files([mine])
+
+
+def test_benchmarks_are_a_fragment_of_which_only_chosen_tasks_are_asked(demo):
+    """Nothing is fetched or prepared for the others; files that are numbered are all named."""
+    mine = demo.with_name("mine.yaml")
+    benchmarks = ROOT / "config/benchmarks.yaml"
+    mine.write_text(
+        f"extends: [demo.yaml, {benchmarks}]\nevaluation: {{default_tasks: [shapes, gqa]}}\n"
+        "experiments: {compress_1: {tasks: [vqav2_val]}}\n"
+    )
+    plan = read_plan([mine])
+    asked = {name: [item.task for item in plan.evaluations_of(name)] for name in plan.experiments}
+    assert asked.pop("compress_1") == ["vqav2_val"]
+    assert set(map(tuple, asked.values())) == {("shapes", "gqa")}
+    assert set(plan.questions) == {"gqa", "vqav2_val"}
+    assert {"gqa", "vqav2_val"} <= set(plan.used_sources()) and "pope" not in plan.used_sources()
+    files = [file.path for file in plan.config.sources["vqav2_val"].files]
+    assert (len(files), files[67]) == (68, "data/validation-00067-of-00068.parquet")
+    mine.write_text(f"extends: [demo.yaml, {benchmarks}]\nevaluation: {{default_tasks: [gqqa]}}\n")
+    with pytest.raises(UserError, match=r"evaluation\.default_tasks\[0\]: found 'gqqa'"):
+        read_plan([mine])
+
+
 def test_null_takes_an_entry_away(demo):
     mine = demo.with_name("mine.yaml")
     mine.write_text("extends: demo.yaml\nexperiments: {compress_1: null, compress_4: ~}\n")
@@ -73,7 +106,7 @@ def test_snakemake_reads_it_too(demo, tmp_path):
     ("text", "message"),
     [
         ("extends: gone.yaml", "extends: gone.yaml: no such file; looked for"),
-        ("extends: [demo.yaml]", "allowed is the path of one configuration file"),
+        ("extends: [7]", "allowed is the path of a configuration file, or a list"),
         ("extends: mine.yaml", "extends itself"),
         ("extends: broken.yaml", "broken.yaml, line 2: not valid YAML"),
     ],

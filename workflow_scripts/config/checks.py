@@ -45,6 +45,8 @@ def check_evaluation(config: Config, experiments: list[Experiment]) -> Iterator[
     tasks = spec.tasks if spec else {}
     for name, task in tasks.items():
         yield from _reference(f"evaluation.tasks.{name}.source", task.source, "sources", config.sources)
+    for place, chosen in enumerate((spec.default_tasks if spec else None) or ()):
+        yield from _reference(f"evaluation.default_tasks[{place}]", chosen, "evaluation.tasks", tasks)
     if spec and spec.baseline is not None:
         yield from _reference("evaluation.baseline", spec.baseline, "experiments", config.experiments)
     for experiment in experiments:

@@ -149,6 +149,8 @@ class EvaluationSpec(StrictModel):
 
     tasks: Annotated[dict[Name, TaskSpec], Field(min_length=1)]
     """The tasks, by name: each becomes `experiments/<experiment>/evaluation/<task>.json`."""
+    default_tasks: tuple[str, ...] | None = None
+    """The tasks that experiments without `tasks` of their own are asked; left out, all."""
     baseline: str | None = None
     """The experiment that all others are compared with, question by question; left out, the first."""
     confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.95

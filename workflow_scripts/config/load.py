@@ -65,19 +65,27 @@ def load_config(raw: Mapping[str, Any], files: Sequence[str | Path] = ()) -> Loa
 def extended(raw: Mapping[str, Any], files: Sequence[str | Path] = ()) -> dict[str, Any]:
     """``raw`` merged over the file that its `extends` names, and over what that one extends.
 
-    An entry of a section of names (an experiment, a source, ...) that is null here is taken away. The path is
-    relative to the file that says it; where that is not known (a module, `--config`), to the working folder.
+    Of several files, which may be fragments, later ones are merged into earlier ones. An entry of a section
+    of names (an experiment, a source, ...) that is null here is taken away. The path is relative to the file
+    that says it; where that is not known (a module, `--config`), to the working folder.
     """
-    content, seen, places = dict(raw), list[Path](), [*(Path(file).parent for file in files), Path()]
-    while (name := content.pop("extends", None)) is not None:
+    return _extended(dict(raw), [*(Path(file).parent for file in files), Path()], ())
+
+
+def _extended(content: dict[str, Any], places: Sequence[Path], seen: tuple[Path, ...]) -> dict[str, Any]:
+    """``seen`` are the files that led here."""
+    named = content.pop("extends", None)
+    if named is None:
+        return content
+    contents = []
+    for name in named if isinstance(named, list) else [named]:
         base = _find_base(name, places)
         if base in seen:
             raise UserError(
                 f"{base}: extends itself, by {', '.join(map(str, seen))}; take one `extends` away"
             )
-        seen.append(base)
-        content, places = merged_contents([read_yaml(base), content]), [base.parent]
-    return _without_nulls(content) if seen else content
+        contents.append(_extended(read_yaml(base), [base.parent], (*seen, base)))
+    return _without_nulls(merged_contents([*contents, content]))
 
 
 def _without_nulls(content: dict[str, Any]) -> dict[str, Any]:
@@ -92,7 +100,7 @@ def _without_nulls(content: dict[str, Any]) -> dict[str, Any]:
 def _find_base(name: Any, places: Sequence[Path]) -> Path:
     """The file that `extends` names."""
     if not isinstance(name, str):
-        raise UserError(f"extends: found {name!r}; allowed is the path of one configuration file")
+        raise UserError(f"extends: found {name!r}; allowed is the path of a configuration file, or a list")
     found = [(place / name).resolve() for place in places]
     for path in found:
         if path.is_file():

@@ -21,9 +21,10 @@ class Config(StrictModel):
     folder.
     """
 
-    extends: str | None = None
+    extends: str | list[str] | None = None
     """Another configuration file, relative to this one, that this one changes: sections are merged, values
-    replaced; an experiment, source, mixture, model or kind of job that is null is taken away.
+    replaced; an experiment, source, mixture, model or kind of job that is null is taken away. Of several
+    files, which may be fragments such as `benchmarks.yaml`, later ones are merged into earlier ones.
     """
     sources: dict[Name, SourceSpec]
     """Where images and annotations come from, by name."""

@@ -73,6 +73,23 @@ def _one_or_more(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def _numbered(value: Any) -> Any:
+    """Entries whose path has a range of numbers, once for each number."""
+    if not isinstance(value, list | tuple):
+        return value
+    found: list[Any] = []
+    for entry in value:
+        path = str(entry.get("path", "")) if isinstance(entry, dict) else ""
+        span = re.search(r"\{(\d+)\.\.(\d+)\}", path)
+        if span is None:
+            found.append(entry)
+            continue
+        numbers = range(int(span[1]), int(span[2]) + 1)
+        names = (path.replace(span[0], f"{number:0{len(span[1])}}") for number in numbers)
+        found += [{**entry, "path": name} for name in names]
+    return found
+
+
 Sha256 = Annotated[str | None, BeforeValidator(_lower_sha256)]
 Url = Annotated[str, AfterValidator(_http_url)]
 Urls = Annotated[tuple[Url, ...], BeforeValidator(_one_or_more), Field(min_length=1)]
@@ -217,8 +234,8 @@ class HubSource(_Fetched):
     """What the repository is."""
     revision: Annotated[str, Field(min_length=1)]
     """Commit (full, or its first 7 digits or more) or tag. A branch can move: pin a commit."""
-    files: Annotated[tuple[HubFile, ...], Field(min_length=1)]
-    """The files to fetch."""
+    files: Annotated[tuple[HubFile, ...], BeforeValidator(_numbered), Field(min_length=1)]
+    """The files to fetch. `{00000..00067}` in a path stands for a file with each of these numbers."""
     connections_per_host: Annotated[Positive, Field(le=16)] = 2
     """Downloads at a time from one host."""
 

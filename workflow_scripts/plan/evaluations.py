@@ -55,10 +55,11 @@ def find_evaluations(
 
 
 def tasks_of(config: Config, experiment: Experiment) -> list[str]:
-    """The tasks that an experiment is asked: those that it chooses, else all."""
+    """The tasks that an experiment is asked: its own choice, else the evaluation's, else all."""
     if config.evaluation is None:
         return []
-    return [name for name in config.evaluation.tasks if experiment.tasks is None or name in experiment.tasks]
+    chosen = config.evaluation.default_tasks if experiment.tasks is None else experiment.tasks
+    return [name for name in config.evaluation.tasks if chosen is None or name in chosen]
 
 
 def _names(config: Config, export: Run, task: str) -> Iterator[tuple[str, str]]:
