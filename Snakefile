@@ -69,7 +69,7 @@ localrules:
 rule all:
     default_target: True
     input:
-        expand("experiments/{experiment}/checkpoint.json", experiment=plan.experiments),
+        expand("experiments/{experiment}/checkpoint.json", experiment=plan.checkpoints),
         "report/index.html",
 
 

@@ -123,6 +123,15 @@ def lookup(section, name):
     return entries[name]
 
 
+def own_checkpoint_files(model):
+    """The files of a finished checkpoint in a folder of the user's: a replaced one makes it new."""
+    if model.role != "checkpoint" or model.kind != "path":
+        return []
+    return sorted(
+        str(path) for path in Path(model.path).expanduser().iterdir() if path.is_file()
+    )
+
+
 def source_manifest(name):
     return f"data/sources/{name}/manifest.json"
 
@@ -163,9 +172,14 @@ def survey_inputs(wildcards):
 
 
 def training(stage, run):
-    """The experiment that stands for a run of this configuration."""
+    """The experiment that stands for a training of this configuration."""
+    return plan.experiments[owner(stage, run)]
+
+
+def owner(stage, run):
+    """The name of the experiment that stands for a run of this configuration, trained here or not."""
     try:
-        return plan.experiment_of(stage, run)
+        return plan.owner(stage, run)
     except KeyError:
         known = ", ".join(plan.names(stage))
         raise WorkflowError(
@@ -177,6 +191,30 @@ def run_of(stage, experiment):
     """The manifest of the run that is an experiment's part in a stage."""
     lookup("experiments", experiment)
     return plan.run(stage, experiment).manifest
+
+
+def checkpoint_inputs(wildcards):
+    """The manifests of the runs that an experiment's checkpoint is the result of: of none but its export where
+    it is not trained here."""
+    stages = () if wildcards.experiment in plan.adopted else STAGES
+    return {stage: run_of(stage, wildcards.experiment) for stage in (*stages, "export")}
+
+
+def export_inputs(wildcards):
+    """The training that is exported, or the models that a checkpoint not trained here is made from."""
+    experiment = owner("export", wildcards.run)
+    if experiment not in plan.adopted:
+        return {"trained": plan.run(last_stage(), experiment).manifest}
+    return {
+        "models": [
+            f"models/{name}/manifest.json" for name in plan.adopted[experiment].models
+        ]
+    }
+
+
+def named_inputs(wildcards, input, resources):
+    """A job's inputs as options under their names. Not tracked (it takes `resources`): the inputs are."""
+    return " ".join(f"--{name} {input[name]}" for name in input.keys())
 
 
 def training_inputs(stage):

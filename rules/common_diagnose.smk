@@ -9,7 +9,7 @@ def diagnosed(run):
 def diagnosis_inputs(wildcards):
     """The checkpoint and the questions that are looked at."""
     task, _ = diagnosed(wildcards.run)
-    experiment = training("diagnose", wildcards.run).name
+    experiment = owner("diagnose", wildcards.run)
     return {
         "checkpoint": plan.run("export", experiment).manifest,
         "source": plan.questions_manifest(task),

@@ -19,7 +19,7 @@ def evaluated(stage, run):
 def prediction_inputs(wildcards):
     """The checkpoint and the questions of predictions."""
     task, _ = evaluated("predict", wildcards.run)
-    experiment = training("predict", wildcards.run).name
+    experiment = owner("predict", wildcards.run)
     return {
         "checkpoint": plan.run("export", experiment).manifest,
         "source": plan.questions_manifest(task),
@@ -61,7 +61,7 @@ def task_spec(stage):
 def predictions_of(run):
     """The manifest of the predictions that a run of scores counts."""
     task, _ = evaluated("score", run)
-    return plan.evaluations[training("score", run).name, task].predict.manifest
+    return plan.evaluations[owner("score", run), task].predict.manifest
 
 
 def prepared(wildcards):

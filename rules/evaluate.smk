@@ -42,7 +42,7 @@ rule predict_shard:
     params:
         step=step,
         spec=task_spec("predict"),
-        manifest=lambda wildcards: f"runs/predict/{wildcards.run}/manifest.json",
+        manifest=lambda wildcards, output: Path(output.note).with_name("manifest.json"),
     shell:
         "{params.step} --log {log} evaluate.predict {params.spec} --checkpoint {input.checkpoint} --source {input.source}"
         " --manifest {params.manifest} --shard {wildcards.shard} --of {wildcards.shards} --note {output.note}"

@@ -2,6 +2,8 @@
 
 
 rule prepare_model:
+    input:
+        lambda wildcards: own_checkpoint_files(lookup("models", wildcards.model)),
     output:
         manifest="models/{model}/manifest.json",
     log:

@@ -3,9 +3,7 @@
 
 rule export:
     input:
-        trained=lambda wildcards: plan.run(
-            last_stage(), training("export", wildcards.run).name
-        ).manifest,
+        unpack(export_inputs),
     output:
         manifest="runs/export/{run}/manifest.json",
     log:
@@ -19,18 +17,14 @@ rule export:
     params:
         step=step,
         spec=lambda wildcards, resources: compact(plan.export_spec(wildcards.run)),
+        made_from=named_inputs,
     shell:
-        "{params.step} --log {log} export --spec {params.spec:q} --trained {input.trained} --manifest {output.manifest}"
+        "{params.step} --log {log} export --spec {params.spec:q} {params.made_from} --manifest {output.manifest}"
 
 
 rule checkpoint:
     input:
-        unpack(
-            lambda wildcards: {
-                stage: run_of(stage, wildcards.experiment)
-                for stage in (*STAGES, "export")
-            }
-        ),
+        unpack(checkpoint_inputs),
     output:
         manifest="experiments/{experiment}/checkpoint.json",
     log:
@@ -40,16 +34,15 @@ rule checkpoint:
     params:
         step=step,
         spec=lambda wildcards: compact(plan.checkpoint_spec(wildcards.experiment)),
+        made_from=named_inputs,
     shell:
-        "{params.step} --log {log} link --spec {params.spec:q} "
-        + " ".join(f"--{stage} {{input.{stage}}}" for stage in (*STAGES, "export"))
-        + " --manifest {output.manifest}"
+        "{params.step} --log {log} link --spec {params.spec:q} {params.made_from} --manifest {output.manifest}"
 
 
 rule report:
     input:
         checkpoints=expand(
-            "experiments/{experiment}/checkpoint.json", experiment=plan.experiments
+            "experiments/{experiment}/checkpoint.json", experiment=plan.checkpoints
         ),
         evaluations=[item.named for item in plan.evaluations.values()],
         comparisons=expand(

@@ -32,7 +32,9 @@ def relative_link(link: Path, target: Path) -> None:
 def link_experiment(
     spec: Mapping[str, Any], trained: Mapping[str, Path], export: Path, manifest: Path
 ) -> dict[str, Any]:
-    """Makes the links and writes `checkpoint.json`; ``trained`` are the manifests by stage."""
+    """Makes the links and writes `checkpoint.json`; ``trained`` are the manifests by stage, none for a
+    checkpoint that was not trained here.
+    """
     folder = manifest.parent
     folder.mkdir(parents=True, exist_ok=True)
     stages = {name: (path.parent, read_json(path)) for name, path in trained.items()}
@@ -43,6 +45,7 @@ def link_experiment(
         relative_link(folder / name, target)
     content = {
         **spec,
+        **{key: exported[key] for key in ("origin", "interventions") if "origin" in exported},
         "paths": {
             name: os.path.relpath(target.resolve(), folder.resolve()) for name, target in targets.items()
         },
@@ -66,11 +69,16 @@ def link_experiment(
 @user_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     """Links one experiment."""
-    runs = {name: f"the manifest of the {name} run" for name in (*STAGES, "export")}
-    paths = runs | {"manifest": "the experiment's checkpoint.json, to be written"}
+    paths = {
+        "export": "the manifest of the export",
+        "manifest": "the experiment's checkpoint.json, to be written",
+    }
     texts = {"spec": "what `Plan.checkpoint_spec` gives, as JSON"}
-    options = command_line("link", __doc__, texts, paths).parse_args(argv)
-    trained = {name: getattr(options, name) for name in STAGES}
+    parser = command_line("link", __doc__, texts, paths)
+    for name in STAGES:
+        parser.add_argument(f"--{name}", type=Path, help=f"the manifest of the {name} run, if there is one")
+    options = parser.parse_args(argv)
+    trained = {name: path for name in STAGES if (path := getattr(options, name)) is not None}
     link_experiment(json.loads(options.spec), trained, options.export, options.manifest)
 
 

@@ -9,12 +9,13 @@ from types import SimpleNamespace
 from typing import Any
 
 from llava_ext.model.towers import TOWERS, known_towers
+from workflow_scripts.config.checkpoints import layout_problem
 from workflow_scripts.config.compute import AUTO
 from workflow_scripts.config.experiments import Experiment
 from workflow_scripts.config.problems import Problem, known, suggestion
 from workflow_scripts.config.schema import Config
 from workflow_scripts.config.stages import StageSpec
-from workflow_scripts.stages import STAGES, Stage
+from workflow_scripts.stages import STAGES, Stage, last_stage
 
 
 def _reference(key: str, name: str, section: str, names: Any) -> Iterator[Problem]:
@@ -49,10 +50,11 @@ def check_evaluation(config: Config, experiments: list[Experiment]) -> Iterator[
         yield from _reference(f"evaluation.default_tasks[{place}]", chosen, "evaluation.tasks", tasks)
     if spec and spec.baseline is not None:
         yield from _reference("evaluation.baseline", spec.baseline, "experiments", config.experiments)
-    for experiment in experiments:
-        for place, chosen in enumerate(experiment.tasks or ()):
-            key = f"experiments.{experiment.name}.tasks[{place}]"
-            yield from _reference(key, chosen, "evaluation.tasks", tasks)
+    for experiment, asked in config.experiments.items():
+        for place, chosen in enumerate(asked.tasks or ()):
+            yield from _reference(
+                f"experiments.{experiment}.tasks[{place}]", chosen, "evaluation.tasks", tasks
+            )
 
 
 def check_diagnostics(config: Config, experiments: list[Experiment]) -> Iterator[Problem]:
@@ -94,6 +96,15 @@ def check_files(config: Config, experiments: list[Experiment]) -> Iterator[Probl
             )
 
 
+def _check_role(config: Config, key: str, name: str, role: str) -> Iterator[Problem]:
+    """A model of that name exists, and has the role."""
+    yield from _reference(key, name, "models", config.models)
+    if name in config.models and config.models[name].role != role:
+        fitting = [other for other, model in config.models.items() if model.role == role]
+        fix = f"its role is {config.models[name].role}"
+        yield Problem(key, name, f"a model with role: {role}: {known(fitting)}", fix)
+
+
 def check_models(config: Config, experiments: list[Experiment]) -> Iterator[Problem]:
     """Experiments name models that exist and have the right role; model folders exist."""
     seen: set[tuple[str, str]] = set()
@@ -105,15 +116,7 @@ def check_models(config: Config, experiments: list[Experiment]) -> Iterator[Prob
             if (key, name) in seen:
                 continue
             seen.add((key, name))
-            yield from _reference(key, name, "models", config.models)
-            if name in config.models and config.models[name].role != role:
-                fitting = [n for n, m in config.models.items() if m.role == role]
-                yield Problem(
-                    key,
-                    name,
-                    f"a model with role: {role}: {known(fitting)}",
-                    f"its role is {config.models[name].role}",
-                )
+            yield from _check_role(config, key, name, role)
     for name, model in config.models.items():
         if model.kind == "path" and not (Path(model.path).expanduser() / "config.json").is_file():
             yield Problem(
@@ -127,6 +130,36 @@ def check_models(config: Config, experiments: list[Experiment]) -> Iterator[Prob
             if kind is not None and kind not in TOWERS:
                 fix = "use one of these; to add a family, add an entry to llava_ext/model/towers.py"
                 yield Problem(f"models.{name}.path", kind, f"a registered tower: {known_towers()}", fix)
+
+
+def check_checkpoints(config: Config, experiments: list[Experiment]) -> Iterator[Problem]:
+    """Checkpoints that are not trained here are models of that role, in the layout that they say; the
+    original layout has its vision tower.
+    """
+    for name, spec in config.experiments.items():
+        found: Any = spec
+        if found.checkpoint is None:
+            continue
+        yield from _check_role(config, f"experiments.{name}.checkpoint", found.checkpoint, "checkpoint")
+        if getattr(config.models.get(found.checkpoint), "layout", "hf") == "llava":
+            own = "vision_tower" in found.model.model_fields_set
+            key = f"experiments.{name}.model.vision_tower" if own else "model.vision_tower"
+            tower = found.model.vision_tower if own else config.model.vision_tower
+            yield from _check_role(config, key, tower, "vision_tower")
+    if not experiments:  # nobody else looks at the kind of job that all of them take
+        kind = getattr(config.stages, last_stage()).compute
+        yield from _reference(f"stages.{last_stage()}.compute", kind, "compute", config.compute)
+    for name, item in config.models.items():
+        if item.kind == "path" and item.role == "checkpoint":
+            yield from _check_layout(f"models.{name}", Path(item.path).expanduser(), item.layout)
+
+
+def _check_layout(where: str, folder: Path, layout: str) -> Iterator[Problem]:
+    """A folder of yours is in the layout that the configuration says; nothing where it can't be read."""
+    described = _json(folder / "config.json")
+    if described and (problem := layout_problem(described, layout)):
+        message, fix = problem
+        yield Problem(f"{where}.path", described.get("model_type"), message, fix)
 
 
 def check_stages(config: Config, experiments: list[Experiment]) -> Iterator[Problem]:
@@ -317,6 +350,7 @@ CHECKS: tuple[Callable[[Config, list[Experiment]], Iterator[Problem]], ...] = (
     check_diagnostics,
     check_files,
     check_models,
+    check_checkpoints,
     check_stages,
     check_interventions,
     check_kept_tokens,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self, TypeAlias
 
-from pydantic import ConfigDict, Field, create_model
+from pydantic import ConfigDict, Field, create_model, model_validator
 
 from llava_ext.model.interventions import DEFAULTS, ROLES, Interventions, description
 from workflow_scripts.config.base import StrictModel
@@ -44,12 +44,28 @@ class _Experiment(StrictModel):
 
     description: str | None = None
     """One line for the report."""
+    checkpoint: str | None = None
+    """A finished checkpoint that is not trained here: the name of a model with `role: checkpoint`. It is
+    asked the same tasks and compared like the others."""
     interventions: InterventionsSpec = Field(default_factory=InterventionsSpec)  # type: ignore[valid-type]
     """The flags, in both stages."""
     model: ModelOverrides = Field(default_factory=ModelOverrides)  # type: ignore[valid-type]
     """Other models or another projector."""
     tasks: tuple[Name, ...] | None = None
     """Which of the evaluation's tasks it is asked; left out, all."""
+
+    @model_validator(mode="after")
+    def _nothing_to_train(self) -> Self:
+        """A checkpoint that is there takes no recipe."""
+        model: StrictModel = self.model
+        vain = sorted(self.model_fields_set - {"description", "checkpoint", "model", "tasks"})
+        vain += [f"model.{key}" for key in sorted(model.model_fields_set - {"vision_tower"})]
+        if self.checkpoint is not None and vain:
+            raise ValueError(
+                f"checkpoint: {self.checkpoint} is not trained here, so there is nothing for"
+                f" {', '.join(vain)} to change; remove them, or remove checkpoint"
+            )
+        return self
 
 
 ExperimentSpec = create_model(
@@ -85,6 +101,32 @@ class Experiment:
     def flags(self) -> dict[str, Any]:
         """The interventions that differ from vanilla, as JSON values."""
         return changed_fields(self.interventions)
+
+
+@dataclasses.dataclass(frozen=True)
+class Adopted:
+    """An experiment whose checkpoint is not trained here.
+
+    Attributes:
+        checkpoint: the model that it is.
+        tower: the vision tower that the original layout needs; empty for transformers' layout.
+        tasks: which of the evaluation's tasks it is asked; None for all.
+    """
+
+    name: str
+    description: str
+    checkpoint: str
+    tower: str = ""
+    tasks: tuple[str, ...] | None = None
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The models that it is made from."""
+        return (self.checkpoint, self.tower) if self.tower else (self.checkpoint,)
+
+
+Checkpoint: TypeAlias = Experiment | Adopted
+"""What tasks are asked: an experiment's checkpoint, trained here or not."""
 
 
 def changed_fields(value: Any) -> dict[str, Any]:

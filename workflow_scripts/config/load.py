@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from llava_ext.model.interventions import Interventions
 from workflow_scripts.config.checks import CHECKS
-from workflow_scripts.config.experiments import Experiment, merged
+from workflow_scripts.config.experiments import Adopted, Experiment, merged
 from workflow_scripts.config.models import ModelSection
 from workflow_scripts.config.problems import Problem, find_problems
 from workflow_scripts.config.schema import Config
@@ -34,8 +34,14 @@ class Loaded:
 
     @cached_property
     def names(self) -> list[str]:
-        """The experiments' names, in the order of the file."""
+        """The names of the experiments that are trained, in the order of the file."""
         return list(self.experiments)
+
+    @cached_property
+    def adopted(self) -> dict[str, Adopted]:
+        """The experiments whose checkpoints are not trained here."""
+        names = [name for name, spec in self.config.experiments.items() if _checkpoint_of(spec) is not None]
+        return {name: adopt(self.config, name) for name in names}
 
 
 def load_config(raw: Mapping[str, Any], files: Sequence[str | Path] = ()) -> Loaded:
@@ -126,7 +132,9 @@ def load_files(files: Sequence[Path]) -> Loaded:
 
 def _resolve_all(config: Config) -> tuple[dict[str, Experiment], list[Problem]]:
     experiments, problems = {}, []
-    for name in config.experiments:
+    for name, spec in config.experiments.items():
+        if _checkpoint_of(spec) is not None:
+            continue
         try:
             experiments[name] = resolve(config, name)
         except _OverrideError as error:
@@ -138,6 +146,22 @@ class _OverrideError(Exception):
     def __init__(self, problems: list[Problem]) -> None:
         super().__init__("invalid override")
         self.problems = problems
+
+
+def _checkpoint_of(spec: Any) -> str | None:
+    """The model that an experiment is, where it is not trained here."""
+    found: str | None = spec.checkpoint
+    return found
+
+
+def adopt(config: Config, name: str) -> Adopted:
+    """The experiment called ``name``, which is not trained here."""
+    spec: Any = config.experiments[name]
+    layout = getattr(config.models[spec.checkpoint], "layout", "hf")
+    tower = spec.model.vision_tower or config.model.vision_tower
+    return Adopted(
+        name, spec.description or "", spec.checkpoint, tower if layout == "llava" else "", spec.tasks
+    )
 
 
 def resolve(config: Config, name: str) -> Experiment:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from llava_ext.model.projectors import PROJECTORS
 from workflow_scripts.config.base import StrictModel
 from workflow_scripts.config.shapes import ShapesLlm, ShapesTower
 from workflow_scripts.config.types import Positive
 
-Role = Literal["llm", "vision_tower"]
+Role = Literal["llm", "vision_tower", "checkpoint"]
 PROJECTOR_PATTERN = f"^({'|'.join(entry.pattern for entry in PROJECTORS)})$"
 
 
@@ -25,7 +25,13 @@ class PreparedModel(StrictModel):
     """What a model from the hub and one from a path have in common."""
 
     role: Role
-    """What the model is used as: `llm` or `vision_tower`."""
+    """What the model is used as: `llm`, `vision_tower`, or `checkpoint`: a whole LLaVA, which an experiment
+    names as its `checkpoint` and which is not trained here.
+    """
+    layout: Literal["hf", "llava"] = "hf"
+    """Of a checkpoint: `hf` (transformers' LLaVA, or one that this workflow has exported) or `llava` (the
+    original layout, which is converted; it takes the experiment's vision tower from `models`).
+    """
     patch_do_sample: bool = True
     """Set `do_sample: true` in the prepared copy's `generation_config.json` where it has a temperature or
     top_p without it: otherwise saving fails after stage 2.
@@ -48,6 +54,15 @@ class PreparedModel(StrictModel):
     """Width of its MLPs."""
     vocabulary_size: Positive | None = None
     """Tokens of an LLM."""
+
+    @model_validator(mode="after")
+    def _layout_of_a_checkpoint(self) -> Self:
+        if self.layout != "hf" and self.role != "checkpoint":
+            raise ValueError(
+                f"layout: found {self.layout}, but role: {self.role} has one layout only; leave it out, or"
+                " set role: checkpoint"
+            )
+        return self
 
 
 class HubModel(PreparedModel):

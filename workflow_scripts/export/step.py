@@ -4,7 +4,8 @@
     runs/export/R/manifest.json
 
 The HF folder holds hard links to the training's final files, so it costs no space and outlives the trainer's
-state.
+state. With `--models` it is a checkpoint that was not trained here that gets the same form, so that it is
+asked like any other: see workflow_scripts/export/adopt.py.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from typing import Any
 from llava_ext.files import sha256
 from llava_ext.model.interventions import Interventions
 from workflow_scripts.command_line import command_line
+from workflow_scripts.export.adopt import adopt
+from workflow_scripts.export.loading import hf_loads_with
 from workflow_scripts.io import UserError, digest, progress, read_json, user_errors, write_json
 from workflow_scripts.prepare_model.step import link
 
@@ -67,7 +70,7 @@ def export(spec: Mapping[str, Any], trained: Path, manifest: Path) -> dict[str, 
     files = {"hf": export_hf(trained, home / "hf")}
     described = read_json(home / "hf" / "config.json")
     families = described["text_config"]["model_type"], described["vision_config"]["model_type"]
-    readers = {"hf": _hf_loads_with(home / "hf")}
+    readers = {"hf": hf_loads_with(home / "hf")}
     unknown = unknown_to_llava(*families)
     if unknown:
         print(f"no export in the original LLaVA layout: {'; '.join(unknown)}", flush=True)
@@ -88,25 +91,21 @@ def export(spec: Mapping[str, Any], trained: Path, manifest: Path) -> dict[str, 
     return result
 
 
-def _hf_loads_with(folder: Path) -> list[str]:
-    if read_json(folder / "config.json")["model_type"] == "llava":
-        return ["transformers: LlavaForConditionalGeneration, AutoProcessor"]
-    return [
-        "transformers with trust_remote_code=True (the code lies beside the weights)",
-        "llava_ext.checkpoints.stored.load_model",
-    ]
-
-
 @user_errors()
 def main(argv: Sequence[str] | None = None) -> None:
     """Exports one training."""
     texts = {"spec": "what `Plan.export_spec` gives, as JSON"}
-    paths = {
-        "trained": "the manifest of the last stage's run",
-        "manifest": "the export's manifest, to be written",
-    }
-    options = command_line("export", __doc__, texts, paths).parse_args(argv)
-    result = export(json.loads(options.spec), options.trained, options.manifest)
+    parser = command_line("export", __doc__, texts, {"manifest": "the export's manifest, to be written"})
+    made_from = parser.add_mutually_exclusive_group(required=True)
+    made_from.add_argument("--trained", type=Path, help="the manifest of the last stage's run")
+    made_from.add_argument(
+        "--models", type=Path, nargs="+", help="the manifests of a checkpoint and, if needed, of its tower"
+    )
+    options = parser.parse_args(argv)
+    if options.models:
+        result = adopt(options.models, options.manifest)
+    else:
+        result = export(json.loads(options.spec), options.trained, options.manifest)
     print(f"exported to {options.manifest.parent / result['folder']}", flush=True)
 
 

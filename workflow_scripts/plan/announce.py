@@ -15,7 +15,7 @@ from workflow_scripts.report.table import text_table
 def announce(plan: Plan) -> None:
     """Prints where the results are. Called at the end of a successful run."""
     lines = []
-    for name in plan.experiments:
+    for name in plan.checkpoints:
         folder = Path("experiments") / name
         if (folder / "checkpoint.json").is_file():
             lines.append(f"  {name:<24} {folder}/hf")

@@ -39,10 +39,10 @@ def check_targets(plan: Plan, targets: Iterable[str]) -> None:
 
 
 def _check_experiment(plan: Plan, target: str, name: str) -> None:
-    if name not in plan.experiments:
-        advice = suggestion(name, plan.experiments, "add it to the section experiments")
+    if name not in plan.checkpoints:
+        advice = suggestion(name, plan.checkpoints, "add it to the section experiments")
         raise UserError(
-            f"{target}: no experiment is called {name!r}; experiments: {known(plan.experiments)}; {advice}"
+            f"{target}: no experiment is called {name!r}; experiments: {known(plan.checkpoints)}; {advice}"
         )
 
 

@@ -16,11 +16,13 @@ from pathlib import Path
 
 from workflow_scripts.command_line import command_line
 from workflow_scripts.io import user_errors
+from workflow_scripts.manifests import origin_of
 from workflow_scripts.plan import memory
 from workflow_scripts.plan.needs import GB, Item, disk_needs, items_of, missing_trackers
 from workflow_scripts.plan.plan import Plan, read_plan
 from workflow_scripts.plan.runs import Run
 from workflow_scripts.plan.skipped import lines_of_others
+from workflow_scripts.plan.specs import plain
 from workflow_scripts.plan.tokens import hours_of, measured_speeds, tokens_of
 
 
@@ -63,7 +65,7 @@ def describe_plan(plan: Plan, folder: Path | None = None) -> str:
     items = items_of(plan)
     lines = ["What this configuration needs", ""]
     lines += _data_lines(items) + _disk_lines(plan, items, folder or Path.cwd()) + _job_lines(jobs_of(plan))
-    lines += _chosen_lines(plan) + _memory_lines(plan)
+    lines += _adopted_lines(plan) + _chosen_lines(plan) + _memory_lines(plan)
     lines += [f"  {line}" for line in lines_of_others(plan)]
     missing = missing_trackers(plan)
     return "\n".join([*lines, *(f"  NOT INSTALLED: {text}" for text in missing), *[""][: len(missing)]])
@@ -103,7 +105,22 @@ def _disk_lines(plan: Plan, items: Iterable[Item], folder: Path) -> list[str]:
     return [*lines, ""]
 
 
+def _adopted_lines(plan: Plan) -> list[str]:
+    """The experiments whose checkpoints are not trained here, with where they come from."""
+    if not plan.adopted:
+        return []
+    width = max(map(len, plan.adopted))
+    lines = ["  checkpoints that are not trained here"]
+    for name, item in plan.adopted.items():
+        done = "there" if Path(plan.run("export", name).manifest).is_file() else "to be made ready"
+        origin = origin_of(plain(plan.config.models[item.checkpoint]))
+        lines.append(f"  {name:<{width}}  {origin}, {done}")
+    return [*lines, ""]
+
+
 def _job_lines(jobs: list[Job]) -> list[str]:
+    if not jobs:
+        return ["  Nothing is trained.", ""]
     width = max(len(job.run.name) for job in jobs)
     sized = any(job.gpu_bytes is not None for job in jobs)
     title = "GB a GPU" if sized else ""

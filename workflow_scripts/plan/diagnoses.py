@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from workflow_scripts.config.experiments import Experiment
+from workflow_scripts.config.experiments import Checkpoint
 from workflow_scripts.config.schema import Config
 from workflow_scripts.diagnose.content import content_of
 from workflow_scripts.io import digest
@@ -24,7 +24,7 @@ class Diagnosis:
 
 
 def find_diagnoses(
-    config: Config, experiments: Mapping[str, Experiment], runs: Mapping[tuple[str, str], Run]
+    config: Config, experiments: Mapping[str, Checkpoint], runs: Mapping[tuple[str, str], Run]
 ) -> dict[tuple[str, str], Diagnosis]:
     """By (experiment, task), in the order of the configuration."""
     if config.diagnostics is None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from workflow_scripts.config.evaluation import EvaluationSpec, TaskSpec
-from workflow_scripts.config.experiments import Experiment
+from workflow_scripts.config.experiments import Checkpoint
 from workflow_scripts.config.schema import Config
 from workflow_scripts.evaluate.harness import harness
 from workflow_scripts.io import UserError, digest, read_json
@@ -38,7 +38,7 @@ class Evaluation:
 
 
 def find_evaluations(
-    config: Config, experiments: Mapping[str, Experiment], runs: Mapping[tuple[str, str], Run]
+    config: Config, experiments: Mapping[str, Checkpoint], runs: Mapping[tuple[str, str], Run]
 ) -> dict[tuple[str, str], Evaluation]:
     """By (experiment, task), in the order of the configuration."""
     shared: dict[tuple[str, str], Run] = {}
@@ -54,7 +54,7 @@ def find_evaluations(
     return found
 
 
-def tasks_of(config: Config, experiment: Experiment) -> list[str]:
+def tasks_of(config: Config, experiment: Checkpoint) -> list[str]:
     """The tasks that an experiment is asked: its own choice, else the evaluation's, else all."""
     if config.evaluation is None:
         return []

@@ -12,14 +12,14 @@ from typing import Any
 from workflow_scripts.code_version import CODE_VERSION
 from workflow_scripts.config.compute import ComputeSpec, split_gres
 from workflow_scripts.config.evaluation import TaskSpec
-from workflow_scripts.config.experiments import Experiment
+from workflow_scripts.config.experiments import Checkpoint, Experiment
 from workflow_scripts.config.load import Loaded, load_files
 from workflow_scripts.config.stages import StageSpec
 from workflow_scripts.plan.diagnoses import Diagnosis, find_diagnoses
 from workflow_scripts.plan.evaluations import Evaluation, find_evaluations, shard_files, statistics_of
 from workflow_scripts.plan.fitting import fitted
 from workflow_scripts.plan.questions import find_prepared
-from workflow_scripts.plan.runs import Run, find_runs
+from workflow_scripts.plan.runs import Run, find_adopted, find_runs
 from workflow_scripts.plan.specs import plain
 from workflow_scripts.plan.surveys import Survey, find_surveys, survey_name
 from workflow_scripts.stages import STAGES, last_stage
@@ -31,13 +31,16 @@ class Plan:
     def __init__(self, loaded: Loaded) -> None:
         self.config = loaded.config
         self.experiments = loaded.experiments
-        self.runs = find_runs(self.config, self.experiments)
-        self.evaluations = find_evaluations(self.config, self.experiments, self.runs)
+        self.adopted = loaded.adopted
+        every: dict[str, Checkpoint] = {**self.experiments, **self.adopted}
+        self.checkpoints = {name: every[name] for name in self.config.experiments}
+        self.runs = find_runs(self.config, self.experiments) | find_adopted(self.config, self.adopted)
+        self.evaluations = find_evaluations(self.config, self.checkpoints, self.runs)
         prepared = find_prepared(self.config)
         self.questions = {
             item.task: prepared[item.task] for item in self.evaluations.values() if item.task in prepared
         }
-        self.diagnoses = find_diagnoses(self.config, self.experiments, self.runs)
+        self.diagnoses = find_diagnoses(self.config, self.checkpoints, self.runs)
         answered = [run for item in self.evaluations.values() for run in (item.predict, item.score)]
         answered += [item.run for item in self.diagnoses.values()]
         self.by_name = {(run.stage, run.name): run for run in [*self.runs.values(), *answered]}
@@ -52,9 +55,15 @@ class Plan:
 
     def experiment_of(self, stage: str, name: str) -> Experiment:
         """The experiment behind the run folder ``runs/<stage>/<name>``. Raises KeyError for a folder of
-        another config.
+        another config, and where nothing is trained for it.
         """
         return self.experiments[self.by_name[stage, name].experiment]
+
+    def owner(self, stage: str, name: str) -> str:
+        """The name of the experiment behind a run folder, trained here or not. Raises KeyError for a folder
+        of another config.
+        """
+        return self.by_name[stage, name].experiment
 
     def names(self, stage: str) -> list[str]:
         """The folders' names of all runs of a stage."""
@@ -88,13 +97,23 @@ class Plan:
         """Resources of an export (CPU), of predictions or a diagnosis (one GPU where the training has
         some).
         """
-        compute = self.config.compute[self.experiment_of(stage, name).stage(last_stage()).compute]
+        compute = self.config.compute[self.single_compute(stage, name)]
         on_gpu = stage in ("predict", "diagnose") and compute.gpus_per_node > 0
         return {
             "mem_mb": min(compute.mem_mb, 64000),
             "gres": f"{split_gres(compute.gres or 'gpu')[0]}:1" if on_gpu else None,
             "train_slots": int(on_gpu),
         }
+
+    def single_compute(self, stage: str, name: str) -> str:
+        """The kind of job that an export, predictions or a diagnosis take their resources from: that of the
+        experiment's last stage, or of the common one where nothing is trained.
+        """
+        trained = self.experiments.get(self.owner(stage, name))
+        spec: StageSpec = (
+            trained.stage(last_stage()) if trained else getattr(self.config.stages, last_stage())
+        )
+        return spec.compute
 
     # -- what is used --------------------------------------------------------------------------------------
 
@@ -116,8 +135,9 @@ class Plan:
         return {name: found[name] for name in self.config.compute if name in found}
 
     def used_models(self) -> list[str]:
-        """The models that some experiment is built from, in the order of the configuration."""
+        """The models that some experiment is built from or is, in the order of the configuration."""
         used = {name for e in self.experiments.values() for name in (e.model.llm, e.model.vision_tower)}
+        used |= {name for item in self.adopted.values() for name in item.models}
         return [name for name in self.config.models if name in used]
 
     def used_sources(self) -> list[str]:
@@ -142,7 +162,7 @@ class Plan:
     @property
     def retries(self) -> int:
         """How often Snakemake may start a training again."""
-        return max(spec.attempts for spec in self.used_compute().values()) - 1
+        return max((spec.attempts for spec in self.used_compute().values()), default=1) - 1
 
     # -- what the steps have to know -----------------------------------------------------------------------
 
@@ -169,6 +189,8 @@ class Plan:
 
     def export_spec(self, name: str) -> dict[str, Any]:
         """What the export has to know."""
+        if self.owner("export", name) in self.adopted:
+            return {}
         experiment = self.experiment_of("export", name)
         tower = experiment.model.vision_tower
         named = getattr(self.config.models[tower], "repo", f"models/{tower}/model")
@@ -176,11 +198,12 @@ class Plan:
 
     def checkpoint_spec(self, name: str) -> dict[str, Any]:
         """What stands in `experiments/<name>/checkpoint.json` besides what the manifests say."""
-        experiment = self.experiments[name]
+        about = {"experiment": name, "description": self.checkpoints[name].description}
+        if name in self.adopted:
+            return {**about, "runs": {"export": self.runs["export", name].name}}
         return {
-            "experiment": name,
-            "description": experiment.description,
-            "interventions": experiment.flags,
+            **about,
+            "interventions": self.experiments[name].flags,
             "runs": {stage: self.runs[stage, name].name for stage in (*STAGES, "export")},
         }
 
@@ -225,12 +248,12 @@ class Plan:
     def baseline(self) -> str | None:
         """The experiment that all others are compared with; None without an evaluation."""
         spec = self.config.evaluation
-        return (spec.baseline or next(iter(self.experiments))) if spec else None
+        return (spec.baseline or next(iter(self.checkpoints))) if spec else None
 
     def comparisons(self) -> list[str]:
         """The experiments that share a task with the baseline."""
         asked = {item.task for item in self.evaluations_of(self.baseline or "")}
-        others = [name for name in self.experiments if name != self.baseline]
+        others = [name for name in self.checkpoints if name != self.baseline]
         return [name for name in others if asked & {item.task for item in self.evaluations_of(name)}]
 
     def score_spec(self, name: str) -> dict[str, Any]:

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from workflow_scripts.code_version import CODE_VERSION
-from workflow_scripts.config.experiments import Experiment
+from workflow_scripts.config.experiments import Adopted, Experiment
 from workflow_scripts.config.schema import Config
 from workflow_scripts.io import UserError, digest
-from workflow_scripts.plan.names import slug
+from workflow_scripts.plan.names import adopted_slug, slug
 from workflow_scripts.plan.source_keys import known_recipe
 from workflow_scripts.plan.specs import plain, recipe
 from workflow_scripts.stages import STAGES, last_stage
@@ -53,6 +53,17 @@ def find_runs(config: Config, experiments: Mapping[str, Experiment]) -> dict[tup
             found[stage, experiment.name] = run
             if stage in STAGES:
                 _check_skipped(config, stage, experiment, experiments[run.experiment])
+    return found
+
+
+def find_adopted(config: Config, adopted: Mapping[str, Adopted]) -> dict[tuple[str, str], Run]:
+    """The exports of checkpoints that are not trained here, by ("export", experiment)."""
+    shared: dict[str, Run] = {}
+    found = {}
+    for item in adopted.values():
+        content = {"models": [recipe(config.models[name]) for name in item.models]}
+        name = f"{adopted_slug(config.models[item.checkpoint])}-{_key('export', content)}"
+        found["export", item.name] = shared.setdefault(name, Run("export", name, item.name))
     return found
 
 

@@ -25,6 +25,7 @@ from llava_ext.checkpoints.generation import REPAIRED, SAMPLING
 from llava_ext.files import follow_umask, sha256
 from workflow_scripts.acquire.stopping import until_signalled
 from workflow_scripts.command_line import command_line, read_spec
+from workflow_scripts.config.checkpoints import layout_problem
 from workflow_scripts.config.models import HubModel, ModelSpec, PathModel
 from workflow_scripts.io import UserError, digest, progress, read_json, user_errors, write_json
 
@@ -42,7 +43,7 @@ def prepare(name: str, spec: Any, manifest: Path) -> dict[str, Any]:
     temporary.mkdir(parents=True)
     origin = _fill(spec, manifest.parent, temporary)
     patched = patch_generation_config(temporary) if getattr(spec, "patch_do_sample", True) else []
-    preflight(temporary, spec.role, name)
+    preflight(temporary, spec.role, name, getattr(spec, "layout", "hf"))
     _replace(temporary, folder)
     files = _hashes(folder, manifest.parent / HASHES)
     content = {
@@ -69,7 +70,7 @@ def _fill(spec: Any, home: Path, target: Path) -> dict[str, Any]:
                 spec.repo,
                 spec.revision,
                 home / "download",
-                choose=lambda names: choose_files(names, spec.ignore),
+                choose=lambda names: choose_files(names, _ignored(spec)),
             )
         )
         copy_model(((path, facts["path"]) for path, facts in found), target)
@@ -81,12 +82,20 @@ def _fill(spec: Any, home: Path, target: Path) -> dict[str, Any]:
             raise UserError(
                 f"{origin}: no config.json in it; `path` must be a model folder as transformers saves it"
             )
-        copy_model(((origin / name, name) for name in choose_files(names, ())), target)
+        copy_model(((origin / name, name) for name in choose_files(names, _ignored(spec))), target)
         return {"path": str(origin.absolute())}
     from workflow_scripts.demo.models import build
 
     build(spec, target)
     return {}
+
+
+def _ignored(spec: HubModel | PathModel) -> tuple[str, ...]:
+    """Files that are not taken. The original layout has the projector twice: in the weights, which are whole,
+    and in a file of its own.
+    """
+    twice = ("mm_projector.bin",) if spec.role == "checkpoint" else ()
+    return (*getattr(spec, "ignore", ()), *twice)
 
 
 def choose_files(names: Sequence[str], ignore: Iterable[str]) -> list[str]:
@@ -202,10 +211,35 @@ def patch_generation_config(folder: Path) -> list[str]:
 # ---------------------------------------------------------------- the proof that saving will work
 
 
-def preflight(folder: Path, role: str, name: str) -> None:
-    """Loads the configs and, for an LLM, the tokenizer, and saves them once. Raises UserError that says
-    what fails.
+def preflight(folder: Path, role: str, name: str, layout: str = "hf") -> None:
+    """Loads the configs and, for an LLM, the tokenizer, and saves them once; of a checkpoint it looks at the
+    layout, as no code of its own is run. Raises UserError that says what fails.
     """
+    if role == "checkpoint":
+        _preflight_checkpoint(folder, layout, name)
+    else:
+        _preflight_part(folder, role, name)
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(f"models.{name}: no weights (*.safetensors or *.bin) in the folder")
+    _check_shards(folder, name)
+
+
+def _preflight_checkpoint(folder: Path, layout: str, name: str) -> None:
+    described = read_json(folder / "config.json")
+    if problem := layout_problem(described, layout):
+        allowed, fix = problem
+        raise UserError(
+            f"models.{name}: its config.json has model_type {described.get('model_type')!r}; allowed with"
+            f" layout: {layout}: {allowed}; {fix}"
+        )
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"models.{name}: adapters (LoRA) of another model, no whole checkpoint; merge them first with"
+            " `python -m llava_ext.convert FOLDER TARGET --to hf --llm ... --tower ...` and name the result"
+        )
+
+
+def _preflight_part(folder: Path, role: str, name: str) -> None:
     from transformers import AutoConfig
 
     try:
@@ -218,9 +252,6 @@ def preflight(folder: Path, role: str, name: str) -> None:
                 _preflight_tower(folder)
     except (ValueError, OSError, KeyError, ImportError) as error:
         raise UserError(f"models.{name}: this model could not be used or saved: {error}") from None
-    if not any(folder.glob("*.safetensors")):
-        raise UserError(f"models.{name}: no weights (*.safetensors or *.bin) in the folder")
-    _check_shards(folder, name)
 
 
 def _preflight_llm(folder: Path, trial: Path) -> None:

@@ -27,6 +27,7 @@ from typing import Any
 from llava_ext.files import write_text
 from workflow_scripts.command_line import command_line
 from workflow_scripts.io import user_errors
+from workflow_scripts.manifests import origin_of
 from workflow_scripts.report import collect, diagnostics, evaluations
 from workflow_scripts.report.collect import Collected
 from workflow_scripts.report.table import text_table
@@ -70,16 +71,15 @@ def experiment_rows(found: Collected, colours: Mapping[str, int], page: Path) ->
 
     rows = []
     for name, (path, content) in found.checkpoints.items():
-        links = {
-            "HF checkpoint": path.parent / "hf",
-            "LLaVA layout": path.parent / "llava",
-            "checkpoint.json": path,
-        }
+        titles = {"hf": "HF checkpoint", "llava": "LLaVA layout"}
+        links = {title: path.parent / key for key, title in titles.items() if key in content["paths"]}
+        links["checkpoint.json"] = path
         rows.append(
             {
                 "name": name,
                 "colour": plots.colour(colours[name]),
                 "description": content.get("description") or "",
+                "origin": origin_of(content["origin"]) if "origin" in content else "",
                 "interventions": {key: _plain(value) for key, value in content["interventions"].items()},
                 "links": {text: collect.relative(target, page) for text, target in links.items()},
                 "loads_with": content.get("loads_with", {}),

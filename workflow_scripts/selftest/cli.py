@@ -44,7 +44,7 @@ def findings(options: argparse.Namespace) -> Iterator[Finding]:
         yield plan
         return
     names = ", ".join(str(path) for path in options.configfile)
-    yield Finding("configuration", True, f"{names}: {len(plan.experiments)} experiments")
+    yield Finding("configuration", True, f"{names}: {len(plan.checkpoints)} experiments")
     yield from check_needs(plan, folder)
     if options.slurm:
         tried = list(check_jobs(plan, options.configfile, ROOT / "slurm/config.yaml"))

@@ -12,7 +12,6 @@ from workflow_scripts.plan.resources import STEP_JOBS, StepJob, resources_of
 from workflow_scripts.plan.scans import scan_job
 from workflow_scripts.selftest.findings import Finding
 from workflow_scripts.site import MISNAMED, place, profile_files, read_profile
-from workflow_scripts.stages import STAGES
 
 # A resource of a training, and the keys of `compute` that say it, the first of them that is set.
 COMPUTE_KEYS = {
@@ -79,7 +78,7 @@ def kinds_of_job(plan: Plan, configfiles: Sequence[Path], profile: Path) -> list
         jobs.append(_job(f"{run.stage} on compute.{name}", run.stage, own, profile))
     for stage in ("export", "predict", "diagnose"):
         for name in plan.names(stage):
-            compute_name = plan.experiment_of(stage, name).stage(list(STAGES)[-1]).compute
+            compute_name = plan.single_compute(stage, name)
             asked = plan.single_job(stage, name)
             own = {key: _of_compute(compute_name, key, value, configfiles) for key, value in asked.items()}
             jobs.append(_step(stage, own, profile))

@@ -4,7 +4,8 @@ workflow_scripts.status [--watch]`.
 One line a training: stage, run, state, step, loss, tokens a second, time left, time since the last step,
 attempts, GPUs, last saved step, machine or job, and the finished experiments that use it. Below one that
 failed, or that a check refused to start: why, and where its log is. Below one that waits in Slurm's queue:
-since when, why, and what to do where waiting does not help.
+since when, why, and what to do where waiting does not help. Last, the experiments whose checkpoints were not
+trained here.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from rich.segment import Segment
 from workflow_scripts.command_line import command_line
 from workflow_scripts.io import UserError, user_errors
 from workflow_scripts.status.queue import jobs_of, with_queue
-from workflow_scripts.status.read import Status, all_statuses
+from workflow_scripts.status.read import Status, adopted, all_statuses
 from workflow_scripts.status.table import Trainings, table
 
 
@@ -57,16 +58,16 @@ def as_json(root: Path) -> str:
 def show(root: Path, console: Console) -> None:
     """Prints the table: as wide as the terminal allows, or plain and as wide as it is elsewhere."""
     if console.is_terminal:
-        console.print(Trainings(trainings(root)), highlight=False)
+        console.print(Trainings(trainings(root), adopted(root)), highlight=False)
     else:
-        print(table(trainings(root)), flush=True)
+        print(table(trainings(root), notes=adopted(root)), flush=True)
 
 
 def watch(root: Path, console: Console, seconds: float) -> None:
     """Redraws the table in place until Ctrl-C."""
     with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
         while True:
-            live.update(Tail(Trainings(trainings(root))), refresh=True)
+            live.update(Tail(Trainings(trainings(root), adopted(root))), refresh=True)
             time.sleep(seconds)
 
 

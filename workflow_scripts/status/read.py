@@ -14,6 +14,7 @@ from workflow_scripts.io import UserError, read_json
 from workflow_scripts.launch.attempts import REFUSAL, read_attempts, saved_step
 from workflow_scripts.launch.ownership import OWNER, alive
 from workflow_scripts.launch.verdicts import ENDED, STATUS, read_end, read_verdict
+from workflow_scripts.manifests import origin_of
 from workflow_scripts.stages import STAGES
 
 TAIL = 1 << 16
@@ -242,6 +243,16 @@ def users(root: Path) -> dict[tuple[str, str], list[str]]:
         for stage, run in _content(path).get("runs", {}).items():
             found.setdefault((stage, run), []).append(path.parent.name)
     return found
+
+
+def adopted(root: Path) -> list[str]:
+    """One line for each finished experiment whose checkpoint was not trained here."""
+    found = [
+        (path.parent.name, _content(path)) for path in sorted(root.glob("experiments/*/checkpoint.json"))
+    ]
+    return [
+        f"{name}: {origin_of(said['origin'])}, not trained here" for name, said in found if "origin" in said
+    ]
 
 
 def all_statuses(root: Path) -> list[Status]:

@@ -94,6 +94,7 @@ class Trainings:
     """
 
     statuses: Sequence[Status]
+    notes: Sequence[str] = ()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         if self.statuses:
@@ -107,6 +108,7 @@ class Trainings:
                     # Not Text: a path that is broken into lines can't be copied.
                     yield from (Segment(f"    log: {item.log}"), Segment.line())
         yield Text(summary(self.statuses))
+        yield from map(Text, self.notes)
 
     def _fit(self, console: Console, options: ConsoleOptions) -> Table:
         """Leaves out what can be spared, then shortens the runs' names in their middle, until a line fits."""
@@ -149,9 +151,9 @@ def summary(statuses: Sequence[Status]) -> str:
     return ", ".join(f"{counted[state]} {state}" for state in STATES if counted[state]) or "no training yet"
 
 
-def table(statuses: Sequence[Status], width: int | None = None) -> str:
+def table(statuses: Sequence[Status], width: int | None = None, notes: Sequence[str] = ()) -> str:
     """The statuses as plain text, as wide as they are or at most ``width``."""
     console = Console(file=io.StringIO(), width=width or UNLIMITED, color_system=None, force_terminal=False)
     with console.capture() as captured:
-        console.print(Trainings(statuses), highlight=False)
+        console.print(Trainings(statuses, notes), highlight=False)
     return "\n".join(line.rstrip() for line in captured.get().splitlines())
