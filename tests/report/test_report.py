@@ -14,6 +14,8 @@ import pytest
 
 from tests.support.demo import load_json
 from workflow_scripts.demo import shapes
+from workflow_scripts.evaluate.published import PUBLISHED, published_about
+from workflow_scripts.evaluate.two_d_shapes import STRATA
 from workflow_scripts.io import UserError, write_json
 from workflow_scripts.report import step as report
 from workflow_scripts.report.collect import collect, metrics
@@ -345,6 +347,97 @@ def test_examples_show_the_pictures_that_are_still_there(everything, tmp_path):
         if "examples" in content and "accuracy" in content:
             write_json(path, {**content, "examples": content["examples"][1:]})
     assert rendered(everything, tmp_path).count('alt="example picture a.jpg') == 1
+
+
+def test_what_others_have_published_stands_beside_our_numbers(everything, tmp_path):
+    assert "Published by others" not in rendered(everything, tmp_path)
+    for path in everything:
+        content = json.loads(path.read_text())
+        if "scored" in content:
+            write_json(path, {**content, "scored": content["scored"] | {"benchmark": "pope"}})
+    page = Page(rendered(everything, tmp_path)).text
+    section = page[page.index("Published by others, not measured here") :]
+    assert "vanilla here 95.6 47.1 50.0 98.0 90.0 own 1: greedy; exact_match" in section
+    assert "LLaVA-1.5-7B 85.9 – – – – LLaVA's own scripts: greedy, batch 1 (LLaVA-1.5" in section
+    assert "LLaVA-1.5-7B 87.3 87.1 0.3 – – the paper's own scripts: sampled at temperature 0.2" in section
+    assert "the 3,000 popular questions only" in section
+
+
+def test_published_numbers_have_sources_and_agree_with_themselves():
+    assert len({(item.benchmark, item.model, item.harness) for item in PUBLISHED}) == len(PUBLISHED)
+    for item in PUBLISHED:
+        assert item.harness.name and item.harness.settings and "arXiv" in item.harness.source
+        assert item.unit or 0 < (item.value or item.psi) < 100
+        if item.strata:  # as many questions of each
+            assert sum(item.strata.values()) / len(item.strata) == pytest.approx(item.value, abs=0.01)
+    assert set(STRATA) == {name for item in PUBLISHED for name in item.strata}
+    assert published_about(None) == []
+
+
+def answered(folder, name, right, **statistics):
+    """An experiment's evaluation with its rows: ten questions, those in ``right`` answered rightly."""
+    home = folder / "experiments" / name
+    rows = [
+        {
+            "question": f"q{number}",
+            "picture": "a.jpg",
+            "stratum": "where",
+            "text": f"Where is {number}?",
+            "right": ["top"],
+            "condition": condition,
+            "seed": 0,
+            "answer": "top" if number in right else f"{name} says",
+            "score": float(number in right),
+        }
+        for condition in ("normal", "blank")
+        for number in range(10)
+    ]
+    table = pandas.DataFrame(rows)
+    home.mkdir(parents=True)
+    table.drop(columns="score").to_parquet(home / "predictions.parquet")
+    table[["question", "condition", "seed", "score"]].to_parquet(home / "scores.parquet")
+    content = evaluation(name, 0.9, 0.8)
+    content["paths"] = {key: f"../{key}.parquet" for key in ("predictions", "scores")}
+    content["statistics"] = content["statistics"] | statistics
+    write_json(home / "evaluation/shapes.json", content)
+    return home / "evaluation/shapes.json"
+
+
+def shown_where_they_disagree(page):
+    text = Page(page).text
+    part = text[text.index("Where experiments disagree") : text.index("The same pictures and questions")]
+    return part, re.findall(r"Where is (\d)\?", part)
+
+
+def test_questions_on_which_experiments_disagree_are_drawn_by_the_seed(tmp_path, data):
+    drawn = set()
+    for seed in range(5):
+        folder = tmp_path / str(seed)
+        both = [answered(folder, "one", range(10), seed=seed), answered(folder, "other", range(3), seed=seed)]
+        page = rendered([*data, *both], tmp_path)
+        part, shown = shown_where_they_disagree(page)
+        assert f"shapes : 7 of 10 questions; 2 of them, seed {seed}:" in part
+        assert len(shown) == 2 and {int(number) for number in shown} <= set(range(3, 10))
+        assert shown == shown_where_they_disagree(rendered([*data, *both], tmp_path))[1]
+        assert part.count("✓ top") == part.count("✗ other says") == 2
+        assert page.count('alt="example picture a.jpg') >= 2
+        drawn.add(tuple(shown))
+    assert len(drawn) > 1, "another seed, other questions"
+
+
+def test_agreement_and_rows_that_are_gone_are_no_trouble(tmp_path, data):
+    paths = [answered(tmp_path, "one", range(4)), answered(tmp_path, "other", range(4))]
+    assert "shapes : 0 of 10 questions" in Page(rendered(paths, tmp_path)).text
+    (tmp_path / "experiments/one/scores.parquet").unlink()
+    assert "Where experiments disagree" not in rendered(paths, tmp_path)
+
+
+def test_a_checkpoint_that_was_not_trained_here_says_so(tmp_path):
+    path = tmp_path / "experiments/theirs/checkpoint.json"
+    said = {"repo": "llava-hf/llava-1.5-7b-hf", "revision": "0123abc"}
+    write_json(path, checkpoint("theirs", "x") | {"runs": {"export": "x"}, "origin": said})
+    page = Page(rendered([path], tmp_path)).text
+    assert "not trained here: llava-hf/llava-1.5-7b-hf at 0123abc" in page
 
 
 def test_numbers_near_chance_are_marked(everything, tmp_path):

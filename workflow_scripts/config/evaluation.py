@@ -12,12 +12,15 @@ from workflow_scripts.config.lmms import LmmsSpec
 from workflow_scripts.config.question_fields import FieldsSpec
 from workflow_scripts.config.types import Count, Name, Positive, Seed, Share
 from workflow_scripts.evaluate.metrics import METRICS
+from workflow_scripts.evaluate.published import BENCHMARKS
 from workflow_scripts.evaluate.tasks import TASKS
 
 if TYPE_CHECKING:
+    BenchmarkName: TypeAlias = str
     KindName: TypeAlias = str
     MetricName: TypeAlias = str
 else:
+    BenchmarkName = Literal[BENCHMARKS]
     KindName = Literal[tuple(TASKS)]
     MetricName = Literal[tuple(METRICS)]
 Level = Annotated[int, Field(ge=0, le=255)]
@@ -43,7 +46,7 @@ class TaskSpec(StrictModel):
     """
 
     ABOUT_SCORES: ClassVar = frozenset(
-        {"metric", "examples", "max_empty_share", "max_unparsed_share", "expected_questions"}
+        {"metric", "examples", "benchmark", "max_empty_share", "max_unparsed_share", "expected_questions"}
     )
     ABOUT_JOBS: ClassVar = frozenset({"batch_size", "shards", "runtime_min"})
 
@@ -91,7 +94,10 @@ class TaskSpec(StrictModel):
     max_unparsed_share: Share = 0.1
     """More answers that the metric can't read are an error, with examples."""
     examples: Annotated[Count, Field(le=50)] = 6
-    """Pictures shown in the report with each checkpoint's answers."""
+    """Pictures shown in the report with each checkpoint's answers, and as many questions on which the
+    checkpoints disagree."""
+    benchmark: BenchmarkName | None = None
+    """Which benchmark this is: what others have published about it stands beside the report's numbers."""
 
     def asked(self) -> dict[str, Any]:
         """What decides the answers, the questions' content aside: JSON values, without defaults."""

@@ -6,8 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy
+import pandas
+
 from llava_ext.files import atomic_path
 from workflow_scripts.config.question_fields import FieldsSpec
+from workflow_scripts.evaluate.published import published_about
 from workflow_scripts.evaluate.tasks import TASKS
 from workflow_scripts.evaluate.tasks.task import Question
 from workflow_scripts.io import UserError
@@ -22,6 +26,9 @@ from workflow_scripts.report.table import (
     is_near_chance,
     strata_of,
 )
+
+RIGHT = 0.5
+"""A score from here on is shown as a right answer; shares exist with `vqa_accuracy`."""
 
 
 def summary(tasks: Tasks, found: Collected, colours: Mapping[str, int]) -> dict[str, Any] | None:
@@ -77,6 +84,7 @@ def _task_section(
             "accuracy": _shares(item),
             "cells": [_cell(item, kind, condition) for kind in kinds for condition in conditions],
             "psi": [item["psi"].get(kind) for kind in kinds],
+            "whole_psi": item["psi"].get(ALL),
             "deltas": [_delta(found, name, task, kind) for kind in kinds],
             "odd": [
                 f"{CONDITIONS[condition]}: {cells[ALL][what]} {what}"
@@ -104,7 +112,29 @@ def _task_section(
         "permutations": first["asked"].get("conditions", {}).get("permuted", 1),
         "permute_seed": first["asked"].get("permute_seed", 0),
         "figure": plots.accuracy_figure(rows, kinds, chance, label),
+        "published": _published(first["scored"].get("benchmark"), kinds),
     }
+
+
+def _published(benchmark: str | None, kinds: Sequence[str]) -> list[dict[str, Any]]:
+    """What others say about the task's benchmark, in the order of the register; shares as ours."""
+
+    def share(value: float | None) -> float | None:
+        return None if value is None else value / 100
+
+    return [
+        {
+            "model": item.model,
+            "value": item.value if item.unit else share(item.value),
+            "unit": item.unit,
+            "permuted": share(item.permuted),
+            "psi": share(item.psi),
+            "strata": [share(item.strata.get(kind)) for kind in kinds],
+            "harness": item.harness,
+            "how": item.how,
+        }
+        for item in published_about(benchmark)
+    ]
 
 
 def _shares(item: Mapping[str, Any]) -> dict[str, dict[str, float]]:
@@ -125,6 +155,68 @@ def _delta(found: Collected, name: str, task: str, kind: str) -> dict[str, Any] 
     return compared[1]["tasks"].get(task, {}).get(kind) if compared else None
 
 
+def disagreements(tasks: Tasks, found: Collected) -> list[dict[str, Any]]:
+    """Of each task: how often the experiments disagree, and some of those questions with all answers, drawn
+    by the statistics' seed.
+    """
+    return [part for task, scores in tasks.items() if (part := _disagreement(task, scores, found))]
+
+
+def _disagreement(
+    task: str, scores: Mapping[str, Mapping[str, Any]], found: Collected
+) -> dict[str, Any] | None:
+    rows = {name: _answers(name, task, item, found) for name, item in scores.items()}
+    rows = {name: table for name, table in rows.items() if table is not None}
+    if len(rows) < 2:
+        return None
+    asked = {name: table.query("condition == 'normal'").set_index("question") for name, table in rows.items()}
+    normal = pandas.DataFrame({name: table.score for name, table in asked.items()}).dropna()
+    apart = normal.index[(normal >= RIGHT).nunique(axis=1) > 1]
+    first = next(iter(scores.values()))
+    number = min(len(first["examples"]), len(apart))
+    random = numpy.random.default_rng(first["statistics"]["seed"])
+    chosen = sorted(random.choice(len(apart), number, replace=False)) if number else []
+    cards = [_question_card(task, str(apart[place]), rows) for place in chosen]
+    pictures = _thumbnails(first, [card["image"] for card in cards], found)
+    shown = [card | {"thumbnail": pictures.get(card["image"])} for card in cards]
+    return {
+        "task": task,
+        "number": len(apart),
+        "questions": len(normal),
+        "cards": shown,
+        "seed": first["statistics"]["seed"],
+    }
+
+
+def _answers(name: str, task: str, item: Mapping[str, Any], found: Collected) -> Any:
+    """An experiment's rows with answers and scores, each question once a condition; None where they are
+    gone.
+    """
+    home, paths = found.evaluations[name, task][0].parent, item.get("paths", {})
+    files = [home / paths[key] for key in ("predictions", "scores") if key in paths]
+    if len(files) < 2 or not all(file.is_file() for file in files):
+        return None
+    said, scored = map(pandas.read_parquet, files)
+    keys = ["question", "condition", "seed"]
+    return said.merge(scored[[*keys, "score"]], on=keys).query("seed == 0")
+
+
+def _question_card(task: str, question: str, rows: Mapping[str, Any]) -> dict[str, Any]:
+    """One question with every experiment's answers, in the form of the examples."""
+    own = {name: table[table["question"] == question].set_index("condition") for name, table in rows.items()}
+    row = next(iter(own.values())).loc["normal"]
+    answers = {
+        name: {
+            condition: {"text": table.answer[condition], "right": table.score[condition] >= RIGHT}
+            for condition in CONDITIONS
+            if condition in table.index
+        }
+        for name, table in own.items()
+    }
+    asked = {"answer": row.right[0], "type": row.stratum}
+    return {"task": task, "image": row.picture, "rows": {row.text: {"asked": asked, "answers": answers}}}
+
+
 def example_cards(tasks: Tasks, found: Collected) -> list[dict[str, Any]]:
     """The example pictures of each task, each with every experiment's answers to its questions."""
     return [card for task, scores in tasks.items() for card in _task_cards(task, scores, found)]
@@ -140,7 +232,7 @@ def _task_cards(
             for asked in example["questions"]:
                 row = card["rows"].setdefault(asked["question"], {"asked": asked, "answers": {}})
                 row["answers"][name] = {
-                    condition: {"text": said["text"], "right": said["score"] >= 0.5}
+                    condition: {"text": said["text"], "right": said["score"] >= RIGHT}
                     for condition in CONDITIONS
                     if (said := asked["answers"].get(condition))
                 }
@@ -168,8 +260,6 @@ def _thumbnails(scores: Mapping[str, Any], images: Sequence[str], found: Collect
 
 def write_tables(tasks: Tasks, found: Collected, folder: Path) -> None:
     """accuracy and differences, each as CSV and parquet, one line a number."""
-    import pandas
-
     compared = {name: content for name, (_, content) in found.comparisons.items()}
     for name, rows in (("accuracy", accuracy_rows(tasks)), ("differences", difference_rows(compared))):
         table = pandas.DataFrame(rows)

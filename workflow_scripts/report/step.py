@@ -151,6 +151,7 @@ def render(found: Collected, page: Path) -> str:
         evaluation=evaluations.summary(tasks, found, colours),
         tasks=evaluations.task_sections(tasks, found, colours),
         diagnostics=diagnostics.sections(found, colours),
+        disagreements=evaluations.disagreements(tasks, found),
         examples=evaluations.example_cards(tasks, found),
         names=list(dict.fromkeys(asked)),
         trainings=trainings,
