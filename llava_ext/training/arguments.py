@@ -194,7 +194,13 @@ class LlavaTrainingArguments(TrainingArguments):
             " cores allow, on the CPU none)."
         },
     )
-    optim: str = field(default="adamw_torch", metadata={"help": "Optimizer."})
+    optim: str | None = field(
+        default=None,
+        metadata={
+            "help": "Optimizer (default: AdamW; on a GPU its fused form, adamw_torch_fused, on the CPU"
+            " adamw_torch)."
+        },
+    )
     remove_unused_columns: bool = field(default=False)
     report_to: None | str | list[str] = field(  # noqa: RUF036 (the parser of transformers needs this order)
         default="tensorboard",
@@ -271,6 +277,8 @@ class LlavaTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if self.dataloader_num_workers is None:
             self.dataloader_num_workers = 0 if self.use_cpu else free_cores()
+        if self.optim is None:
+            self.optim = "adamw_torch" if self.use_cpu else "adamw_torch_fused"
         super().__post_init__()
 
 

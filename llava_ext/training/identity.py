@@ -9,6 +9,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transformers.training_args import OptimizerNames
+
 from .. import files
 from ..data.skipping import numbered
 from ..errors import TrainingError, say
@@ -191,6 +193,10 @@ WITHOUT_INFLUENCE = frozenset(
 # How the same steps are computed: what helps against too little memory may change on the way, and is said.
 ROUNDING = frozenset(["micro_batch_size", "attn_implementation", "fusion", "pack", "tf32"])
 
+# Two forms of one formula, equal within rounding. A training that goes on keeps the form it began with, which
+# its saved state holds.
+SAME_OPTIMIZER = {OptimizerNames.ADAMW_TORCH_FUSED: OptimizerNames.ADAMW_TORCH}
+
 
 def identity(arguments: Arguments, store: SampleStore, folders: dict[str, Path]) -> dict[str, Any]:
     """Everything that determines the result, by content rather than by path."""
@@ -203,6 +209,7 @@ def identity(arguments: Arguments, store: SampleStore, folders: dict[str, Path])
             value = getattr(group, item.name, None)
             values[item.name] = value if isinstance(value, (bool, int, float, type(None))) else str(value)
     values |= {f"interventions.{name}": value for name, value in arguments.interventions.to_dict().items()}
+    values["optim"] = str(SAME_OPTIMIZER.get(training.optim, training.optim))
     values["attn_implementation"] = values.pop("attention")  # under the name of trainings that have begun
     values["micro_batch_size"] = training.per_device_train_batch_size
     values["global_batch_size"] = (

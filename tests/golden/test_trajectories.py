@@ -57,11 +57,19 @@ def command_line(root: Path, name: str, output_dir: Path) -> list[str]:
     ]
 
 
+# What the configurations for GPUs choose, as far as it is cheap here; it only rounds otherwise.
+FAST = ("--attention", "varlen", "--pack", "True", "--checkpoint_layers", "2", "--optim", "adamw_torch_fused")
+
+
 @pytest.fixture(scope="module")
 def outputs(root, tmp_path_factory):
     """Every recorded training, done again."""
-    folder = tmp_path_factory.mktemp("trainings")
-    lines = [command_line(root, name, folder / name) for name in names(root)]
+    return train(root, tmp_path_factory.mktemp("trainings"), names(root))
+
+
+def train(root: Path, folder: Path, trainings: list[str], *others: str) -> Path:
+    """Recorded trainings with further flags, one after the other in one process."""
+    lines = [[*command_line(root, name, folder / name), *others] for name in trainings]
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("train_many.py"))],
         input=json.dumps(lines),
@@ -100,6 +108,19 @@ def test_trajectory(root, outputs, training, report_difference):
     norms = before if len(before) else recorded["grad_norm_at_step"]
     difference = reference.largest([row["grad_norm"] for row in rows], norms)
     report_difference(f"train/{training} grad norm", difference, NORM * max(1.0, norms.max()))
+
+
+def test_trajectory_with_kernels_for_gpus(root, tmp_path, report_difference):
+    """Stage 2, where all of them have something to do: packed rows, segments, half of the layers recomputed,
+    the fused Adam.
+    """
+    stage_2 = [name for name in names(root) if name.endswith("stage2")]
+    train(root, tmp_path, stage_2, *FAST)
+    for training in stage_2:
+        recorded = reference.arrays(root / "train" / f"{training}.npz")
+        rows = metrics(tmp_path / training)
+        difference = reference.largest([row["loss"] for row in rows], recorded["loss"])
+        report_difference(f"train/{training} loss, with kernels for GPUs", difference, 1e-5)
 
 
 def test_final_weights(root, outputs, training, report_difference):

@@ -329,8 +329,8 @@ def test_compiled_layers_compute_the_plain_step(monkeypatch):
 
 @pytest.mark.slow
 def test_a_training_by_segments_goes_on_with_the_same_bits(tmp_path, train_here):
-    """Packed, varlen, every second layer recomputed; one that goes on may change all of it, and says so."""
-    chosen = {"attention": "varlen", "checkpoint_layers": 2, "pack": True}
+    """Packed, varlen, layers recomputed, the fused Adam; a training that goes on may change all of it."""
+    chosen = {"attention": "varlen", "checkpoint_layers": 2, "pack": True, "optim": "adamw_torch_fused"}
     short = {"num_train_epochs": None, "max_steps": 4, "save_steps": 2, "preflight_samples": 8}
     argv = command_line(2, tmp_path / "whole", **short, **chosen)
     status, log = train_here(argv)

@@ -131,7 +131,7 @@ def footprint(
         parts=compute.processes,
         half=half,
         engine=compute.parallel.startswith("zero"),
-        foreach=True,
+        foreach=False,  # on a GPU training takes the fused Adam
         offload=compute.offload,
     )
     work = Work(
