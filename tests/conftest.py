@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import gc
 import signal
 import threading
 
@@ -10,12 +11,17 @@ pytest_plugins = ["tests.support.demo"]
 
 
 def pytest_configure(config):
-    """A shell's background job ignores SIGINT, and all that it starts: tests that send one must not depend
-    on it.
+    """Little is looked at for garbage: libraries make objects by the million, and all of them stay. A shell's
+    background job ignores SIGINT, and all that it starts: tests that send one must not depend on it.
     """
+    gc.set_threshold(10_000)
     ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     if ignored and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish():
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items):

@@ -6,6 +6,7 @@ reaches the step itself. After a failure the last line names the log.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import shlex
@@ -107,7 +108,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if len(arguments) < 3 or arguments[0] != "--log":
         raise SystemExit("usage: python -m workflow_scripts.step --log FILE STEP [ARGUMENTS...]")
-    raise SystemExit(run_step(arguments[2], arguments[3:], Path(arguments[1])))
+    gc.set_threshold(10_000)  # torch and transformers make objects by the million, and all of them stay:
+    status = run_step(arguments[2], arguments[3:], Path(arguments[1]))
+    gc.freeze()  # looking for garbage among them, now once more, takes a third of a short step's time
+    raise SystemExit(status)
 
 
 if __name__ == "__main__":
