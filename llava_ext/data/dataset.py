@@ -173,9 +173,19 @@ class TrainingCollator:
 
     def _count(self, batch: dict[str, Any]) -> dict[str, int]:
         mask, ids = batch.get("attention_mask"), batch["input_ids"]
-        tokens = ids.numel() if mask is None else int(mask.sum())
+        lengths = _packed_lengths(batch["position_ids"]) if mask is None else mask.sum(1)
+        tokens = int(lengths.sum())
         return {
             "tokens": tokens,
             "text": tokens - int((ids == self.collate.image_token_id).sum()),
             "supervised": int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()),
+            "pairs": int((lengths * (lengths + 1) // 2).sum()),
+            "images": len(batch.get("pixel_values", ())),
         }
+
+
+def _packed_lengths(positions: torch.Tensor) -> torch.Tensor:
+    """Tokens of each sample of a packed row, (samples,), from its positions (1, tokens)."""
+    begins = (positions[0] == 0).nonzero()[:, 0]
+    ends = torch.cat([begins[1:], begins.new_tensor([positions.shape[1]])])
+    return ends - begins

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from .interruption import Interruption
 from .kernels import Recompilations
 from .metrics import Metrics
+from .throughput import Throughput
 from .watchdogs import LearnsNothing, NoStep
 
 if TYPE_CHECKING:
@@ -24,7 +25,12 @@ def add_callbacks(trainer: LlavaTrainer, arguments: Arguments, watchdog: NoStep)
     interruption = Interruption(trainer.reports)
     trainer.watchdog = watchdog
     for callback in (
-        Metrics(Path(training.output_dir), board, lines=bool(training.disable_tqdm)),
+        Metrics(
+            Path(training.output_dir),
+            board,
+            bool(training.disable_tqdm),
+            Throughput.of(trainer.model, training),
+        ),
         LearnsNothing(
             training.watchdog_zero_steps,
             arguments.data.supervised_share_bound,

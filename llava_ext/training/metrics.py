@@ -13,6 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..errors import say
 from ..files import write_text
 from .claim import check_claim
+from .throughput import Throughput
 
 # A share of the time of so many log lines that is worth a remark.
 NOTICED, WINDOW = 0.2, 20
@@ -25,7 +26,15 @@ class Metrics(TrainerCallback):
 
     NAMES = (("loss", "loss"), ("learning_rate", "lr"), ("grad_norm", "grad_norm"), ("epoch", "epoch"))
 
-    def __init__(self, output_dir: Path, tensorboard: bool, lines: bool, every_s: float = 10.0) -> None:
+    def __init__(
+        self,
+        output_dir: Path,
+        tensorboard: bool,
+        lines: bool,
+        throughput: Throughput,
+        every_s: float = 10.0,
+    ) -> None:
+        self.throughput = throughput
         self.path = output_dir / "metrics.jsonl"
         self.board_dir = output_dir / "tensorboard"
         self.tensorboard = tensorboard
@@ -67,7 +76,9 @@ class Metrics(TrainerCallback):
         row |= {
             "tokens_per_s": logs["tokens"] / seconds,
             "samples_per_s": logs["samples"] / seconds,
+            "tokens": int(logs["tokens"]),
             "supervised_tokens": int(logs["supervised_tokens"]),
+            **self.throughput.row(logs, seconds),
             "data_wait_share": min(logs["data_wait_s"] / seconds, 1.0),
             "time": time.time(),
         }

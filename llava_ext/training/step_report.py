@@ -25,6 +25,8 @@ COUNTS = {
     "text": "text_tokens",
     "supervised": "supervised_tokens",
     "samples": "samples",
+    "pairs": "attention_pairs",
+    "images": "images",
 }
 
 

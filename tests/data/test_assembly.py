@@ -69,11 +69,13 @@ def test_a_training_batch_says_what_it_holds():
         "text": tokens - pictures,
         "supervised": int((plain["labels"][:, 1:] != -100).sum()),
         "samples": len(samples),
+        "pairs": sum(n * (n + 1) // 2 for n in plain["attention_mask"].sum(1).tolist()),
+        "images": len(plain["pixel_values"]),
     }
     left = TrainingCollator(Collator.for_model(model.config, tokenizer, padding_side="left"))(samples)
     assert "attention_mask" in left and left["counts"] == batch["counts"]
     packed = TrainingCollator(Collator.for_model(model.config, tokenizer, packed=True))(samples)
-    assert packed["counts"]["tokens"] == tokens
+    assert packed["counts"] == batch["counts"]
 
 
 def test_packed_samples_do_not_see_each_other():

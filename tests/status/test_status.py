@@ -105,6 +105,22 @@ def test_every_state_is_told(folder):
     assert "without a word" in lines[killed + 1]
 
 
+def test_how_much_of_the_card_is_used(folder):
+    """A card of the register with its share, another without; columns that no training fills are left out."""
+    assert "TFLOP/s" not in table([read_status(folder.training("vanilla"))])
+    measured = {"tflop_per_s": 412.4, "data_wait_share": 0.031}
+    shown = []
+    for experiment, more in (("normalize", {"peak_share": 0.417}), ("compress_4", {})):
+        state = folder.training(experiment)
+        row = {"step": 4, "loss": 2.0, "tokens_per_s": 9000.0, "time": time.time(), **measured, **more}
+        with (state / "metrics.jsonl").open("a") as stream:
+            stream.write(json.dumps(row) + "\n")
+        shown.append(table([read_status(state)]).splitlines())
+    assert [word in shown[0][0] for word in ("tok/s", "TFLOP/s", "wait")] == [True] * 3
+    assert "9000 412 (42%) 3% 0 cpu" in " ".join(shown[0][1].split())
+    assert "9000 412 3% 0 cpu" in " ".join(shown[1][1].split())
+
+
 def test_a_verdict_says_its_reason_and_what_to_change(folder, capfd):
     state = folder.ended("vanilla", "verdict", LOG.format("in the flags' words"))
     spec = json.loads((state / "spec.json").read_text())["spec"]

@@ -22,6 +22,7 @@ from llava_ext.training import kernels, machine
 from llava_ext.training.lora import add_adapters
 from llava_ext.training.metrics import WINDOW, Metrics
 from llava_ext.training.recompute import choose_interval
+from llava_ext.training.throughput import Throughput, products_of
 from tests.support.models import (
     ALONE,
     RECORDS,
@@ -285,7 +286,9 @@ def test_dataset_workers_follow_the_cores(monkeypatch):
 
 @pytest.mark.parametrize(("waited_s", "said"), [(0.1, False), (0.5, True)])
 def test_waiting_for_samples_is_said_once(waited_s, said, tmp_path, capsys):
-    metrics = Metrics(tmp_path, tensorboard=False, lines=False)
+    metrics = Metrics(
+        tmp_path, tensorboard=False, lines=False, throughput=Throughput(products_of(model_of("vanilla")[0]))
+    )
     for _ in range(3 * WINDOW):
         metrics._notice_waiting(waited_s, 1.0, workers=2)
     assert capsys.readouterr().err.count("50% of the time") == said

@@ -30,6 +30,7 @@ ALL_FLAGS = {
     "normalize_projector": True,
     "use_multilayer_features": True,
 }
+COUNTED = {"tokens": 9, "text": 7, "supervised": 5, "samples": 2, "pairs": 25, "images": 2}
 SEGMENTS = {"attention": "varlen", "pack": True, "checkpoint_layers": 2}
 
 
@@ -72,11 +73,11 @@ def test_the_report_is_read_before_a_weight_changes():
     weight = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([weight])
     reports = StepReports(lambda indices: [f"sample {index}" for index in indices])
-    state, counts = SimpleNamespace(global_step=6), {"tokens": 9, "text": 7, "supervised": 5, "samples": 2}
+    state = SimpleNamespace(global_step=6)
     reports.on_train_begin(None, state, None, optimizer=optimizer)
     for number, factor in enumerate((1.0, torch.nan, torch.inf)):
         loss = (weight * factor).sum()
-        reports.add(loss, counts, [number, number + 10], last=number == 2)
+        reports.add(loss, COUNTED, [number, number + 10], last=number == 2)
         loss.backward()
     with pytest.raises(TrainingError, match="the loss is nan at step 7") as error:
         optimizer.step()
@@ -91,9 +92,11 @@ def test_what_steps_have_counted_is_taken_once():
     reports.on_train_begin(None, SimpleNamespace(global_step=0), None, optimizer=optimizer)
     for _ in range(2):
         for last in (False, True):
-            counts = {"tokens": 9, "text": 7, "supervised": 5, "samples": 2}
-            reports.add(torch.tensor(0.5), counts, [1], last=last)
+            reports.add(torch.tensor(0.5), COUNTED, [1], last=last)
         optimizer.step()
-    assert reports.take_counts() == {"tokens": 36, "text_tokens": 28, "supervised_tokens": 20, "samples": 8}
+    assert reports.take_counts() == {
+        "tokens": 36, "text_tokens": 28, "supervised_tokens": 20, "samples": 8, "attention_pairs": 100,
+        "images": 8,
+    }  # fmt: skip
     assert reports.take_recent() == (2.0, 20, 28)
     assert set(reports.take_counts().values()) == {0} and reports.take_recent() == (0, 0, 0)

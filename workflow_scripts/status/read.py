@@ -39,6 +39,9 @@ class Status:
     steps: int | None = None
     loss: float | None = None
     tokens_per_s: float | None = None
+    tflop_per_s: float | None = None
+    peak_share: float | None = None
+    data_wait_share: float | None = None
     eta_s: float | None = None
     attempts: int = 0
     processes: int = 0
@@ -138,6 +141,9 @@ def read_status(folder: Path) -> Status:
         steps=steps,
         loss=last.get("loss"),
         tokens_per_s=last.get("tokens_per_s"),
+        tflop_per_s=last.get("tflop_per_s"),
+        peak_share=last.get("peak_share"),
+        data_wait_share=last.get("data_wait_share"),
         eta_s=_eta(rows, steps) if state == "running" else None,
         attempts=len(attempts),
         processes=_processes(spec["compute"]),

@@ -62,6 +62,21 @@ def duration(seconds: float | None) -> str:
     return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
 
 
+def share(value: float | None) -> str:
+    """`12%`, or nothing."""
+    return "" if value is None else f"{value:.0%}"
+
+
+def throughput(item: Status) -> str:
+    """TFLOP/s of each device and, where its peak is known, the share of that: `412 (42%)`."""
+    if item.tflop_per_s is None:
+        return ""
+    digits = 0 if item.tflop_per_s >= 10 else 3
+    return " ".join(
+        [f"{item.tflop_per_s:.{digits}f}", *([f"({share(item.peak_share)})"] if item.peak_share else [])]
+    )
+
+
 COLUMNS = (
     Column("stage", lambda item: item.stage, 7, right=False),
     Column("run", lambda item: item.run, right=False),
@@ -69,6 +84,8 @@ COLUMNS = (
     Column("step", lambda item: f"{item.step}/{item.steps}" if item.steps else str(item.step)),
     Column("loss", lambda item: "" if item.loss is None else f"{item.loss:.4f}"),
     Column("tok/s", lambda item: "" if item.tokens_per_s is None else f"{item.tokens_per_s:.0f}", 5),
+    Column("TFLOP/s", lambda item: throughput(item), 4),
+    Column("wait", lambda item: share(item.data_wait_share), 3),
     Column("left", lambda item: duration(item.eta_s)),
     Column("idle", lambda item: duration(item.idle_s)),
     Column("try", lambda item: str(item.attempts), 4),
