@@ -7,7 +7,10 @@ Runs where lmms-eval is installed: `make env-evaluation`, then
 from __future__ import annotations
 
 import json
+import os
 import socket
+import subprocess
+import sys
 from argparse import Namespace
 from contextlib import suppress
 from pathlib import Path
@@ -24,7 +27,9 @@ from tests.support.demo import load_json
 from workflow_scripts.acquire.step import main as acquire
 from workflow_scripts.config.evaluation import TaskSpec
 from workflow_scripts.evaluate import predict, score
-from workflow_scripts.evaluate.asking import decode_picture
+from workflow_scripts.evaluate.asking import Chunk, answer, decode_picture
+from workflow_scripts.evaluate.checkpoint import load_checkpoint
+from workflow_scripts.evaluate.conditions import Condition
 from workflow_scripts.evaluate.lmms import VERSION, questions, scores
 from workflow_scripts.evaluate.lmms.task import find_definition, no_network
 from workflow_scripts.evaluate.questions import read_questions
@@ -326,3 +331,62 @@ def test_a_checkpoint_is_asked_under_every_condition_in_shards(tmp_path, stock_e
     result = score.score(score.ScoreSpec(task=spec, resamples=100), run, given.with_name("m.json"), given)
     assert result["accuracy"]["permuted"]["all"]["questions"] == 4
     assert result["metrics"]["normal"]["0"].keys() >= {"pope_f1_score", "pope_precision", "pope_recall"}
+
+
+# ---- lmms-eval's own command line ----
+
+
+def asked_by_its_command_line(folder, *arguments, **environment):
+    """(metrics, answers in the task's order) of POPE in small."""
+    item = BY_TASK["pope_adv"]
+    write_local_task(item, folder)
+    command = [sys.executable, "-m", "lmms_eval", "eval", "--tasks", "local_pope_adv", *arguments]
+    options = {"--include_path": folder, "--output_path": folder / "out", "--gen_kwargs": "max_new_tokens=4"}
+    given = [str(word) for pair in options.items() for word in pair]
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "hf")}
+    subprocess.run(
+        [*command, *given, "--force_simple", "--log_samples"],
+        env={**os.environ, **offline, "PYTHONPATH": str(Path(__file__).parents[2]), **environment},
+        cwd=folder,
+        check=True,
+    )
+    [results], [samples] = (list((folder / "out").rglob(name)) for name in ("*_results.json", "*.jsonl"))
+    rows = sorted(map(json.loads, samples.read_text().splitlines()), key=lambda row: row["doc_id"])
+    return load_json(results)["results"]["local_pope_adv"], ["".join(row["filtered_resps"]) for row in rows]
+
+
+@pytest.mark.slow
+def test_a_vanilla_export_runs_as_llava_hf(tmp_path, stock_export):
+    folder = stock_export.parent / "x" / "hf"
+    model = f"pretrained={folder},device=cpu,device_map=cpu"
+    metrics, answers = asked_by_its_command_line(tmp_path, "--model", "llava_hf", "--model_args", model)
+    assert len(answers) == 4 and all(answers)
+    assert (
+        metrics["pope_accuracy,none"]
+        == sum(
+            answer.lower().strip() == row["answer"]
+            for answer, row in zip(answers, BY_TASK["pope_adv"].rows, strict=True)
+        )
+        / 4
+    )
+
+
+@pytest.mark.slow
+def test_a_variant_runs_as_our_plug_in_and_answers_as_it_does_to_us(tmp_path, compressed_export):
+    folder = compressed_export.parent / "x" / "hf"
+    arguments = (
+        "--model",
+        "spatial_llava",
+        "--model_args",
+        f"pretrained={folder},device=cpu",
+        "--batch_size",
+        "3",
+    )
+    _, answers = asked_by_its_command_line(tmp_path, *arguments, LMMS_EVAL_PLUGINS="llava_ext.lmms")
+    item = BY_TASK["pope_adv"]
+    _, manifest = prepared(item, tmp_path)
+    asked = read_questions(spec_of(item), manifest)
+    loaded, spec = load_checkpoint(compressed_export), spec_of(item, max_new_tokens=4)
+    with TASKS["lmms"].pictures(manifest, None, asked) as shown:
+        chunk = Chunk(asked, {q.image: decode_picture(q.image, shown(q.image)) for q in asked})
+    assert answers == [said.text for said in answer(loaded, chunk, asked, Condition("normal"), spec)]

@@ -3,9 +3,12 @@
 import csv
 import io
 import json
+import re
+from pathlib import Path
 
 import pandas as pd
 import pytest
+import yaml
 from PIL import Image
 
 from workflow_scripts.acquire.step import main as acquire
@@ -104,6 +107,60 @@ def test_benchmarks_in_one_parquet_file_are_scored_by_their_columns(tmp_path):
     assert score("cup", found[1].answers, found[1].choices) == 1
     chance = METRICS[spec.metric].chance([(item.answers, item.choices) for item in found])
     assert chance == pytest.approx((1 / 2 + 1 / 3) / 2)
+
+
+def spatial_task(name, tmp_path, **sources):
+    """A task of docs/evaluation.md over these files."""
+    page = (Path(__file__).parents[2] / "docs/evaluation.md").read_text()
+    [block] = [text for text in re.findall(r"```yaml\n(.*?)```", page, re.S) if "whatsup:" in text]
+    section = yaml.safe_load(block)["evaluation"]["tasks"][name]
+    return TaskSpec.model_validate({**section, "expected_questions": None})
+
+
+def test_vsr_as_the_page_configures_it(tmp_path):
+    """Statements about pictures, labels 0 and 1; the columns of `cambridgeltl/vsr_zeroshot`."""
+    rows = [
+        {"image": "1.png", "image_link": "http://x/1.png", "caption": "The cat is under the table."}
+        | {"label": 1, "relation": "under", "subj": "cat", "obj": "table"},
+        {"image": "2.png", "image_link": "http://x/2.png", "caption": "The cup is left of the box."}
+        | {"label": 0, "relation": "left of", "subj": "cup", "obj": "box"},
+    ]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    spec = spatial_task("vsr", tmp_path)
+    first, second = read_questions(spec, source(tmp_path, tmp_path / "test.jsonl"))
+    assert "The cat is under the table." in first.text and "True or False" in first.text
+    assert (first.answers, second.answers) == (("True",), ("False",))
+    assert (first.type, second.type) == ("under", "left of")
+    score = METRICS[spec.metric].score
+    assert [score("False.", item.answers, item.choices) for item in (first, second)] == [0, 1]
+
+
+def test_whats_up_as_the_page_configures_it(tmp_path):
+    """The first caption is the right one, so choices are asked in another order for each picture."""
+    places = ["on", "under", "left of", "right of"]
+    rows = [
+        {"image_path": f"data/controlled_images/{i % 2 + 1}.png"}
+        | {"caption_options": [f"A cup {place} chair {i}" for place in places]}
+        for i in range(12)
+    ]
+    (tmp_path / "c.json").write_text(json.dumps(rows))
+    spec = spatial_task("whatsup", tmp_path)
+    asked = read_questions(spec, source(tmp_path, tmp_path / "c.json"))
+    assert all(item.choices["ABCD".index(item.answers[0])].startswith("A cup on") for item in asked)
+    assert len({item.answers for item in asked}) > 2
+    assert [item.choices for item in asked] == [
+        item.choices for item in read_questions(spec, source(tmp_path, tmp_path / "c.json"))
+    ]
+    assert f"{asked[0].answers[0]}. A cup on chair 0" in asked[0].text
+    score = METRICS[spec.metric].score
+    assert [score(item.answers[0], item.answers, item.choices) for item in asked] == [1] * 12
+    with TABLE.pictures(source(tmp_path, tmp_path / "c.json"), spec.fields, asked) as shown:
+        assert shown(asked[0].image) == picture(1)
+
+
+def test_columns_that_need_choices_say_so():
+    with pytest.raises(ValueError, match="answer: null without choices; name the column with the choices"):
+        FieldsSpec(answer=None)
 
 
 def test_answers_of_ten_people_are_kept(tmp_path):

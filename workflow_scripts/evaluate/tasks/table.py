@@ -16,7 +16,7 @@ from typing import Any
 from workflow_scripts.config.question_fields import FieldsSpec
 from workflow_scripts.evaluate.tasks.stores import stored_pictures
 from workflow_scripts.evaluate.tasks.task import Pictures, Question, Task
-from workflow_scripts.io import UserError, read_json
+from workflow_scripts.io import UserError, digest, read_json
 
 Record = Mapping[str, Any]
 
@@ -89,16 +89,21 @@ def _question(record: Record, columns: FieldsSpec, number: str, where: str) -> Q
             )
         return record[column]
 
+    name = str(cell("name")) if columns.name else number
     choices = tuple(map(str, _listed(cell("choices")))) if columns.choices else ()
-    text = str(cell("question")).replace("<image>", "").strip()
+    answers = _answers(cell("answer") if columns.answer else 0, choices, where)
+    answers = tuple(columns.answer_words.get(answer, answer) for answer in answers)
+    if columns.shuffle_choices:
+        choices, answers = _shuffled(choices, answers, name)
+    text = str(cell("question")).replace("<image>", "").strip() if columns.question else ""
     for letter, choice in zip(_LETTERS, choices, strict=False):
         text += f"\n{letter}. {choice}"
     return Question(
-        name=str(cell("name")) if columns.name else number,
+        name=name,
         image=_picture_name(cell("picture"), where),
         type=str(cell("stratum")) if columns.stratum else "all",
         text=text,
-        answers=_answers(cell("answer"), choices, where),
+        answers=answers,
         choices=choices,
     )
 
@@ -124,6 +129,15 @@ def _answers(value: Any, choices: Sequence[str], where: str) -> tuple[str, ...]:
         return (_LETTERS[value],)
     found = [item["answer"] if isinstance(item, Mapping) else item for item in _listed(value)]
     return tuple(str(item) for item in found)
+
+
+def _shuffled(
+    choices: Sequence[str], answers: Sequence[str], name: str
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The choices in an order that the question's name decides, and the answers' letters there."""
+    order = sorted(range(len(choices)), key=lambda place: digest([name, place]))
+    letters = {_LETTERS[place]: _LETTERS[order.index(place)] for place in range(len(choices))}
+    return tuple(choices[place] for place in order), tuple(letters.get(item, item) for item in answers)
 
 
 def _picture_bytes(value: Any) -> bytes | None:
