@@ -32,6 +32,7 @@ from .training.arguments import Arguments, parse
 from .training.callbacks import add_callbacks
 from .training.finish import conclude
 from .training.identity import note_skipped
+from .training.recompute import advice
 from .training.setup import make_trainer, open_inputs, open_output
 from .training.watchdogs import NoStep
 
@@ -94,7 +95,8 @@ def train(arguments: Arguments, watchdog: NoStep) -> None:
     if good:
         resume.prepare(trainer, good, watchdog)
 
-    trainer.train(resume_from_checkpoint=str(good.path) if good else None)
+    with advice(trainer.model, training, trainer.largest_tokens):
+        trainer.train(resume_from_checkpoint=str(good.path) if good else None)
 
     conclude(trainer, arguments, folders, interrupted=interruption.stopped)
 

@@ -127,9 +127,9 @@ def make_trainer(
         mm_projector_lr=training.mm_projector_lr,
         pixel_table=_preprocessor(arguments, folders).table(),
     )
-    tokens = training.per_device_train_batch_size * training.model_max_length
+    tokens = trainer.largest_tokens
     if surveyed is not None:
-        tokens = _say_lengths(surveyed, trainer, arguments)
+        trainer.largest_tokens = tokens = _say_lengths(surveyed, trainer, arguments)
     if training.checkpoint_layers == "auto":
         interval, why = choose_interval(model, training, tokens)
         checkpoint_every(training, interval)

@@ -70,6 +70,8 @@ class LlavaTrainer(Trainer):
         self.describe = describe
         self.mm_projector_lr = mm_projector_lr
         self.pixel_table = torch.from_numpy(pixel_table).to(self.args.device)
+        # Of the largest micro-batch; less where a survey has counted.
+        self.largest_tokens = self.args.per_device_train_batch_size * self.args.model_max_length
         self.waited_s = 0.0
         self.watchdog: NoStep | None = None
         self.remove_callback(PrinterCallback)

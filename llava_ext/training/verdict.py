@@ -23,9 +23,10 @@ def reason(error: BaseException) -> str | None:
     """Why an error is a verdict, for people; None for one that another attempt may not meet."""
     if is_out_of_memory(error):
         return (
-            f"out of memory on the GPU of rank {os.environ.get('RANK', '0')}: {str(error).splitlines()[0]}"
-            " Lower --per_device_train_batch_size (and raise --gradient_accumulation_steps by as much: the"
-            " same steps), set --checkpoint_layers all, or split or offload more (--deepspeed, --fsdp)"
+            f"out of memory on the GPU of rank {os.environ.get('RANK', '0')}: {str(error).splitlines()[0]} "
+            + "".join(f"{note} " for note in getattr(error, "__notes__", ()))
+            + "Lower --per_device_train_batch_size (and accumulate over as many more: the same steps), set"
+            " --checkpoint_layers all, or split or offload more (--deepspeed, --fsdp)"
         )
     if isinstance(error, NoVerdict) or not isinstance(error, (TrainingError, ValueError)):
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from transformers import TrainerState
 from llava_ext.data.assembly import Collator
 from llava_ext.data.dataset import TrainingCollator
 from llava_ext.data.images import ImagePreprocessor, normalised
+from llava_ext.distributed.estimate import GIB, Decoder, Work, layout_of
 from llava_ext.errors import TrainingError
 from llava_ext.kernels import ATTENTIONS, Kernels, recomputed_layers
 from llava_ext.model import attention
@@ -21,7 +23,7 @@ from llava_ext.model.interventions import FLAGS
 from llava_ext.training import kernels, machine
 from llava_ext.training.lora import add_adapters
 from llava_ext.training.metrics import WINDOW, Metrics
-from llava_ext.training.recompute import choose_interval
+from llava_ext.training.recompute import Estimate, choose_interval, what_fits
 from llava_ext.training.throughput import Throughput, products_of
 from tests.support.models import (
     ALONE,
@@ -308,6 +310,25 @@ def test_auto_recomputes_as_few_layers_as_fit():
     assert recomputed[0] == layers and recomputed[-1] == 0 and len(set(recomputed)) > 2
     assert "of up to 20000 tokens on 0.9 GiB" in choose_interval(model, training, 20_000, 10**9)[1]
     assert choose_interval(model, training, 1)[0] == 0
+
+
+def test_after_too_little_memory_a_value_is_named_that_fits():
+    """First more recomputation, then fewer samples; never what had too little already."""
+    decoder = Decoder(layers=32, hidden=4096, intermediate=11008, vocabulary=32000)
+    layout = layout_of(0, 1, half=True, engine=False, foreach=False, offload="none")
+    estimate = Estimate(decoder, layout, 2**24, 6_700_000_000, Work(32 * 600, 0, learns=False))
+    found = [what_fits(estimate, 0, 32, room * GIB) for room in (80, 48, 24, 16, 12)]
+    assert [re.findall(r"--(?:per|check)\w+ \w+", text) for text in found] == [
+        ["--checkpoint_layers 3"],  # as measured: 67 GiB
+        ["--checkpoint_layers all"],
+        ["--per_device_train_batch_size 16", "--checkpoint_layers all"],
+        ["--per_device_train_batch_size 4", "--checkpoint_layers all"],
+        [],
+    ]
+    assert "no micro-batch fits into 12.0 GiB" in found[-1]
+    # the estimate was too low: what it said was too much all the same
+    assert estimate.peak(1) < estimate.peak(3) < estimate.peak(0) < 200 * GIB
+    assert "--checkpoint_layers" in what_fits(estimate, 0, 32, 200 * GIB)
 
 
 @pytest.mark.slow
