@@ -34,7 +34,7 @@ test: env  ## the fast tests
 	$(PYTEST) -m "not ($(SLOW))"
 
 test-slow: env  ## real trainings, the real Snakefile, a real Slurm where it is installed
-	$(PYTEST) -m "$(SLOW)"
+	$(PYTEST) --no-loadscope-reorder -m "$(SLOW)"
 
 test-gpu: env  ## what needs a CUDA GPU; says so where there is none
 	$(BIN)/python -m pytest -m gpu

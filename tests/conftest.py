@@ -6,8 +6,8 @@ import threading
 
 import pytest
 
-# The demo's models and pictures, which several rooms' tests need, are made once for the session.
-pytest_plugins = ["tests.support.demo"]
+# What several rooms' tests need is made once: the demo's models and pictures, a finished working folder.
+pytest_plugins = ["tests.support.demo", "tests.support.finished"]
 
 
 def pytest_configure(config):

@@ -97,12 +97,12 @@ def survey_bounds(workspace):
 
 def prompt(workspace):
     workspace.config["evaluation"]["tasks"]["shapes"]["prompt_suffix"] = " Answer shortly."
-    return expected(workspace, {"predict", *SCORED}, ["vanilla", "gentle", "compress_4"])
+    return expected(workspace, {"predict", *SCORED}, workspace.config["experiments"])
 
 
 def metric(workspace):
     workspace.config["evaluation"]["tasks"]["shapes"].update(metric="choice_letter", max_unparsed_share=1)
-    return expected(workspace, SCORED, ["vanilla", "gentle", "compress_4"])
+    return expected(workspace, SCORED, workspace.config["experiments"])
 
 
 def batch_and_shards(workspace):
@@ -126,14 +126,14 @@ def new_experiment(workspace):
 def caption_policy(workspace):
     part = workspace.config["mixtures"]["pretrain"]["parts"][0]
     part["policy"]["truncated"] = "drop"
-    every = ["vanilla", "gentle", "compress_4"]
+    every = list(workspace.config["experiments"])
     data = {"mixture: data/mixtures/pretrain/manifest.json"} | surveys(workspace, "pretrain")
     return data | expected(workspace, AFTER_FINETUNE | {"pretrain"}, every)
 
 
 def mixture_weight(workspace):
     workspace.config["mixtures"]["finetune"]["parts"][0]["weight"] = 0.5
-    every = ["vanilla", "gentle", "compress_4"]
+    every = list(workspace.config["experiments"])
     data = {"mixture: data/mixtures/finetune/manifest.json"} | surveys(workspace, "finetune")
     return data | expected(workspace, AFTER_FINETUNE, every)
 
@@ -142,7 +142,7 @@ def replaced_data(workspace):
     """Another file under the same name: what depends on it is looked at again."""
     path = workspace.folder / "mine/questions.json"
     path.write_text(re.sub("What colour", "Which colour", path.read_text(), count=3) + "\n")
-    every = ["vanilla", "gentle", "compress_4"]
+    every = list(workspace.config["experiments"])
     data = {
         "acquire: data/sources/questions/manifest.json",
         "scan: data/scans/questions/manifest.json",
@@ -236,8 +236,9 @@ def check_raised_version(finished, folder, options=()):
     code_version_raised(workspace)
     rules = [line.split(":")[0] for line in workspace.planned(*options)]
     counts = {rule: rules.count(rule) for rule in set(rules)}
-    trained = {"pretrain": 2, "finetune": 3, "export": 3, "checkpoint": 3, "report": 1}
-    asked = {"predict": 3, "score": 3, "evaluation": 3, "compare": 2}
+    every = len(workspace.config["experiments"])
+    trained = {"pretrain": 2, "report": 1} | dict.fromkeys(("finetune", "export", "checkpoint"), every)
+    asked = dict.fromkeys(("predict", "score", "evaluation"), every) | {"compare": every - 1}
     assert counts == {"survey": 2} | trained | asked
 
 

@@ -10,56 +10,22 @@ import sys
 
 import pytest
 
-from tests.support.workspace import Workspace, kill_group, spoil_a_picture, wait_for
+from tests.support.finished import LONG, attempts, checkpoint_of, losses, with_long
+from tests.support.workspace import kill_group, spoil_a_picture, wait_for
 from workflow_scripts.end import find_run
 from workflow_scripts.io import UserError
 from workflow_scripts.status.read import read_status
 
 pytestmark = pytest.mark.slow
-# large batches: the training must outlast the signal on a fast machine
-LONG = {"max_steps": 60, "save_steps": 5, "global_batch_size": 96}
 
 
 @pytest.fixture()
 def workspace(finished, tmp_path):
     """A finished folder with one more experiment to train, long enough to be killed."""
-    workspace = finished.copy_to(tmp_path / "w")
-    workspace.config["experiments"]["long"] = {"finetune": dict(LONG)}
-    return workspace
+    return with_long(finished, tmp_path / "w")
 
 
-def checkpoint_of(workspace):
-    """The state folder, once a complete checkpoint is in it."""
-    state = workspace.state("finetune", "long")
-    return state if state and list(state.glob("checkpoint-*/complete.json")) else None
-
-
-def attempts(state):
-    rows = {}
-    path = state / "attempts.jsonl"
-    for line in path.read_text().splitlines() if path.exists() else ():
-        row = json.loads(line)
-        rows.setdefault(row["attempt"], {}).update(row)
-    return list(rows.values())
-
-
-def losses(state):
-    rows = [json.loads(line) for line in (state / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1)), "steps are missing or doubled"
-    return [row["loss"] for row in rows]
-
-
-def straight(workspace, folder):
-    """The same training without interruption, for comparison."""
-    other = workspace.copy_to(folder)
-    other.run("experiments/long/checkpoint.json")
-    state = other.state("finetune", "long")
-    return losses(state), other.json("experiments/long/checkpoint.json")["digest"]
-
-
-def test_killed_snakemake_and_killed_trainer_continue_to_the_same_weights(workspace, tmp_path):
-    expected = straight(workspace, tmp_path / "straight")
-
+def test_killed_snakemake_and_killed_trainer_continue_to_the_same_weights(workspace, straight):
     process = workspace.start("experiments/long/checkpoint.json")
     state = wait_for(lambda: checkpoint_of(workspace), 240, "the first checkpoint", process)
     trainer = json.loads((state / "owner.json").read_text())["trainer"]
@@ -88,7 +54,7 @@ def test_killed_snakemake_and_killed_trainer_continue_to_the_same_weights(worksp
     if len(rows) > 2:  # the orphan was still training: it was asked to save and end
         assert "asking it to save and end" in done.stdout
     assert rows[-1]["outcome"] == "finished"
-    assert (losses(state), workspace.json("experiments/long/checkpoint.json")["digest"]) == expected
+    assert (losses(state), workspace.json("experiments/long/checkpoint.json")["digest"]) == straight
 
 
 def test_an_interrupt_saves_the_next_run_continues_and_an_end_is_for_good(workspace):
@@ -117,7 +83,7 @@ def test_an_interrupt_saves_the_next_run_continues_and_an_end_is_for_good(worksp
     assert "not ended any more" in end(workspace, name, "--again")
     workspace.run("experiments/long/checkpoint.json")
     assert attempts(state)[-1]["from_step"] == attempts(state)[-2]["to_step"] >= saved["step"]
-    assert len(losses(state)) == 60
+    assert len(losses(state)) == LONG["max_steps"]
 
 
 def end(workspace, *arguments):
@@ -135,15 +101,13 @@ def test_an_end_names_one_training(workspace):
         find_run(workspace.folder, "finetune/vanila-0123456789")
 
 
-def test_what_will_repeat_is_not_retried_and_what_mends_it_clears_it(tmp_path):
+def test_what_will_repeat_is_not_retried_and_what_mends_it_clears_it(workspace):
     """A training that will fail again is started once, by this Snakemake and by the next; its reason is the
     last that they say. Without the record that fails it goes on.
     """
-    workspace = Workspace(tmp_path / "w").draw()
-    workspace.config["experiments"] = {"strict": {}}
+    workspace.config["experiments"] = {"strict": {"pretrain": {"learning_rate": 1e-3}}}
     workspace.config["compute"]["small"]["attempts"] = 3
     target = f"runs/pretrain/{workspace.run_folder('pretrain', 'strict').name}/manifest.json"
-    workspace.run("data/mixtures/pretrain/manifest.json")
     number = spoil_a_picture(workspace, "pretrain", "random", step=4)
     for done in (workspace.run(target, check=False) for _ in range(2)):
         assert done.returncode != 0 and "Traceback" not in done.stdout

@@ -5,8 +5,8 @@ import signal
 
 import pytest
 
+from tests.support.finished import LONG, attempts, checkpoint_of, losses, with_long
 from tests.support.workspace import wait_for
-from tests.workflow.test_crash import attempts, checkpoint_of, losses
 
 pytestmark = pytest.mark.slow
 TARGET = "runs/finetune/{}/manifest.json"
@@ -41,9 +41,8 @@ def test_two_processes_give_the_losses_of_one(finished, one_process, tmp_path, p
     assert (state / "model.safetensors").is_file()
 
 
-def test_a_run_continues_with_another_number_of_processes(finished, tmp_path):
-    expected = finish(training(finished, tmp_path / "straight", max_steps=60, global_batch_size=96))
-    workspace = training(finished, tmp_path / "w", max_steps=60, global_batch_size=96)
+def test_a_run_continues_with_another_number_of_processes(finished, straight, tmp_path):
+    workspace = with_long(finished, tmp_path / "w")
     run = workspace.plan().run("finetune", "long")
     process = workspace.start(run.manifest)
     state = wait_for(lambda: checkpoint_of(workspace), 90, "a checkpoint", process)
@@ -51,12 +50,12 @@ def test_a_run_continues_with_another_number_of_processes(finished, tmp_path):
     process.wait(timeout=90)
     wait_for(lambda: not (state / "owner.json").exists(), 60, "the launcher's end")
     saved = attempts(state)[-1]["to_step"]
-    assert 0 < saved < 60
+    assert 0 < saved < LONG["max_steps"]
 
-    workspace.config["compute"]["small"].update(processes_per_node=2, parallel="ddp")
+    workspace.config["compute"]["small"].update(processes_per_node=2, parallel="ddp", per_device_batch_size=4)
     assert workspace.plan().run("finetune", "long") == run, (
         "the number of processes does not make another run"
     )
     found = finish(workspace)
     assert attempts(state)[-1]["from_step"] == saved
-    assert found == pytest.approx(expected, abs=1e-3)
+    assert found == pytest.approx(straight[0], abs=1e-3)

@@ -12,8 +12,8 @@ import struct
 
 import pytest
 
-from tests.support.workspace import wait_for
-from tests.workflow.test_crash import LONG, attempts, checkpoint_of
+from tests.support.finished import LONG, attempts, checkpoint_of
+from tests.support.workspace import Workspace, wait_for
 from workflow_scripts.launch.processes import signal_tree
 
 pytestmark = pytest.mark.slow
@@ -21,9 +21,17 @@ BLOCK, FULL, LAST = 1 << 15, 1, 4
 SECRET = "0123456789abcdef" * 2 + "01234567"  # 40 digits, as W&B's keys have
 
 
-def train_with(finished, folder, tracker, send=os.kill):
+@pytest.fixture(scope="module")
+def stage_1(tmp_path_factory):
+    """A working folder with the data and a finished stage 1."""
+    workspace = Workspace(tmp_path_factory.mktemp("stage_1") / "w").draw()
+    workspace.run("data", workspace.plan().run("pretrain", "vanilla").manifest)
+    return workspace
+
+
+def train_with(stage_1, folder, tracker, send=os.kill):
     """A training that a signal ends once and that goes on; its workspace and its state folder."""
-    workspace = finished.copy_to(folder)
+    workspace = stage_1.copy_to(folder)
     workspace.extra_environment = {
         "WANDB_API_KEY": SECRET,
         "HF_TOKEN": SECRET,
@@ -77,9 +85,9 @@ def wandb_losses(path):
     return found
 
 
-def test_wandb_keeps_all_attempts_as_one_run(finished, tmp_path):
+def test_wandb_keeps_all_attempts_as_one_run(stage_1, tmp_path):
     pytest.importorskip("wandb")
-    workspace, state = train_with(finished, tmp_path / "w", "wandb")
+    workspace, state = train_with(stage_1, tmp_path / "w", "wandb")
     files = sorted(state.glob("wandb/offline-run-*/run-*.wandb"))
     assert len(files) == 2 and len({path.name for path in files}) == 1, "both attempts have one id"
     found = {step: loss for path in files for step, loss in wandb_losses(path).items()}
@@ -91,19 +99,19 @@ def test_wandb_keeps_all_attempts_as_one_run(finished, tmp_path):
     assert_no_secret(workspace.folder)
 
 
-def test_a_signal_that_ends_wandbs_own_process_too_does_not_keep_the_training_from_saving(finished, tmp_path):
+def test_a_signal_that_ends_wandbs_own_process_too_does_not_keep_the_training_from_saving(stage_1, tmp_path):
     """Slurm sends it to every process of the job."""
     pytest.importorskip("wandb")
-    _, state = train_with(finished, tmp_path / "w", "wandb", signal_tree)
+    _, state = train_with(stage_1, tmp_path / "w", "wandb", signal_tree)
     assert (
         "and gets nothing more; metrics.jsonl has every step" in (state / "logs/attempt-001.log").read_text()
     )
-    assert sorted(losses(state)) == list(range(1, 61))
+    assert sorted(losses(state)) == list(range(1, LONG["max_steps"] + 1))
 
 
-def test_trackio_goes_on_in_the_same_run(finished, tmp_path):
+def test_trackio_goes_on_in_the_same_run(stage_1, tmp_path):
     pytest.importorskip("trackio")
-    workspace, state = train_with(finished, tmp_path / "w", "trackio")
+    workspace, state = train_with(stage_1, tmp_path / "w", "trackio")
     with sqlite3.connect(workspace.folder / "trackio" / "llava.db") as database:
         rows = database.execute("select run_name, metrics from metrics order by id").fetchall()
     assert {name for name, _ in rows} == {f"finetune-{state.parent.name}-{state.name}"}
