@@ -4,9 +4,6 @@ Slurm.
 
 import re
 import sys
-from pathlib import Path
-
-import pytest
 
 from tests.support.workspace import copy_code
 from workflow_scripts import code_version
@@ -240,7 +237,3 @@ def check_raised_version(finished, folder, options=()):
     trained = {"pretrain": 2, "report": 1} | dict.fromkeys(("finetune", "export", "checkpoint"), every)
     asked = dict.fromkeys(("predict", "score", "evaluation"), every) | {"compare": every - 1}
     assert counts == {"survey": 2} | trained | asked
-
-
-rows = pytest.mark.parametrize("row", ROWS)
-__all__ = ["RERUN_NOTHING", "RERUN_SOMETHING", "ROWS", "Path", "check_raised_version", "check_row", "rows"]

@@ -4,15 +4,19 @@ import shutil
 
 import pytest
 
-from tests.support.rerun_rows import check_raised_version, check_row, rows
+from tests.support.rerun_rows import RERUN_NOTHING, RERUN_SOMETHING, check_raised_version, check_row
 from tests.support.workspace import ROOT, copy_code
 
 pytestmark = pytest.mark.slow
 
 
-@rows
+@pytest.mark.parametrize("row", RERUN_SOMETHING)
 def test_what_runs_again(finished, tmp_path, row):
     check_row(finished, tmp_path, row)
+
+
+def test_what_runs_nothing_again_does_not_so_together(finished, tmp_path):
+    check_row(finished, tmp_path, *RERUN_NOTHING)
 
 
 def test_a_higher_code_version_makes_all_trainings_new(finished, tmp_path):
