@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from workflow_scripts.plan.plan import Plan, read_plan
 from workflow_scripts.plan.runs import Run
 from workflow_scripts.plan.skipped import lines_of_others
 from workflow_scripts.plan.specs import plain
-from workflow_scripts.plan.tokens import hours_of, measured_speeds, tokens_of
+from workflow_scripts.plan.tokens import Speeds, hours_of, measured_speeds, tokens_of
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def jobs_of(plan: Plan) -> list[Job]:
     return [_job(plan, run, speeds) for run in plan.trainings()]
 
 
-def _job(plan: Plan, run: Run, speeds: Mapping[tuple[str, str], float]) -> Job:
+def _job(plan: Plan, run: Run, speeds: Speeds) -> Job:
     compute = plan.compute(run.stage, run.name)
     count = compute.nodes * compute.gpus_per_node
     shape = f"{compute.nodes} x {compute.gpus_per_node} GPU" if count else f"{compute.nodes} x CPU"
@@ -124,14 +124,18 @@ def _job_lines(jobs: list[Job]) -> list[str]:
     width = max(len(job.run.name) for job in jobs)
     sized = any(job.gpu_bytes is not None for job in jobs)
     title = "GB a GPU" if sized else ""
-    lines = [f"  {'trainings':<{width + 10}}  jobs of      {title}  M tokens   hours  for"]
+    lines = [f"  {'trainings':<{width + 10}}  jobs of      {title}  M tokens   hours   GPU h  for"]
     for job in jobs:
         used, name = ", ".join(job.experiments), f"{job.run.stage:<9} {job.run.name:<{width}}"
         size = _gigabytes(job.gpu_bytes) if sized else ""
         lines.append(f"  {name}  {job.gpus:<12}{size} {_millions(job.tokens)}{_hours(job)}  {used}")
     left = [job for job in jobs if not job.finished]
     known = [job.gpu_hours for job in left if job.gpu_hours]
-    total = f", about {sum(known):.0f} GPU hours" if known else ""
+    hours = sum(job.hours for job in left if job.hours)
+    total = f", about {hours:.0f} hours one after the other" if hours else ""
+    total += f", {sum(known):.0f} GPU hours" if known else ""
+    unknown = sum(job.hours is None for job in left)
+    total += f" and what {unknown} of unknown length take" if total and unknown else ""
     lines.append(f"  {len(left)} of {len(jobs)} trainings are to be done{total}")
     if any(job.is_measured and not job.finished for job in jobs):
         lines.append("  * from the survey's tokens, at the speed of trainings that are finished here")
@@ -169,10 +173,11 @@ def _millions(tokens: int | None) -> str:
 
 def _hours(job: Job) -> str:
     if job.finished:
-        return "    done"
+        return f"{'done':>8}{'':>8}"
     if job.hours is None:
-        return "       ?"
-    return f"{job.hours:7.1f}{'*' if job.is_measured else ' '}"
+        return f"{'?':>8}{'?' if job.gpu_hours is not None else '':>8}"
+    cost = f"{job.gpu_hours:8.1f}" if job.gpu_hours else f"{'':>8}"
+    return f"{job.hours:7.1f}{'*' if job.is_measured else ' '}{cost}"
 
 
 def is_dry_run(argv: Sequence[str]) -> bool:

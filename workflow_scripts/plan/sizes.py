@@ -15,6 +15,7 @@ from llava_ext.distributed.estimate import (
     layout_of,
     needs,
 )
+from llava_ext.flops import Products, attention_width, layer_weights, lora_weights, picture_flops
 from llava_ext.kernels import recomputed_layers
 from workflow_scripts.config.checks import tower_facts
 from workflow_scripts.config.compute import ComputeSpec
@@ -36,6 +37,7 @@ STATED = {
     "hidden_size": "hidden_size",
     "intermediate_size": "intermediate_size",
     "vocabulary_size": "vocab_size",
+    "patch_size": "patch_size",
 }
 
 
@@ -142,6 +144,31 @@ def footprint(
         element=2 if half else 4,
     )
     return Footprint(sizes.decoder, layout, trained, whole - trained, work)
+
+
+def products(config: Config, experiment: Experiment, stage: str) -> Products | None:
+    """The matrix products of a training's model, on the CPU too; None where its sizes are not known yet."""
+    model, spec, learns = experiment.model, experiment.stage(stage), STAGES[stage].trains_llm
+    text, tower = _known(config, model.llm), _known(config, model.vision_tower)
+    side, full = tower_facts(config, model.vision_tower)["side"], learns and spec.lora is None
+    side = side or (tower["image_size"] // tower["patch_size"] if "image_size" in tower else None)
+    try:
+        layers, hidden = text["num_hidden_layers"], text["hidden_size"]
+        return Products(
+            layers=layers * layer_weights(text),
+            attention=layers * attention_width(text),
+            head=text["vocab_size"] * hidden,
+            picture=picture_flops(tower, side or 0, before=1),
+            patches=(side or 0) ** 2,
+            projector=(tower["hidden_size"] * hidden, hidden**2),
+            adapters=lora_weights(text, spec.lora.r) if spec.lora else 0,
+            learns=full,
+            head_learns=full,
+            projects=spec.train_projector,
+            sees=spec.train_vision_tower,
+        )
+    except KeyError:
+        return None
 
 
 def room_of(compute: ComputeSpec) -> float:
