@@ -18,6 +18,7 @@ from workflow_scripts.plan.checks import (
     check_targets,
 )
 from workflow_scripts.plan.questions import by_name, evaluation_python
+from workflow_scripts.plan.describe import is_dry_run
 from workflow_scripts.plan.source_keys import watched_recipe
 from workflow_scripts.plan.specs import compact, plain
 from workflow_scripts.plan.surveys import survey_threads
@@ -82,6 +83,7 @@ with readable_errors():
             interpreter(),
             DeploymentMethod.CONDA in deployed,
             DeploymentMethod.APPTAINER in deployed,
+            only_planned=is_dry_run(sys.argv),
         ),
         HERE,
         plan.config.setup,

@@ -77,12 +77,32 @@ def test_benchmarks_are_a_fragment_of_which_only_chosen_tasks_are_asked(demo):
     assert asked.pop("compress_1") == ["vqav2_val"]
     assert set(map(tuple, asked.values())) == {("shapes", "gqa")}
     assert set(plan.questions) == {"gqa", "vqav2_val"}
-    assert {"gqa", "vqav2_val"} <= set(plan.used_sources()) and "pope" not in plan.used_sources()
+    assert {"gqa_testdev", "vqav2_val"} <= set(plan.used_sources()) and "pope" not in plan.used_sources()
     files = [file.path for file in plan.config.sources["vqav2_val"].files]
     assert (len(files), files[67]) == (68, "data/validation-00067-of-00068.parquet")
     mine.write_text(f"extends: [demo.yaml, {benchmarks}]\nevaluation: {{default_tasks: [gqqa]}}\n")
     with pytest.raises(UserError, match=r"evaluation\.default_tasks\[0\]: found 'gqqa'"):
         read_plan([mine])
+
+
+def test_benchmarks_are_beside_what_is_trained_on_and_change_no_training():
+    fragment = read_yaml(ROOT / "config/benchmarks.yaml")["sources"].keys()
+    for path in SHIPPED:
+        assert not fragment & read_yaml(path).get("sources", {}).keys(), path
+    paper, full = (
+        read_plan([ROOT / f"config/{name}.yaml"]) for name in ("beyond-semantics", "llava-v1.5-7b")
+    )
+    shared = paper.experiments.keys() & full.experiments.keys()
+    assert {"vanilla", "normalize", "normalize_multilayer"} <= shared
+    for name in shared:
+        assert paper.run("finetune", name) == full.run("finetune", name)
+
+
+def test_the_papers_experiments_are_asked_compared_and_looked_into():
+    plan = read_plan([ROOT / "config/beyond-semantics.yaml"])
+    assert set(plan.comparisons()) | {plan.baseline} == plan.experiments.keys() == set(plan.diagnosed())
+    about = {item.task: plan.task_spec(item.task).benchmark for item in plan.evaluations_of("vanilla")}
+    assert {"2ds", "pope", "gqa", "vqav2", "cv_bench_2d"} <= set(about.values())
 
 
 def test_null_takes_an_entry_away(demo):

@@ -85,11 +85,13 @@ def test_what_does_not_go_together_is_named(change, message):
         planned(**change)
 
 
-def test_the_environment_is_found_or_named(tmp_path):
+def test_the_environment_is_found_or_named(tmp_path, capsys):
     plan = planned()
     with pytest.raises(UserError, match=r"evaluation\.tasks\.pope: kind: lmms needs .* make env-evaluation"):
         evaluation_python(plan, tmp_path, "usual", in_conda=False, in_container=False)
     beside = tmp_path / ".venv-evaluation" / "bin" / "python"
+    assert evaluation_python(plan, tmp_path, "usual", False, False, only_planned=True) == str(beside)
+    assert "NOT INSTALLED: evaluation.tasks.pope: kind: lmms needs" in capsys.readouterr().err
     beside.parent.mkdir(parents=True)
     beside.touch()
     assert evaluation_python(plan, tmp_path, "usual", False, False) == str(beside)
