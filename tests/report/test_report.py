@@ -109,6 +109,9 @@ def test_what_others_have_published_stands_beside_our_numbers(everything, tmp_pa
     assert "LLaVA-1.5-7B 85.9 – – – – LLaVA's own scripts: greedy, batch 1 (LLaVA-1.5" in section
     assert "LLaVA-1.5-7B 87.3 87.1 0.3 – – the paper's own scripts: sampled at temperature 0.2" in section
     assert "the 3,000 popular questions only" in section
+    rows = list(csv.DictReader((tmp_path / "report/published.csv").open()))
+    assert {(row["benchmark"], row["value"], row["unit"]) for row in rows} >= {("pope", "85.9", "%")}
+    assert all(row["harness"] and row["settings"] and row["source"] for row in rows)
 
 
 def test_published_numbers_have_sources_and_agree_with_themselves():

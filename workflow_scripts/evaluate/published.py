@@ -47,7 +47,7 @@ _PAPER = Harness(
     "sampled at temperature 0.2, one permutation without a seed",
     "arXiv 2503.17349, by notes on it; settings by its published code",
 )
-_NORM, _MULTILAYER = "+ Norm", "+ Norm + Multilayer"
+_NORM, _MULTILAYER = (f"LLaVA-1.5-7B + {name}" for name in ("Norm", "Norm + Multilayer"))
 _JUDGED = "graded by a paid judge"
 
 

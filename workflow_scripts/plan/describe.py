@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from workflow_scripts.command_line import command_line
+from workflow_scripts.evaluate.conditions import conditions_of
 from workflow_scripts.io import user_errors
 from workflow_scripts.manifests import origin_of
 from workflow_scripts.plan import memory
@@ -65,7 +67,7 @@ def describe_plan(plan: Plan, folder: Path | None = None) -> str:
     items = items_of(plan)
     lines = ["What this configuration needs", ""]
     lines += _data_lines(items) + _disk_lines(plan, items, folder or Path.cwd()) + _job_lines(jobs_of(plan))
-    lines += _adopted_lines(plan) + _chosen_lines(plan) + _memory_lines(plan)
+    lines += _answer_lines(plan) + _adopted_lines(plan) + _chosen_lines(plan) + _memory_lines(plan)
     lines += [f"  {line}" for line in lines_of_others(plan)]
     missing = missing_trackers(plan)
     return "\n".join([*lines, *(f"  NOT INSTALLED: {text}" for text in missing), *[""][: len(missing)]])
@@ -101,6 +103,24 @@ def _disk_lines(plan: Plan, items: Iterable[Item], folder: Path) -> list[str]:
         lines.append(
             f"  NOT ENOUGH: {(needed - free) / GB:.1f} GB are missing in {folder}; see --directory of"
             " Snakemake"
+        )
+    return [*lines, ""]
+
+
+def _answer_lines(plan: Plan) -> list[str]:
+    """How much is asked: questions, times the conditions, times the checkpoints."""
+    if not plan.evaluations:
+        return []
+    asked = Counter(item.task for item in plan.evaluations.values())
+    width = max(map(len, asked))
+    lines = [f"  {'tasks':<{width}}  questions  conditions  checkpoints      answers"]
+    for task, checkpoints in asked.items():
+        spec = plan.task_spec(task)
+        conditions = len(conditions_of(spec.conditions))
+        known = spec.expected_questions
+        total = f"{known * conditions * checkpoints:,}" if known else "?"
+        lines.append(
+            f"  {task:<{width}}  {known or '?':>9}  {conditions:>10}  {checkpoints:>11}  {total:>11}"
         )
     return [*lines, ""]
 

@@ -258,10 +258,40 @@ def _thumbnails(scores: Mapping[str, Any], images: Sequence[str], found: Collect
         return {}
 
 
+def _published_rows(tasks: Tasks) -> list[dict[str, Any]]:
+    """One row for each number of others, a stratum's too; in % where no other unit is said."""
+    benchmarks = {
+        task: item["scored"].get("benchmark") for task, scores in tasks.items() for item in scores.values()
+    }
+    return [
+        {
+            "task": task,
+            "benchmark": benchmark,
+            "model": item.model,
+            "stratum": stratum,
+            "value": value,
+            "unit": item.unit or "%",
+            "permuted": item.permuted if stratum == ALL else None,
+            "psi": item.psi if stratum == ALL else None,
+            "how": item.how,
+            **{key: getattr(item.harness, key) for key in ("settings", "source")},
+            "harness": item.harness.name,
+        }
+        for task, benchmark in benchmarks.items()
+        for item in published_about(benchmark)
+        for stratum, value in {ALL: item.value, **item.strata}.items()
+    ]
+
+
 def write_tables(tasks: Tasks, found: Collected, folder: Path) -> None:
-    """accuracy and differences, each as CSV and parquet, one line a number."""
+    """accuracy, differences and, where a task is a known benchmark, what others have published, each as CSV
+    and parquet.
+    """
     compared = {name: content for name, (_, content) in found.comparisons.items()}
-    for name, rows in (("accuracy", accuracy_rows(tasks)), ("differences", difference_rows(compared))):
+    tables = {"accuracy": accuracy_rows(tasks), "differences": difference_rows(compared)}
+    if published := _published_rows(tasks):
+        tables["published"] = published
+    for name, rows in tables.items():
         table = pandas.DataFrame(rows)
         with atomic_path(folder / f"{name}.csv") as temporary:
             table.to_csv(temporary, index=False)
