@@ -26,7 +26,9 @@ from tests.support.benchmarks import BENCHMARKS, picture, pope, write_rows
 from tests.support.demo import load_json
 from workflow_scripts.acquire.step import main as acquire
 from workflow_scripts.config.evaluation import TaskSpec
-from workflow_scripts.evaluate import predict, score
+from workflow_scripts.config.shapes import ShapesTower
+from workflow_scripts.demo.models import build
+from workflow_scripts.evaluate import score
 from workflow_scripts.evaluate.asking import Chunk, answer, decode_picture
 from workflow_scripts.evaluate.checkpoint import load_checkpoint
 from workflow_scripts.evaluate.conditions import Condition
@@ -36,7 +38,16 @@ from workflow_scripts.evaluate.questions import read_questions
 from workflow_scripts.evaluate.tasks import TASKS
 from workflow_scripts.io import UserError, write_json
 
+ROOT = Path(__file__).parents[2]
 BY_TASK = {item.task: item for item in BENCHMARKS}
+
+
+@pytest.fixture(scope="session")
+def tower(tmp_path_factory):
+    """A vision tower that has learnt next to nothing: what is answered does not matter here."""
+    folder = tmp_path_factory.mktemp("models") / "tower"
+    build(ShapesTower(seed=1, steps=2), folder)
+    return folder
 
 
 def spec_of(item, **changes):
@@ -311,26 +322,34 @@ def test_answers_to_another_version_of_the_task_are_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_is_asked_under_every_condition_in_shards(tmp_path, stock_export):
-    item = BY_TASK["pope_random"]
-    source, manifest = prepared(item, tmp_path)
-    every = {"permuted": 2, "blank": True, "text_only": True}
-    spec = spec_of(item, conditions=every, max_new_tokens=3, batch_size=3, max_empty_share=1)
-    run = tmp_path / "predict" / "p" / "manifest.json"
-    for shard in range(2):
-        predict.predict_shard(spec, stock_export, manifest, run, shard, 2, tmp_path / f"{shard}.json")
-    predict.predict("pope", spec, stock_export, manifest, run, 2)
-    given = tmp_path / "score" / "s" / "lmms_eval.json"
-    found = scores.score_answers(spec, source, run, given)
-    assert {key: list(item) for key, item in found["metrics"].items()} == {
+def test_the_workflow_asks_a_checkpoint_under_every_condition_in_shards(tmp_path, stock_export):
+    """From the parquet file to the scores under the experiment's name, by the Snakefile's own rules."""
+    write_rows(BY_TASK["pope_random"].rows, tmp_path / "pope.parquet")
+    task = {"source": "pope", "kind": "lmms", "lmms": {"task": "pope_random"}, "max_new_tokens": 3}
+    task |= {"conditions": {"permuted": 2, "blank": True, "text_only": True}, "shards": 2}
+    folder = stock_export.parent / "x" / "hf"
+    config = {
+        "extends": str(ROOT / "config/config.yaml"),
+        "sources": {"pope": {"kind": "path", "annotations": [str(tmp_path / "pope.parquet")]}},
+        "models": {"tiny": {"kind": "path", "role": "checkpoint", "path": str(folder)}},
+        "experiments": {"other": {"checkpoint": "tiny", "tasks": ["pope"]}},
+        "evaluation": {"tasks": {"pope": {**task, "max_empty_share": 1, "expected_questions": 4}}},
+        "python_evaluation": sys.executable,
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    target = "experiments/other/evaluation/pope.json"
+    command = [sys.executable, "-m", "snakemake", "-s", ROOT / "Snakefile", "--cores", "1", target]
+    subprocess.run([*command, "--configfile", "config.yaml"], cwd=tmp_path, check=True)
+    found = load_json(tmp_path / target)
+    assert {name: list(by_seed) for name, by_seed in found["metrics"].items()} == {
         "normal": ["0"],
         "permuted": ["0", "1"],
         "blank": ["0"],
         "text_only": ["0"],
     }
-    result = score.score(score.ScoreSpec(task=spec, resamples=100), run, given.with_name("m.json"), given)
-    assert result["accuracy"]["permuted"]["all"]["questions"] == 4
-    assert result["metrics"]["normal"]["0"].keys() >= {"pope_f1_score", "pope_precision", "pope_recall"}
+    assert found["metrics"]["normal"]["0"].keys() >= {"pope_f1_score", "pope_precision", "pope_recall"}
+    assert found["accuracy"]["permuted"]["all"]["questions"] == 4
+    assert found["lmms_eval"]["task"] == "pope_random"
 
 
 # ---- lmms-eval's own command line ----
@@ -346,7 +365,7 @@ def asked_by_its_command_line(folder, *arguments, **environment):
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "hf")}
     subprocess.run(
         [*command, *given, "--force_simple", "--log_samples"],
-        env={**os.environ, **offline, "PYTHONPATH": str(Path(__file__).parents[2]), **environment},
+        env={**os.environ, **offline, "PYTHONPATH": str(ROOT), **environment},
         cwd=folder,
         check=True,
     )
