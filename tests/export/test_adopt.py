@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pandas as pd
 import pytest
 
 from llava_ext.convert import convert
+from tests.support.servers import HubServer
+from tests.support.workspace import ROOT
 from workflow_scripts.config.evaluation import TaskSpec
 from workflow_scripts.config.models import PathModel
 from workflow_scripts.evaluate.predict import predict
@@ -84,6 +89,32 @@ def test_the_original_layout_is_converted_with_its_tower(stock_export, tower, he
     export = tmp_path / "runs" / "export" / "theirs-1" / "manifest.json"
     export.parent.mkdir(parents=True)
     main(["--spec", "{}", "--models", str(checkpoint), str(clip), "--manifest", str(export)])
+    before = answers(stock_export, held_out, tmp_path / "before")
+    pd.testing.assert_frame_equal(answers(export, held_out, tmp_path / "after"), before)
+
+
+@pytest.mark.slow
+def test_a_repository_of_the_hub_is_fetched_at_its_commit(stock_export, held_out, tmp_path):
+    manifest = tmp_path / "models" / "theirs" / "manifest.json"
+    export = tmp_path / "runs" / "export" / "theirs-1" / "manifest.json"
+    export.parent.mkdir(parents=True)
+    with HubServer("llava-hf/tiny", "model").running() as hub:
+        for path in hf_of(stock_export).iterdir():
+            if path.is_file():
+                hub.put(path.name, path.read_bytes(), lfs=path.suffix == ".safetensors")
+        spec = {"kind": "hub", "role": "checkpoint", "repo": hub.repo, "revision": hub.commit}
+        command = [sys.executable, "-m", "workflow_scripts.prepare_model", "--name", "theirs"]
+        command += ["--spec", json.dumps(spec), "--manifest", str(manifest)]
+        found = os.environ | {
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(tmp_path / "hf"),
+            "PYTHONPATH": str(ROOT),
+        }
+        done = subprocess.run(command, env=found, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        origin = {"repo": hub.repo, "revision": hub.commit}
+    adopt([manifest], export)
+    assert read_json(export)["origin"] == origin
     before = answers(stock_export, held_out, tmp_path / "before")
     pd.testing.assert_frame_equal(answers(export, held_out, tmp_path / "after"), before)
 
