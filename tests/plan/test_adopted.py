@@ -99,6 +99,7 @@ def test_a_configuration_may_train_nothing():
         ({"interventions": {"normalize_projector": True}}, "there is nothing for interventions to change"),
         ({"finetune": {"learning_rate": 1e-3}}, "there is nothing for finetune to change"),
         ({"model": {"llm": "llm"}}, "there is nothing for model.llm to change"),
+        ({"model": {"vision_tower": "tower"}}, "nothing: published, with layout: hf, has its tower in it"),
         ({"checkpoint": "publishd"}, "did you mean 'published'?"),
         ({"checkpoint": "llm"}, "a model with role: checkpoint: published; fix: its role is llm"),
         ({"tasks": ["shape"]}, "experiments.theirs.tasks[0]: found 'shape'"),

@@ -141,11 +141,16 @@ def check_checkpoints(config: Config, experiments: list[Experiment]) -> Iterator
         if found.checkpoint is None:
             continue
         yield from _check_role(config, f"experiments.{name}.checkpoint", found.checkpoint, "checkpoint")
+        own = "vision_tower" in found.model.model_fields_set
+        key = f"experiments.{name}.model.vision_tower" if own else "model.vision_tower"
+        tower = found.model.vision_tower if own else config.model.vision_tower
         if getattr(config.models.get(found.checkpoint), "layout", "hf") == "llava":
-            own = "vision_tower" in found.model.model_fields_set
-            key = f"experiments.{name}.model.vision_tower" if own else "model.vision_tower"
-            tower = found.model.vision_tower if own else config.model.vision_tower
             yield from _check_role(config, key, tower, "vision_tower")
+        elif own:
+            allowed = f"nothing: {found.checkpoint}, with layout: hf, has its tower in it"
+            yield Problem(
+                key, tower, allowed, "leave it out, or set layout: llava where it is in that layout"
+            )
     if not experiments:  # nobody else looks at the kind of job that all of them take
         kind = getattr(config.stages, last_stage()).compute
         yield from _reference(f"stages.{last_stage()}.compute", kind, "compute", config.compute)
