@@ -113,6 +113,17 @@ def _start_worker(first: Callable[[], None], prepare: Callable[[int], None] | No
         prepare(number)
 
 
+def draw_masks_as_uncompiled() -> None:
+    """Compiled code draws dropout's masks as uncompiled code does.
+
+    torch's compiler has random numbers of its own: from the same seed a compiled step would leave out other
+    channels, and a training that goes on without the compiler would not be the same.
+    """
+    import torch._inductor.config
+
+    torch._inductor.config.fallback_random = True
+
+
 # -- DeepSpeed --------------------------------------------------------------------------------------------
 
 # What DeepSpeed pickles beside tensors; nothing else is unpickled.

@@ -203,6 +203,26 @@ def test_a_worker_can_be_hit_before_torchs_own_hook_runs(shielded):
     workers._shutdown_workers()
 
 
+@pytest.mark.slow
+def test_compiled_code_has_random_numbers_of_its_own():
+    """With the patch the same channels are left out, and the generator ends where it would."""
+    script = (
+        "import torch\n"
+        "from llava_ext import patches\n"
+        "def step(drop):\n"
+        "    torch.manual_seed(5)\n"
+        "    return torch.cat([drop(torch.ones(64)), torch.rand(1)])\n"
+        "def equal():\n"
+        "    drop = lambda x: torch.nn.functional.dropout(2 * x, 0.5)\n"
+        "    return torch.equal(step(drop), step(torch.compile(drop)))\n"
+        "print(equal())\n"
+        "patches.draw_masks_as_uncompiled()\n"
+        "torch._dynamo.reset()\n"
+        "print(equal())\n"
+    )
+    assert python(script).split() == ["False", "True"]
+
+
 # -- DeepSpeed --------------------------------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .. import patches
 from ..errors import TrainingError, say
 from ..model.language_models import LANGUAGE_MODELS, known_language_models
 
@@ -57,6 +58,7 @@ def check_liger(model_type: str | None) -> None:
 def fuse(model: Any, fusion: str) -> None:
     """Fuses the layers of a model (without a wrapper around it) in place."""
     if fusion == "compile":
+        patches.draw_masks_as_uncompiled()
         for layer in layers(model):
             _compile(layer)
     elif fusion == "liger":
