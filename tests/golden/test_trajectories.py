@@ -38,9 +38,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("training", names(reference.folder(metafunc.config)))
 
 
-def command_line(root: Path, name: str, output_dir: Path) -> list[str]:
-    """The recorded flags as they stand, with another output folder; the recording saw the samples in the
-    file's order.
+def command_line(root: Path, name: str, output_dir: Path, **changes: object) -> list[str]:
+    """The recorded flags as they stand, with another output folder and changes; the recording saw the samples
+    in the file's order.
     """
     flags = dict(reference.read(root / "train" / f"{name}.json")["argv"])
     flags["output_dir"] = output_dir
@@ -51,6 +51,7 @@ def command_line(root: Path, name: str, output_dir: Path) -> list[str]:
     flags |= {
         flag: True for flag, word in variant_flags.items() if flag not in flags and word in name.split("_")
     }
+    flags |= changes
     return [text for flag, value in flags.items() for text in (f"--{flag}", str(value))] + [
         "--sampling",
         "sequential",
@@ -58,7 +59,7 @@ def command_line(root: Path, name: str, output_dir: Path) -> list[str]:
 
 
 # What the configurations for GPUs choose, as far as it is cheap here; it only rounds otherwise.
-FAST = ("--attention", "varlen", "--pack", "True", "--checkpoint_layers", "2", "--optim", "adamw_torch_fused")
+FAST = {"attention": "varlen", "pack": True, "checkpoint_layers": 2, "optim": "adamw_torch_fused"}
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +68,9 @@ def outputs(root, tmp_path_factory):
     return train(root, tmp_path_factory.mktemp("trainings"), names(root))
 
 
-def train(root: Path, folder: Path, trainings: list[str], *others: str) -> Path:
-    """Recorded trainings with further flags, one after the other in one process."""
-    lines = [[*command_line(root, name, folder / name), *others] for name in trainings]
+def train(root: Path, folder: Path, trainings: list[str], **changes: object) -> Path:
+    """Recorded trainings with other flags, one after the other in one process."""
+    lines = [command_line(root, name, folder / name, **changes) for name in trainings]
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("train_many.py"))],
         input=json.dumps(lines),
@@ -115,7 +116,7 @@ def test_trajectory_with_kernels_for_gpus(root, tmp_path, report_difference):
     the fused Adam.
     """
     stage_2 = [name for name in names(root) if name.endswith("stage2")]
-    train(root, tmp_path, stage_2, *FAST)
+    train(root, tmp_path, stage_2, **FAST)
     for training in stage_2:
         recorded = reference.arrays(root / "train" / f"{training}.npz")
         rows = metrics(tmp_path / training)
