@@ -158,7 +158,7 @@ def test_snakemake_itself_may_be_a_job(ready, slurm, tmp_path):
     wait_for(lambda: not (state / "owner.json").exists(), 60, "the end of its job")
     again = submit()  # nothing has to be unlocked
     assert wait_for(lambda: ended(again), 240, "the second Snakemake") == "COMPLETED"
-    assert attempts(state)[-1]["from_step"] >= 5 and len(losses(state)) == 60
+    assert attempts(state)[-1]["from_step"] >= 5 and len(losses(state)) == LONG["max_steps"]
 
 
 def test_only_preempted_jobs_of_this_name_are_requeued_and_a_refusal_is_said_once(
