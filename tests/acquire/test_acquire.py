@@ -77,6 +77,54 @@ def test_a_shortened_commit_is_looked_up(work, hub):
     assert {f["revision"] for f in work.manifest()["files"]} == {hub.commit}
 
 
+def questions(number):
+    return json.dumps([{"id": str(number), "conversations": [{"from": "human", "value": "?"}]}]).encode()
+
+
+def test_a_pattern_is_all_files_of_the_commit_that_are_called_so(work, hub):
+    for number in range(3):
+        hub.put(f"data/test-{number}-of-3-{number}{number}ab.json", questions(number))
+    hub.put("data/train-0.json", questions(3))
+    hub.put("data/more/test-0.json", questions(4))
+    files = [{"path": "data/test-*.json", "role": "annotations"}]
+    spec = hub_spec(hub, files=files)
+    assert work.acquire(spec).returncode == 0
+    names = [f"data/test-{number}-of-3-{number}{number}ab.json" for number in range(3)]
+    assert [file["path"] for file in work.manifest()["annotations"]] == names
+    first = (work.data / "manifest.json").read_bytes()
+
+    (work.data / "manifest.json").unlink()
+    asked = len(hub.requests)
+    assert work.acquire(spec).returncode == 0
+    assert work.acquire(spec, HF_HUB_OFFLINE="1").returncode == 0
+    assert (work.data / "manifest.json").read_bytes() == first and len(hub.requests) == asked
+
+    done = work.acquire(hub_spec(hub, files=[{"path": "data/tests-*.json", "role": "annotations"}]))
+    assert done.returncode == 1
+    assert "has no file 'data/tests-*.json'; it has data/" in done.stderr
+
+
+def test_a_pattern_of_a_branch_is_asked_again(work, hub):
+    hub.put("a-1.json", questions(1))
+    spec = hub_spec(hub, revision="main", files=[{"path": "a-*.json", "role": "annotations"}])
+    assert work.acquire(spec).returncode == 0
+    hub.put("a-2.json", questions(2))
+    assert work.acquire(spec).returncode == 0
+    assert [file["path"] for file in work.manifest()["annotations"]] == ["a-1.json", "a-2.json"]
+
+
+def test_files_of_a_pattern_that_are_not_known_here_can_not_be_had_offline(work, hub):
+    files = [{"path": "data/*.json", "role": "annotations"}]
+    done = work.acquire(hub_spec(hub, files=files), HF_HUB_OFFLINE="1")
+    assert done.returncode == 1 and "HF_HUB_OFFLINE is set, and which files it has" in done.stderr
+
+
+@pytest.mark.parametrize("more", [{"role": "images"}, {"sha256": "0" * 64}, {"bytes": 5}])
+def test_what_is_of_one_file_does_not_go_with_a_pattern(work, hub, more):
+    done = work.acquire(hub_spec(hub, files=[{"path": "data/*.json", "role": "annotations"} | more]))
+    assert done.returncode == 1 and "'data/*.json' may be several files" in done.stderr
+
+
 def test_a_second_run_needs_no_network_and_gives_the_same_manifest(work, hub):
     fill(hub)
     assert work.acquire(hub_spec(hub)).returncode == 0

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from workflow_scripts.config.sources import HubFile
 
 T = TypeVar("T")
+# What a repository has at the revision of a source, where the configuration does not name every file.
+LISTING = ".listing.json"
 SHORT_COMMIT = re.compile(r"[0-9a-f]{7,39}")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -61,6 +64,11 @@ class Repository:
     def shown(self) -> str:
         """The repository's name in messages."""
         return f"{self.repo} ({self.repo_type}, revision {self.revision})"
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether the revision is a commit, which never has other files."""
+        return bool(COMMIT.fullmatch(self.revision) or SHORT_COMMIT.fullmatch(self.revision))
 
     # -- what the hub says
 
@@ -101,6 +109,15 @@ class Repository:
             )
         )
         return [item for item in tree if isinstance(item, RepoFile)]
+
+    def names(self) -> list[str]:
+        """The paths of all files. Raises :class:`UserError` without a network."""
+        if self.offline:
+            raise UserError(
+                f"{self.shown}: HF_HUB_OFFLINE is set, and which files it has is not known here; unset it, or"
+                " name each file"
+            )
+        return [item.path for item in self.files()]
 
     def describe(self, paths: Sequence[str]) -> dict[str, RepoFile]:
         """Size and hash of some files. Raises :class:`UserError` for one that is not there."""
@@ -225,6 +242,46 @@ OFFLINE = (
     "HF_HUB_OFFLINE is set and the file is neither here nor in the hub's cache; unset it, or fetch the file"
     " on a machine with a network first (the acquire and prepare steps run on the login node)"
 )
+
+
+def find_files(repository: Repository, files: Sequence[HubFile], folder: Path) -> list[HubFile]:
+    """The files of a source, those that a pattern stands for in its place. What a commit has is asked once
+    and remembered in ``folder``.
+
+    Raises:
+        UserError: no file is called so.
+    """
+    memory = folder / LISTING
+    known = read_json(memory) if memory.is_file() else {}
+    asked = known if known.get("revision") == repository.revision else {}
+    if not asked or not (repository.offline or repository.is_pinned):
+        asked = {"revision": repository.revision, "names": repository.names()}
+        write_json(memory, asked)
+    found: list[HubFile] = []
+    for file in files:
+        names = _called(file.path, asked["names"]) if file.is_pattern else [file.path]
+        if not names:
+            close = get_close_matches(file.path, asked["names"], n=3, cutoff=0.4) or asked["names"][:5]
+            raise UserError(f"{repository.shown} has no file {file.path!r}; it has {', '.join(close)}")
+        found += [_renamed(repository, file, name) for name in names]
+    return list({file.path: file for file in found}.values())
+
+
+def _renamed(repository: Repository, file: HubFile, name: str) -> HubFile:
+    try:
+        return type(file).model_validate({**file.model_dump(exclude_unset=True), "path": name})
+    except ValueError as error:  # a name that the configuration could not have either
+        raise UserError(f"{repository.shown}, {file.path}: {error}") from None
+
+
+def _called(pattern: str, names: Sequence[str]) -> list[str]:
+    """The names whose parts are as the pattern's: `*` does not go beyond a folder."""
+    parts = pattern.split("/")
+    return [
+        name
+        for name in sorted(names)
+        if len(own := name.split("/")) == len(parts) and all(map(fnmatchcase, own, parts))
+    ]
 
 
 def get_file(

@@ -36,6 +36,7 @@ def _fetch_all(spec: Fetched, folder: Path, getter: Callable[[Any, Patience], Ge
     own = describe_local(_local_part(spec), folder) if spec.local.images or spec.local.annotations else None
     if not remote and own is not None:
         return own
+    remote = _named(spec, remote, folder, patience)
     _take_over_renamed(remote, folder)
     check_disk(folder, sum(missing_bytes(file, folder / file.name) for file in remote), "this source")
     get = getter(spec, patience)
@@ -44,6 +45,15 @@ def _fetch_all(spec: Fetched, folder: Path, getter: Callable[[Any, Patience], Ge
     hashes = {file.name: facts["sha256"] for file, (_, facts) in zip(remote, fetched, strict=True)}
     remember_recipe(folder.name, spec, hashes, folder.parent)
     return found
+
+
+def _named(spec: Fetched, files: list[Any], folder: Path, patience: Patience) -> list[Any]:
+    """The files with those that a pattern stands for in its place."""
+    if not isinstance(spec, HubSource) or not any(file.is_pattern for file in spec.files):
+        return files
+    from workflow_scripts.acquire.hub import Repository, find_files
+
+    return find_files(Repository(spec.repo, spec.repo_type, spec.revision, patience), files, folder)
 
 
 def _take_over_renamed(files: list[Any], folder: Path) -> None:

@@ -15,7 +15,9 @@ from workflow_scripts.secrets import REFERENCE, is_secret, public
 
 LONGEST_NAME = 200
 """Bytes of a file's name: what is written beside it has longer names, and 255 are the end."""
-OUR_FILES = re.compile(r"\..*\.(provenance\.json|lock|tmp)|.*\.part(\.json)?|.*\.wrong-[0-9a-f]{8}")
+OUR_FILES = re.compile(
+    r"\.listing\.json|\..*\.(provenance\.json|lock|tmp)|.*\.part(\.json)?|.*\.wrong-[0-9a-f]{8}"
+)
 Role = Literal["images", "annotations", "other"]
 
 
@@ -122,7 +124,10 @@ class HubFile(RemoteFile):
     """A file of a Hugging Face repository."""
 
     path: FileName
-    """Path inside the repository."""
+    """Path inside the repository. `*` and `?` stand for parts of names, in files of role `annotations` or
+    `other`: `data/test-*.parquet` is every file of the pinned commit that is called so. `about_gb` is the
+    size of all of them.
+    """
     mirrors: Annotated[tuple[Url, ...], BeforeValidator(_one_or_more)] = ()
     """URLs of the same file, tried in order when the hub does not give it."""
 
@@ -130,6 +135,20 @@ class HubFile(RemoteFile):
     def name(self) -> str:
         """The file's path below the source's folder."""
         return self.path
+
+    @property
+    def is_pattern(self) -> bool:
+        """Whether the repository says which files are meant."""
+        return "*" in self.path or "?" in self.path
+
+    @model_validator(mode="after")
+    def _pattern_says_no_file(self) -> Self:
+        if self.is_pattern and (self.role == "images" or self.bytes or self.sha256 or self.mirrors):
+            raise ValueError(
+                f"path: {self.path!r} may be several files, so role: images, bytes, sha256 and mirrors, which"
+                " are of one, do not go with it; name the file, or leave these out"
+            )
+        return self
 
 
 class UrlFile(RemoteFile):

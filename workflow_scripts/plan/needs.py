@@ -50,7 +50,8 @@ def _file_item(name: str, spec: Source, file: Any, folder: Path) -> Item:
     label, target = f"{name}/{file.name}", folder / file.name
     if spec.replaced(file):
         return Item(label, total, total or 0, "yours, used in place")
-    if target.is_file():
+    several = getattr(file, "is_pattern", False)
+    if target.is_file() or (several and (folder / "manifest.json").is_file()):
         return Item(label, total, total or 0, "there")
     if cached is not None and cached(spec, file):
         return Item(label, total, total or 0, "in the hub's cache")
