@@ -30,8 +30,8 @@ class ConditionsSpec(StrictModel):
     """How each question is asked besides as it is."""
 
     permuted: Annotated[Count, Field(le=100)] = 1
-    """In so many random orders of the picture's vision tokens, each with a seed of its own; the permutation
-    index PSI needs one."""
+    """In so many random orders of the picture's vision tokens, each with a seed of its own; the
+    position sensitivity index PSI needs one."""
     blank: bool = True
     """About a picture of one colour and the same size: what can be guessed without seeing."""
     text_only: bool = False

@@ -25,7 +25,7 @@ class Published:
 
     Attributes:
         permuted: with the vision tokens in a random order.
-        psi: the permutation index.
+        psi: the position sensitivity index.
         strata: by the names that our own tasks give them.
         how: what is particular to this number: the split, the grader.
     """

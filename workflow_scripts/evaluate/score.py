@@ -1,4 +1,5 @@
-"""Counts a task's right answers: accuracies with intervals, the permutation index, what could not be read.
+"""Counts a task's right answers: accuracies with intervals, the position sensitivity index, what could not
+be read.
 
     python -m workflow_scripts.evaluate.score --spec JSON --predictions runs/predict/P/manifest.json \\
         --manifest runs/score/S/manifest.json [--lmms runs/score/S/lmms_eval.json]

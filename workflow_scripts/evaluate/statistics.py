@@ -1,4 +1,5 @@
-"""Numbers that one can trust: accuracies with intervals, paired differences, the permutation index, power.
+"""Numbers that one can trust: accuracies with intervals, paired differences, the position sensitivity
+index, power.
 
 Everything here works on *rows*, a table with one row a question, as predictions are stored:
 
