@@ -4,8 +4,8 @@ index, power.
 Everything here works on *rows*, a table with one row a question, as predictions are stored:
 
     question   names the question, the same for every checkpoint
-    picture    the picture it asks about; questions about one picture are not independent, so it is the
-    cluster score      1 for a right answer, 0 for a wrong one, or a share between them (VQAv2)
+    picture    the picture it asks about; questions about one picture are not independent: it is the cluster
+    score      1 for a right answer, 0 for a wrong one, or a share between them (VQAv2)
 
 Intervals are percentile intervals of a bootstrap over pictures (``scipy.stats.bootstrap``), tests are
 McNemar's exact test (``statsmodels``) or, where scores are shares, a sign-flip permutation test over
