@@ -18,8 +18,10 @@ OPTIONS = ["--profile", "slurm", "--slurm-init-seconds-before-status-checks", "1
 
 
 def pytest_collection_modifyitems(items):
-    """Marks the tests of this folder, and has its files begin first: they are the longest."""
-    items.sort(key=lambda item: HERE not in Path(item.fspath).parents)
+    """Marks the tests of this folder, and has its files begin first: they are the longest. Behind them comes
+    another long one that waits for no fixture of all processes.
+    """
+    items.sort(key=lambda item: (HERE not in Path(item.fspath).parents, item.path.name != "test_shipped.py"))
     lacking = missing(accounting=True)
     for item in items:
         if HERE in Path(item.fspath).parents:
