@@ -34,3 +34,12 @@ def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU, and torch can use none here"))
+
+
+@pytest.fixture
+def small_files(tmp_path, monkeypatch):
+    """The files that the small configuration (tests/support/workspace.py) names lie in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    for name in ("images.tar", "questions.json"):
+        (tmp_path / "mine" / name).touch()

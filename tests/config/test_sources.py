@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import os
 import subprocess
-from pathlib import Path
 
 import pytest
 
@@ -18,12 +17,7 @@ from workflow_scripts.secrets import hide, public, redact
 GEHEIM = "AKgeheim0123456789abcdef"
 
 
-@pytest.fixture(autouse=True)
-def _elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("mine").mkdir()
-    for name in ("images.tar", "questions.json"):
-        Path("mine", name).touch()
+pytestmark = pytest.mark.usefixtures("small_files")
 
 
 def load(*files, kind="url"):

@@ -98,12 +98,7 @@ def test_the_report_shows_norms_and_heads(tmp_path, finished):
 
 
 @pytest.fixture
-def planned(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine").mkdir()
-    for name in ("images.tar", "questions.json"):
-        (tmp_path / "mine" / name).touch()
-
+def planned(small_files):
     def plan(**changes):
         return Plan(load_config({**copy.deepcopy(SMALL), **changes}))
 

@@ -16,12 +16,7 @@ from workflow_scripts.plan.plan import Plan
 HUB = {"kind": "hub", "role": "checkpoint", "repo": "llava-hf/llava-1.5-7b-hf", "revision": "0123abc"}
 
 
-@pytest.fixture(autouse=True)
-def _files(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine").mkdir()
-    for name in ("images.tar", "questions.json"):
-        (tmp_path / "mine" / name).touch()
+pytestmark = pytest.mark.usefixtures("small_files")
 
 
 def planned(published=None, experiment=None, **sections) -> Plan:

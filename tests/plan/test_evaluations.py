@@ -14,13 +14,7 @@ from workflow_scripts.io import UserError, write_json
 from workflow_scripts.plan.checks import check_targets
 from workflow_scripts.plan.plan import Plan
 
-
-@pytest.fixture(autouse=True)
-def _files(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine").mkdir()
-    for name in ("images.tar", "questions.json"):
-        (tmp_path / "mine" / name).touch()
+pytestmark = pytest.mark.usefixtures("small_files")
 
 
 def planned(change=lambda config: None) -> Plan:

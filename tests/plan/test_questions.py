@@ -17,12 +17,7 @@ from workflow_scripts.plan.questions import IN_CONTAINER, by_name, evaluation_py
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(autouse=True)
-def _files(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine").mkdir()
-    for name in ("images.tar", "questions.json"):
-        (tmp_path / "mine" / name).touch()
+pytestmark = pytest.mark.usefixtures("small_files")
 
 
 def planned(about=None, **changes) -> Plan:

@@ -23,12 +23,7 @@ SHA = hashlib.sha256(DATA).hexdigest()
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-@pytest.fixture(autouse=True)
-def _elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("mine").mkdir()
-    for name in ("images.tar", "questions.json"):
-        Path("mine", name).touch()
+pytestmark = pytest.mark.usefixtures("small_files")
 
 
 @pytest.fixture
