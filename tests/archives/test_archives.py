@@ -21,11 +21,13 @@ JPEG = encoded()
 
 
 def make_zip(path, members, method=zipfile.ZIP_STORED):
+    """The same members make the same archive, at any time."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with zipfile.ZipFile(path, "w", method) as file:
             for name, data in members:
-                file.writestr(name, data)
+                info = name if isinstance(name, zipfile.ZipInfo) else zipfile.ZipInfo(name)
+                file.writestr(info, data, method)
     return path
 
 
