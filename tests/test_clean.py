@@ -12,6 +12,7 @@ from workflow_scripts.clean import Wishes, clean, find_unused, main
 from workflow_scripts.configs_seen import all_seen, latest, remember
 from workflow_scripts.io import UserError, write_json
 from workflow_scripts.launch import ownership
+from workflow_scripts.plan.plan import read_plan
 
 OLD = 30 * 86400
 
@@ -155,6 +156,59 @@ def test_what_a_kept_run_was_made_from_is_kept(folder):
     assert folder.going("export/e", **EVERYTHING) == []
     age(folder.root / "runs/export/e", 3600)
     assert folder.going(unknown=True) == ["predict/v"]
+
+
+def questions(folder, name):
+    """Questions that were written for a task of lmms-eval, and that no configuration asks any more."""
+    home = folder.root / "data/questions" / name
+    write_json(home / "manifest.json", {"name": name, "digest": f"of-{name}"})
+    (home / "pictures.zip").write_bytes(bytes(5000))
+    age(home)
+    remember(folder.root, [folder.root / "a.yaml"], {}, [f"data/questions/{name}"])
+    remember(folder.root, [folder.root / "a.yaml"], {}, [])
+    for path in (folder.root / "runs/.configs").glob("*.json"):
+        content = json.loads(path.read_text())
+        write_json(path, content | {"time": time.time() - (40 if content["runs"] else 39) * 86400})
+    return home
+
+
+def test_written_questions_that_nobody_asks_can_go(folder):
+    home = questions(folder, "pope-1")
+    [item] = find_unused(folder.root, [])
+    assert (item.path, item.kept) == (home, "")
+    assert item.reason == "a.yaml does not ask for it any more" and item.bytes > 5000
+    assert not list(find_unused(folder.root, ["data/questions/pope-1"])), "this configuration asks them"
+    age(home, 3600)
+    [item] = find_unused(folder.root, [])
+    assert "used in the last 14 days" in item.kept
+    clean(folder.root, [], Wishes(days=0), really=True, yes=True)
+    assert not home.exists()
+
+
+def test_half_written_questions_are_not_finished(folder):
+    (questions(folder, "pope-1") / "manifest.json").unlink()
+    [item] = find_unused(folder.root, [])
+    assert "not finished" in item.kept
+    assert not any(found.kept for found in find_unused(folder.root, [], Wishes(days=0, unfinished=True)))
+
+
+def test_questions_of_answers_that_stay_are_kept(folder):
+    """With a checkpoint its answers stay, and the report shows pictures beside them."""
+    home = questions(folder, "pope-1")
+    folder.training("finetune", "f")
+    folder.made("export", "e", finetune="f")
+    folder.made("predict", "p", checkpoint={"run": "e"}, source={"name": "pope-1", "digest": "d"})
+    assert home not in {item.path for item in find_unused(folder.root, ["runs/export/e"])}
+    age(folder.root / "runs/predict/p", 60)
+    kept = {item.path: item.kept for item in find_unused(folder.root, [])}
+    assert "no known configuration" in kept[folder.root / "runs/predict/p"]
+    assert kept[home] == "runs/predict/p was made from it"
+
+
+def test_a_configurations_written_questions_are_among_its_folders(folder):
+    plan = read_plan([Path(__file__).parents[1] / "config/beyond-semantics.yaml"])
+    asked = plan.questions["pope_random"].folder
+    assert asked in plan.used_folders() and f"{asked}/manifest.json" == plan.questions_manifest("pope_random")
 
 
 def test_runs_of_a_finished_experiment_are_kept_until_it_is_forgotten(folder):

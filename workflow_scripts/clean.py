@@ -3,10 +3,11 @@
     snakemake list_unused            snakemake clean_unused
     python -m workflow_scripts.clean [--configfile FILE [more files]] [--remove [--yes]]
 
-Kept, whatever this configuration says: runs of every other configuration that has used this folder, runs that
-an `experiments/*/checkpoint.json` names, runs that are being computed, runs that nobody knows the
-configuration of, unfinished ones, those used in the last 14 days, and what these were made from. The list
-says which option gives each of them up.
+Runs are the folders below `runs/`, and the questions that were written for tasks of lmms-eval
+(`data/questions/`). Kept, whatever this configuration says: runs of every other configuration that has used
+this folder, runs that an `experiments/*/checkpoint.json` names, runs that are being computed, runs that
+nobody knows the configuration of, unfinished ones, those used in the last 14 days, and what these were made
+from. The list says which option gives each of them up.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from workflow_scripts.configs_seen import Seen, all_seen, latest
 from workflow_scripts.io import UserError, read_json, user_errors
 from workflow_scripts.launch.ownership import OWNER, alive
 from workflow_scripts.plan.plan import read_plan
+from workflow_scripts.plan.questions import QUESTIONS
 from workflow_scripts.stages import STAGES
 
 # A state's folder is called by a digest of what it is made from.
@@ -118,22 +120,24 @@ class Folders:
     by_digest: dict[str, list[str]] = field(init=False)
 
     def __post_init__(self) -> None:
-        found = sorted(path for path in self.root.glob("runs/[!.]*/*") if path.is_dir())
+        places = ("runs/[!.]*/*", f"{QUESTIONS}/[!.]*")
+        found = sorted(path for place in places for path in self.root.glob(place) if path.is_dir())
         self.names = [str(path.relative_to(self.root)) for path in found]
         self.manifests = {name: _manifest(self.root / name) for name in self.names}
         self.by_digest = {}
         for name, content in self.manifests.items():
-            if name.split("/")[1] in STAGES and "digest" in content:
+            if Path(name).parent.name in STAGES and "digest" in content:
                 self.by_digest.setdefault(content["digest"], []).append(name)
 
     def needs(self, name: str) -> set[str]:
         """The runs that a run was made from: the parent of a training, the training of an export, the export
-        that was asked, the predictions that were scored.
+        that was asked, its questions, the predictions that were scored.
         """
         content = self.manifests[name]
         found = {f"runs/{stage}/{content[stage]}" for stage in STAGES if stage in content}
         found |= {f"runs/export/{run}" for run in self._named(name, "checkpoint")}
         found |= {f"runs/predict/{run}" for run in self._named(name, "predictions")}
+        found |= {f"{QUESTIONS}/{source}" for source in self._named(name, "source", "name")}
         specs = [read_json(path) for path in (self.root / name).glob("*/spec.json")]
         for described in [content, *specs]:
             inputs = described.get("inputs")
@@ -141,10 +145,10 @@ class Folders:
             found |= set(self.by_digest.get(parent, ())) if parent else set()
         return found & set(self.names) - {name}
 
-    def _named(self, name: str, key: str) -> list[str]:
+    def _named(self, name: str, key: str, what: str = "run") -> list[str]:
         """The run that a run's manifest names under ``key``."""
         said = self.manifests[name].get(key)
-        return [said["run"]] if isinstance(said, dict) and "run" in said else []
+        return [said[what]] if isinstance(said, dict) and what in said else []
 
     def measures(self, name: str, kept: Iterable[str]) -> bool:
         """Whether a run is predictions or scores of a checkpoint that is kept."""
@@ -166,7 +170,7 @@ def keep_reason(folder: Path, last_used: float, is_known: bool, wishes: Wishes) 
 
 def _is_finished(folder: Path) -> bool:
     """Whether a run, or a training's state, is finished; other steps' former results are."""
-    if folder.parent.parent.name == "runs":
+    if folder.parent.parent.name == "runs" or folder.parent.name == Path(QUESTIONS).name:
         return (folder / "manifest.json").is_file()
     return folder.parent.parent.name not in STAGES or _is_finished_state(folder)
 
@@ -182,8 +186,9 @@ def find_unused(root: Path, used: Iterable[str], wishes: Wishes | None = None) -
     current = [item for name, item in latest(seen).items() if name not in wishes.forget_config]
     wanted = {*used, *named_by_experiments(root, wishes.forget)}.union(*(item.runs for item in current))
     wanted = _with_needs(folders, wanted & set(folders.names))
-    wanted |= {name for name in folders.names if folders.measures(name, wanted)}
-    unused = [_judge(root / n, seen, wishes) for n in folders.names if n not in wanted]
+    measuring = {name for name in folders.names if folders.measures(name, wanted)}
+    wanted |= _with_needs(folders, measuring)
+    unused = [_judge(root, n, seen, wishes) for n in folders.names if n not in wanted]
     unused = _spare_what_is_needed(folders, unused)
     yield from unused
     for name in sorted(wanted):
@@ -200,9 +205,9 @@ def _with_needs(folders: Folders, names: set[str]) -> set[str]:
     return found
 
 
-def _judge(folder: Path, seen: Sequence[Seen], wishes: Wishes) -> Unused:
-    name = f"runs/{folder.parent.name}/{folder.name}"
+def _judge(root: Path, name: str, seen: Sequence[Seen], wishes: Wishes) -> Unused:
     mine = [item for item in seen if name in item.runs]
+    folder = root / name
     size, changed = measure(folder)
     last_used = max([changed, *(item.time for item in mine)])
     reason = f"{mine[-1].name} does not ask for it any more" if mine else "no configuration names it"
@@ -211,7 +216,7 @@ def _judge(folder: Path, seen: Sequence[Seen], wishes: Wishes) -> Unused:
 
 def _spare_what_is_needed(folders: Folders, unused: Sequence[Unused]) -> list[Unused]:
     """What an unused run that stays was made from stays too."""
-    names = {f"runs/{item.path.parent.name}/{item.path.name}": item for item in unused}
+    names = {str(item.path.relative_to(folders.root)): item for item in unused}
     for name in [name for name, item in names.items() if item.kept]:
         for needed in _with_needs(folders, {name}) & names.keys():
             item = names[needed]

@@ -82,8 +82,9 @@ class Plan:
         return [item for (found, item), run in self.runs.items() if found == stage and run.name == name]
 
     def used_folders(self) -> list[str]:
-        """The run folders of this configuration's experiments."""
-        return sorted(run.folder for run in self.by_name.values())
+        """The folders of this configuration's runs, and of the questions that are written for its tasks."""
+        written = [item.folder for item in self.questions.values()]
+        return sorted([*(run.folder for run in self.by_name.values()), *written])
 
     def compute(self, stage: str, name: str) -> ComputeSpec:
         """The kind of job that computes a training, with a value in place of every `auto`."""

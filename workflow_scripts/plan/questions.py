@@ -14,6 +14,7 @@ from workflow_scripts.evaluate.tasks import TASKS
 from workflow_scripts.io import UserError, digest
 from workflow_scripts.plan.source_keys import known_recipe
 
+QUESTIONS = "data/questions"
 IN_CONTAINER = "/opt/evaluation/bin/python"
 BESIDE_THE_CODE = ".venv-evaluation/bin/python"
 
@@ -26,9 +27,14 @@ class Prepared:
     task: str
 
     @property
+    def folder(self) -> str:
+        """Where they lie, relative to the working folder."""
+        return f"{QUESTIONS}/{self.name}"
+
+    @property
     def manifest(self) -> str:
         """Has the form of a source's manifest."""
-        return f"data/questions/{self.name}/manifest.json"
+        return f"{self.folder}/manifest.json"
 
 
 class Planned(Protocol):
