@@ -1,10 +1,15 @@
 """What all tests share."""
 
 import gc
+import os
+import shutil
 import signal
+import tempfile
 import threading
 
 import pytest
+
+from tests.support import warm
 
 # What several rooms' tests need is made once: the demo's models and pictures, a finished working folder.
 pytest_plugins = ["tests.support.demo", "tests.support.finished"]
@@ -18,6 +23,13 @@ def pytest_configure(config):
     ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     if ignored and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if not hasattr(config, "workerinput"):
+        os.environ |= {warm.FOLDER: tempfile.mkdtemp(prefix="warm-"), warm.OWNER: str(os.getpid())}
+
+
+def pytest_unconfigure(config):
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ[warm.FOLDER], ignore_errors=True)  # which its servers end with
 
 
 def pytest_collection_finish():

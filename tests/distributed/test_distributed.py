@@ -17,16 +17,9 @@ import torch
 from safetensors.torch import load_file
 
 from llava_ext.training import states
-from tests.support.trainings import (
-    GOLDEN,
-    command_line,
-    losses,
-    result,
-    rows,
-    run,
-    start,
-    wait_for,
-)
+from llava_ext.training.trainer import LlavaTrainer
+from tests.support.disturb import After, Signal
+from tests.support.trainings import GOLDEN, command_line, losses, result, run
 
 pytestmark = pytest.mark.slow
 STEPS = 4
@@ -77,27 +70,17 @@ def assert_close(ours: Path, theirs: Path, bound=5e-6):
     assert max((first[name] - second[name]).abs().max().item() for name in first) < 1e-4
 
 
-def workers(agent: int) -> list[int]:
-    """The training processes below a torchrun."""
-    return [int(pid) for pid in Path(f"/proc/{agent}/task/{agent}/children").read_text().split()]
-
-
-def test_ddp_with_checkpointing_and_a_signal_to_one_rank_then_one_process(data, tmp_path):
+def test_ddp_with_checkpointing_and_a_signal_to_one_rank_then_one_process(data, alone, tmp_path):
     """All ranks stop after the same step though one got the signal; another number of processes then goes
     on.
     """
-    longer = {"gradient_checkpointing": True, "max_steps": 3 * STEPS}
-    run(command_line(2, tmp_path / "alone", data_path=data, **SHORT | longer), tmp_path / "log")
-    argv = two(data, tmp_path, **longer)
-    process = start(argv, tmp_path / "log", processes=2)
-    wait_for(lambda: len(rows(tmp_path / "out")) >= 1, process)
-    os.kill(workers(process.pid)[-1], signal.SIGUSR1)
-    assert process.wait(60) == 0
-    stopped = result(tmp_path / "out")
-    assert stopped["status"] == "interrupted" and stopped["step"] < 3 * STEPS
-    argv = command_line(2, tmp_path / "out", data_path=data, **SHORT | longer)
+    flags = {"gradient_checkpointing": True}
+    signalled = After(LlavaTrainer.compute_loss, Signal(signal.SIGUSR1), calls=2, rank=1)
+    run(two(data, tmp_path, **flags), tmp_path / "log", processes=2, before=signalled)
+    assert result(tmp_path / "out")["status"] == "interrupted" and result(tmp_path / "out")["step"] == 2
+    argv = command_line(2, tmp_path / "out", data_path=data, **SHORT | flags)
     assert "saved by 2 processes, now 1" in run(argv, tmp_path / "log")
-    assert_close(tmp_path / "out", tmp_path / "alone")
+    assert_close(tmp_path / "out", alone)
 
 
 def unfinished(finished: Path, folder: Path) -> Path:
@@ -189,33 +172,37 @@ def test_measured_statistics_come_along_to_another_engine(tmp_path):
     ).count("projector_max_norm")
 
 
-def test_deepspeed_on_more_processes(data, alone, tmp_path):
+@pytest.fixture(scope="module")
+def zero2_alone(data, tmp_path_factory):
+    """Flags of ZeRO-2 on one process, and the folder in which it has trained."""
+    folder = tmp_path_factory.mktemp("zero2")
+    flags = SHORT | {"deepspeed": "zero2.json", "data_path": data}
+    run(command_line(2, folder / "out", **flags), folder / "log")
+    return flags, folder
+
+
+def test_deepspeed_on_more_processes(data, alone, zero2_alone, tmp_path):
     """A checkpoint of one process goes on with two."""
-    short = SHORT | {"deepspeed": "zero2.json"}
-    run(command_line(2, tmp_path / "out", data_path=data, **short), tmp_path / "log")
-    more = unfinished(tmp_path, tmp_path / "more")
+    more = unfinished(zero2_alone[1], tmp_path / "more")
     text = run(two(data, more, deepspeed="zero2.json"), more / "log", processes=2)
     assert "2 processes on 1 machines" in text and "saved by 1 processes, now 2" in text
     assert_close(more / "out", alone)
 
 
-def test_deepspeeds_files_can_not_run_code(data, tmp_path):
+def test_deepspeeds_files_can_not_run_code(zero2_alone, tmp_path):
     """DeepSpeed would unpickle whatever its files name; here they may hold tensors and a few known
     classes.
     """
-    flags = SHORT | {"deepspeed": "zero2.json", "max_steps": 2, "save_steps": 1}
-    run(command_line(2, tmp_path / "out", data_path=data, **flags), tmp_path / "log")
-    shutil.rmtree(tmp_path / "out/checkpoint-2")
-    (tmp_path / "out/train_result.json").unlink()
-    checkpoint = tmp_path / "out/checkpoint-1"
-    (poisoned,) = checkpoint.glob("global_step1/*_optim_states.pt")
+    flags, finished = zero2_alone
+    folder = unfinished(finished, tmp_path / "poisoned")
+    checkpoint = folder / "out/checkpoint-2"
+    (poisoned,) = checkpoint.glob("global_step2/*_optim_states.pt")
     torch.save({"optimizer_state_dict": Evil(tmp_path / "ran")}, poisoned)
     (checkpoint / states.MARKER).unlink()
     checkpoint.rename(tmp_path / "sealed")
-    states.seal(tmp_path / "sealed", checkpoint, 1, world_size=1, engine="deepspeed-zero2")
-    text = run(
-        command_line(2, tmp_path / "out", data_path=data, **flags), tmp_path / "log", expect=1, timeout=100
-    )
+    states.seal(tmp_path / "sealed", checkpoint, 2, world_size=1, engine="deepspeed-zero2")
+    argv = command_line(2, folder / "out", **flags)
+    text = run(argv, folder / "log", expect=1)
     assert "Weights only load failed" in text
     assert not (tmp_path / "ran").exists()
 
@@ -242,12 +229,9 @@ def test_fsdp(data, tmp_path):
         one / "log",
     )
 
-    process = start(two(data, tmp_path, fsdp=True, **small), tmp_path / "log", processes=4)
-    wait_for(lambda: len(rows(tmp_path / "out")) >= 1, process)
-    os.kill(workers(process.pid)[-1], signal.SIGTERM)
-    assert process.wait(60) == 0
-    stopped = result(tmp_path / "out")
-    assert stopped["status"] == "interrupted" and stopped["step"] < STEPS
+    signalled = After(LlavaTrainer.compute_loss, Signal(signal.SIGTERM), calls=2, rank=3)
+    run(two(data, tmp_path, fsdp=True, **small), tmp_path / "log", processes=4, before=signalled)
+    assert result(tmp_path / "out")["status"] == "interrupted" and result(tmp_path / "out")["step"] == 2
     fewer = two(data, tmp_path, fsdp=True, **small | {"gradient_accumulation_steps": 2})
     assert "saved by 4 processes, now 2" in run(fewer, tmp_path / "log", processes=2)
     assert_close(tmp_path / "out", one / "out")
@@ -258,5 +242,5 @@ def test_fsdp(data, tmp_path):
 def test_fsdp_with_a_frozen_projector(data, tmp_path):
     """A batch of texts on one rank alone does not wait for the other, which gathers the tower's weights."""
     argv = two(data, tmp_path, fsdp=True, freeze_mm_mlp_adapter=True, mm_projector_lr=None, max_steps=3)
-    run(argv, tmp_path / "log", processes=2, timeout=100)
+    run(argv, tmp_path / "log", processes=2)
     assert result(tmp_path / "out")["step"] == 3

@@ -4,20 +4,19 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 
 import pandas as pd
 import pytest
 import torch
 
+from tests.support import warm
 from tests.support.demo import load_json
+from tests.support.disturb import After, Signal
 from workflow_scripts.config.evaluation import TaskSpec
 from workflow_scripts.config.shapes import ShapesSource
 from workflow_scripts.demo.shapes import generate
 from workflow_scripts.evaluate import predict
-from workflow_scripts.evaluate.answers import read_answers
+from workflow_scripts.evaluate.answers import AnswerFile, read_answers
 from workflow_scripts.evaluate.asking import Chunk, decode_picture, prompt_batch, prompts_of
 from workflow_scripts.evaluate.checkpoint import load_checkpoint, permuted_tokens
 from workflow_scripts.evaluate.conditions import Condition, conditions_of
@@ -268,22 +267,19 @@ def test_a_part_that_no_shard_answered_is_an_error(stock_export, held_out, tmp_p
 @pytest.mark.slow
 def test_kill_9_loses_no_answer(stock_export, held_out, tmp_path):
     """The real step, killed in the middle and started again."""
-    spec = task(pictures=20, batch_size=1)
+    spec = task(pictures=6, batch_size=1)
     manifest = tmp_path / "p" / "manifest.json"
-    command = [sys.executable, "-m", "workflow_scripts.evaluate.predict", "--task", "shapes"]
-    command += ["--spec", spec.model_dump_json(), "--checkpoint", str(stock_export)]
-    command += ["--source", str(held_out[1]), "--manifest", str(manifest)]
+    argv = ["--task", "shapes", "--spec", spec.model_dump_json()]
+    argv += ["--checkpoint", str(stock_export), "--source", str(held_out[1]), "--manifest", str(manifest)]
     folder = predict.state_folder(spec, stock_export, held_out[1], manifest)
-    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    while len(read_answers(folder)) < 10:
-        assert process.poll() is None
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    program, killed = predict.__name__, After(AnswerFile.append, Signal(signal.SIGKILL), calls=10)
+    log, environment = tmp_path / "log", {**os.environ, "OMP_NUM_THREADS": "1"}
+    status = warm.run(program, argv, log, tmp_path, environment, timeout=900, before=killed)
+    assert status == -signal.SIGKILL, log.read_text()
     answered = read_answers(folder)
     total = len(read_questions(spec, held_out[1])) * 3
-    assert 10 <= len(answered) < total
-    predict.main(command[3:])
+    assert len(answered) == 10 < total
+    predict.main(argv)
     rows = rows_of(manifest)
     assert len(rows) == total
     said = {(row.question, row.condition, row.seed): row.answer for row in rows.itertuples()}

@@ -59,41 +59,31 @@ def environment(**changes: str) -> dict[str, str]:
     return kept | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"} | changes
 
 
-def start(argv: Sequence[str], log: Path, processes: int = 1, **env: str) -> subprocess.Popen:
+def start(argv: Sequence[str], log: Path) -> subprocess.Popen:
     """Starts a training as a user would; its output goes to ``log``."""
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        if processes > 1
-        else []
-    )
-    command = [sys.executable, *launcher, "-m", "llava_ext.train", *argv]
+    command = [sys.executable, "-m", "llava_ext.train", *argv]
     with log.open("ab") as stream:
         return subprocess.Popen(
-            command, cwd=GOLDEN, env=environment(**env), stdout=stream, stderr=stream, start_new_session=True
+            command, cwd=GOLDEN, env=environment(), stdout=stream, stderr=stream, start_new_session=True
         )
 
 
 def run(
-    argv: Sequence[str], log: Path, processes: int = 1, expect: int = 0, timeout: float = 300, **env: str
+    argv: Sequence[str],
+    log: Path,
+    processes: int = 1,
+    expect: int = 0,
+    timeout: float = 900,
+    before: Callable[[], object] | None = None,
+    **env: str,
 ) -> str:
-    """Runs a training to its end and returns its log."""
-    before = log.stat().st_size if log.exists() else 0
-    if env:  # which libraries may read while they load
-        status = _run_cold(argv, log, timeout, env)
-    else:
-        status = warm.run("llava_ext.train", argv, log, GOLDEN, environment(), timeout, processes)
-    text = log.read_bytes()[before:].decode(errors="replace")
+    """Runs a training to its end and returns its log; ``before`` is called in its process ahead of it."""
+    size = log.stat().st_size if log.exists() else 0
+    module, deepspeed = "llava_ext.train", "--deepspeed" in argv
+    status = warm.run(module, argv, log, GOLDEN, environment(**env), timeout, processes, deepspeed, before)
+    text = log.read_bytes()[size:].decode(errors="replace")
     assert status == expect, text[-4000:]
     return text
-
-
-def _run_cold(argv: Sequence[str], log: Path, timeout: float, env: dict[str, str]) -> int:
-    process = start(argv, log, **env)
-    try:
-        return process.wait(timeout)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, 9)
 
 
 def rows(output_dir: Path) -> list[dict]:
@@ -111,7 +101,7 @@ def result(output_dir: Path) -> dict:
     return json.loads((output_dir / "train_result.json").read_text())
 
 
-def wait_for(condition: Callable[[], object], process: subprocess.Popen, timeout: float = 120) -> None:
+def wait_for(condition: Callable[[], object], process: subprocess.Popen, timeout: float = 900) -> None:
     """Waits until ``condition`` holds while the process lives."""
     end = time.monotonic() + timeout
     while not condition():

@@ -26,21 +26,24 @@ VARIANT = {
     "interleave": True,
     "twoD_vision_embedding": True,
 }
-# Each a process that knows nothing of this package: what it computes for a picture and a text.
+# In a process that knows nothing of this package: what each checkpoint computes for a picture and a text.
 STOCK = """
 import sys, numpy, torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
-folder, vanilla = sys.argv[1], sys.argv[2] == "vanilla"
-kind = LlavaForConditionalGeneration if vanilla else AutoModelForImageTextToText
-code = {} if vanilla else {"trust_remote_code": True}
-model = kind.from_pretrained(folder, **code).eval()
-batch = AutoProcessor.from_pretrained(folder, **code)(
-    text="<image>a red circle", images=Image.open(sys.argv[3]), return_tensors="pt")
-with torch.no_grad():
-    logits = model(**batch).logits
-assert not any(name.partition(".")[0] == "llava_ext" for name in sys.modules)
-numpy.savez(sys.argv[4], logits=logits.numpy(), **{name: value.numpy() for name, value in batch.items()})
+picture, *folders = sys.argv[1:]
+for folder in folders:
+    vanilla = folder.endswith("stage2")
+    kind = LlavaForConditionalGeneration if vanilla else AutoModelForImageTextToText
+    code = {} if vanilla else {"trust_remote_code": True}
+    model = kind.from_pretrained(folder, **code).eval()
+    batch = AutoProcessor.from_pretrained(folder, **code)(
+        text="<image>a red circle", images=Image.open(picture), return_tensors="pt")
+    with torch.no_grad():
+        logits = model(**batch).logits
+    assert not any(name.partition(".")[0] == "llava_ext" for name in sys.modules)
+    arrays = {name: value.numpy() for name, value in batch.items()}
+    numpy.savez(folder + ".npz", logits=logits.numpy(), **arrays)
 """
 
 
@@ -84,17 +87,16 @@ def train(stage, output_dir, data, **changes):
         assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
 
 
-def seen_by_others(folder, kind, tmp_path):
-    """Arrays that a fresh process computes with the checkpoint."""
+def seen_by_others(folders, tmp_path):
+    """Arrays that a fresh process computes with each checkpoint."""
     picture(9).save(tmp_path / "picture.png")
     script = tmp_path / "others.py"
     script.write_text(STOCK, encoding="utf-8")
-    arrays = tmp_path / f"{kind}.npz"
-    command = [sys.executable, script, folder, kind, tmp_path / "picture.png", arrays]
+    command = [sys.executable, script, tmp_path / "picture.png", *folders]
     env = environment(HF_MODULES_CACHE=str(tmp_path / "modules"), PYTHONPATH="", HF_HUB_OFFLINE="1")
     done = subprocess.run(list(map(str, command)), cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    return np.load(arrays)
+    return [np.load(f"{folder}.npz") for folder in folders]
 
 
 def ours(folder, arrays):
@@ -129,16 +131,15 @@ def test_both_stages_of_another_family_resume_and_load_elsewhere(family, data, l
 
     config = json.loads((tmp_path / "stage2" / "config.json").read_text())
     assert config["model_type"] == "llava" and not list((tmp_path / "stage2").glob("*.py"))
-    arrays = seen_by_others(tmp_path / "stage2", "vanilla", tmp_path)
-    mine = ours(tmp_path / "stage2", arrays)
-    assert np.abs(arrays["logits"][..., : mine.shape[-1]] - mine).max() < 1e-4
-    assert (arrays["input_ids"] == config["image_token_index"]).sum() == 16
-
     parts = folders["model_name_or_path"], folders["vision_tower"]
     model, tokenizer, processor = build_model(*parts, Interventions(**VARIANT))
     model.generation_config.do_sample = True
     save_checkpoint(model, tokenizer, processor, tmp_path / "variant", "plain", "pad")
-    arrays = seen_by_others(tmp_path / "variant", "variant", tmp_path)
-    mine = ours(tmp_path / "variant", arrays)
-    assert np.abs(arrays["logits"][..., : mine.shape[-1]] - mine).max() < 1e-4
-    assert (arrays["input_ids"] == model.config.image_token_id).sum() == 4
+    folders = [tmp_path / "stage2", tmp_path / "variant"]
+    looks = zip(folders, seen_by_others(folders, tmp_path), (16, 4), strict=True)
+    for (folder, arrays, tokens), image in zip(
+        looks, (config["image_token_index"], model.config.image_token_id), strict=True
+    ):
+        mine = ours(folder, arrays)
+        assert np.abs(arrays["logits"][..., : mine.shape[-1]] - mine).max() < 1e-4
+        assert (arrays["input_ids"] == image).sum() == tokens

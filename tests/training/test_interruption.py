@@ -5,26 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from llava_ext.errors import TrainingError
 from llava_ext.training import claim, states
-from tests.support.trainings import (
-    GOLDEN,
-    command_line,
-    environment,
-    losses,
-    result,
-    rows,
-    run,
-    start,
-    wait_for,
-)
-from workflow_scripts.launch.processes import descendants, signal_tree
+from llava_ext.training.step_report import StepReports
+from llava_ext.training.trainer import LlavaTrainer
+from tests.support.disturb import After, Error, FullDisk, Killed, Signal, SignalToAll, Written
+from tests.support.trainings import GOLDEN, command_line, losses, result, rows, run, start, wait_for
 
 pytestmark = pytest.mark.slow
 WEIGHTS = {1: "mm_projector.safetensors", 2: "model.safetensors"}
@@ -37,40 +28,18 @@ def assert_same(stage, ours, theirs):
     assert result(ours)["files"][WEIGHTS[stage]] == result(theirs)["files"][WEIGHTS[stage]]
 
 
-def interrupt(argv, folder, step, number):
-    """Sends ``number`` to a training that has done ``step`` steps; returns its exit status."""
-    process = start(argv, folder / "log")
-    wait_for(lambda: len(rows(folder / "out")) >= step, process)
-    process.send_signal(number)
-    return process.wait(60)
-
-
-def run_with(function, then, argv, folder):
-    """A training in which the first call of ``function`` is followed by the statements ``then``."""
-    module = function.split(".")[0]
-    script = folder / "script.py"
-    script.write_text(
-        "import os, resource, signal\n"
-        f"from llava_ext import train\nfrom llava_ext.training import {module}\n"
-        f"original = {function}\n"
-        "def once(*args, **kwargs):\n"
-        "    original(*args, **kwargs)\n"
-        f"    {function} = original\n"
-        f"    {then}\n"
-        f"{function} = once\n"
-        "train.main()\n"
-    )
-    command = [sys.executable, str(script), *argv]
-    return subprocess.run(
-        command, cwd=GOLDEN, env=environment(), capture_output=True, text=True, timeout=120, check=False
-    )
+def within(step, then):
+    """``then`` is done in that step, between its two micro-batches."""
+    return After(LlavaTrainer.compute_loss, then, calls=2 * step - 1)
 
 
 @pytest.mark.parametrize(("stage", "step"), [(1, 6), (2, 13)])
 def test_kill_9_at_a_step(stage, step, tmp_path, uninterrupted):
     """Step 6 lies behind the first checkpoint; step 13 in the second epoch."""
     argv = command_line(stage, tmp_path / "out")
-    assert interrupt(argv, tmp_path, step, signal.SIGKILL) == -signal.SIGKILL
+    killed = within(step + 1, Signal(signal.SIGKILL))
+    run(argv, tmp_path / "log", expect=-signal.SIGKILL, before=killed)
+    assert rows(tmp_path / "out")[-1]["step"] == step
     assert not (tmp_path / "out" / "train_result.json").exists()
     text = run(argv, tmp_path / "log")
     assert "continuing from" in text
@@ -80,10 +49,10 @@ def test_kill_9_at_a_step(stage, step, tmp_path, uninterrupted):
 @pytest.mark.parametrize(("stage", "number"), [(1, signal.SIGUSR1), (2, signal.SIGTERM)])
 def test_signal_saves_at_the_end_of_the_step(stage, number, tmp_path, uninterrupted):
     argv = command_line(stage, tmp_path / "out", save_steps=1000)
-    assert interrupt(argv, tmp_path, 5, number) == 0
+    run(argv, tmp_path / "log", before=within(5, Signal(number)))
     stopped = result(tmp_path / "out")
-    assert stopped["status"] == "interrupted" and 5 <= stopped["step"] < 20
-    assert (tmp_path / "out" / f"checkpoint-{stopped['step']}" / "complete.json").is_file()
+    assert stopped["status"] == "interrupted" and stopped["step"] == 5
+    assert (tmp_path / "out/checkpoint-5/complete.json").is_file()
     run(argv, tmp_path / "log")
     assert_same(stage, tmp_path / "out", uninterrupted(stage))
 
@@ -100,7 +69,7 @@ def test_a_signal_is_heard_while_libraries_are_loading(tmp_path):
     wait_for(catches_sigterm, process)
     assert "libtorch" not in (proc / "maps").read_text()
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 0
+    assert process.wait(900) == 0
     assert result(tmp_path / "out")["status"] == "interrupted" and result(tmp_path / "out")["step"] == 1
 
 
@@ -120,13 +89,11 @@ def test_a_signal_to_every_process_of_a_job_leaves_the_dataset_workers_at_work(
         2, tmp_path / "out", dataloader_num_workers=1, dataloader_multiprocessing_context=context
     )
     # with threads of libraries that the workers load before any code of ours
-    process = start(argv, tmp_path / "log", OPENBLAS_NUM_THREADS="2")
-    wait_for(lambda: len(rows(tmp_path / "out")) >= 6, process)
-    assert descendants(process.pid)
-    signal_tree(process.pid, number)
-    assert process.wait(60) == 0, (tmp_path / "log").read_text()[-2000:]
+    signalled = within(6, SignalToAll(number, tmp_path / "pids"))
+    run(argv, tmp_path / "log", before=signalled, OPENBLAS_NUM_THREADS="2")
+    assert (tmp_path / "pids").read_text()
     stopped = result(tmp_path / "out")
-    assert stopped["status"] == "interrupted" and 6 <= stopped["step"] < 20
+    assert stopped["status"] == "interrupted" and stopped["step"] == 6
     run(command_line(2, tmp_path / "out"), tmp_path / "log")  # without workers: they change no result
     assert_same(2, tmp_path / "out", uninterrupted(2))
 
@@ -137,28 +104,25 @@ def test_dataset_workers_do_not_outlive_a_killed_trainer(tmp_path, context):
     argv = command_line(
         2, tmp_path / "out", dataloader_num_workers=workers, dataloader_multiprocessing_context=context
     )
-    process = start(argv, tmp_path / "log")
-    wait_for(lambda: len(rows(tmp_path / "out")) >= 3, process)
-    left = [Path(f"/proc/{pid}") for pid in descendants(process.pid)]
+    killed = within(3, Killed(tmp_path / "pids"))
+    run(argv, tmp_path / "log", expect=-signal.SIGKILL, before=killed)
+    left = [Path("/proc", pid) for pid in (tmp_path / "pids").read_text().split()]
     assert len(left) >= workers
-    process.kill()
-    process.wait(60)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 900
     while any(path.exists() for path in left) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not [path for path in left if path.exists()]
 
 
-@pytest.mark.parametrize("error", ["RuntimeError", "errors.TrainingError"])
-def test_an_error_ends_the_dataset_workers_too(tmp_path, error):
+def test_an_error_ends_the_dataset_workers_too(tmp_path):
     """They do not heed signals from outside; without an end from the trainer it would wait for them for
     ever.
     """
     workers = {"dataloader_num_workers": 2, "dataloader_persistent_workers": True, "max_steps": 4}
     argv = command_line(2, tmp_path / "out", **workers)
-    then = f"from llava_ext import errors; raise {error}('it broke')"
-    done = run_with("step_report.StepReports.take_counts", then, argv, tmp_path)
-    assert done.returncode == 1 and "it broke" in done.stderr
+    for error in (RuntimeError("it broke"), TrainingError("it broke")):
+        failing = After(StepReports.take_counts, Error(error))
+        assert "it broke" in run(argv, tmp_path / "log", expect=1, before=failing)
     run(argv, tmp_path / "log")  # and those that are left at a good end
     assert result(tmp_path / "out")["status"] == "finished"
 
@@ -167,10 +131,9 @@ def test_what_helps_against_too_little_memory_may_change_on_the_way(tmp_path):
     """The global batch stays: smaller micro-batches and recomputed activations are the same steps."""
     token = {"loss_normalization": "token", "num_train_epochs": 1}
     run(command_line(2, tmp_path / "straight", **token), tmp_path / "log")
-    assert (
-        interrupt(command_line(2, tmp_path / "out", **token), tmp_path, 5, signal.SIGTERM) == 0
-        and result(tmp_path / "out")["status"] == "interrupted"
-    )
+    argv = command_line(2, tmp_path / "out", **token)
+    run(argv, tmp_path / "log", before=within(5, Signal(signal.SIGTERM)))
+    assert result(tmp_path / "out")["status"] == "interrupted"
     smaller = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
     text = run(
         command_line(2, tmp_path / "out", gradient_checkpointing=True, **smaller, **token), tmp_path / "log"
@@ -182,8 +145,7 @@ def test_what_helps_against_too_little_memory_may_change_on_the_way(tmp_path):
 
 def test_signal_during_a_save_needs_no_second_one(tmp_path, uninterrupted):
     argv = command_line(2, tmp_path / "out")
-    done = run_with("states.seal", "os.kill(os.getpid(), signal.SIGTERM)", argv, tmp_path)
-    assert done.returncode == 0, done.stderr
+    run(argv, tmp_path / "log", before=After(states.seal, Signal(signal.SIGTERM)))
     assert result(tmp_path / "out")["status"] == "interrupted" and result(tmp_path / "out")["step"] == 4
     run(argv, tmp_path / "log")
     assert_same(2, tmp_path / "out", uninterrupted(2))
@@ -192,10 +154,9 @@ def test_signal_during_a_save_needs_no_second_one(tmp_path, uninterrupted):
 def test_a_process_whose_training_was_taken_over_writes_nothing_more(tmp_path):
     """Its machine was cut off, Slurm gave the job to another one, and now it is back."""
     argv = command_line(2, tmp_path / "out", save_steps=4)
-    lock = (tmp_path / "out" / claim.HOLDER).as_posix()
-    done = run_with("states.seal", f"open({lock!r}, 'w').write('process 7 on elsewhere')", argv, tmp_path)
-    assert done.returncode == 1
-    assert "process 7 on elsewhere has taken this training over" in done.stderr
+    taken = Written(tmp_path / "out" / claim.HOLDER, "process 7 on elsewhere")
+    text = run(argv, tmp_path / "log", expect=1, before=After(states.seal, taken))
+    assert "process 7 on elsewhere has taken this training over" in text
     assert rows(tmp_path / "out")[-1]["step"] == 4
     assert [item.step for item in states.checkpoints(tmp_path / "out")] == [4]
 
@@ -252,15 +213,10 @@ def test_stage_1_checkpoints_hold_the_projector_only(uninterrupted):
 def test_a_full_disk_during_a_save_loses_nothing(tmp_path, uninterrupted):
     """A quota that the second checkpoint does not fit into; then the same command goes on."""
     argv = command_line(2, tmp_path / "out")
-    # The first save succeeds; then files may not grow beyond a few kB, as on a full disk.
-    full = (
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (100_000,"
-        " 100_000))"
-    )
-    done = run_with("states.seal", full, argv, tmp_path)
-    assert done.returncode == 1
-    assert "checkpoint-8: could not be saved" in done.stderr and "checkpoint-4" in done.stderr
-    assert "Traceback" not in done.stderr
+    # the first save succeeds
+    text = run(argv, tmp_path / "log", expect=1, before=After(states.seal, FullDisk(100_000)))
+    assert "checkpoint-8: could not be saved" in text and "checkpoint-4" in text
+    assert "Traceback" not in text
     assert not list((tmp_path / "out").glob(".saving*"))
     run(argv, tmp_path / "log")
     assert_same(2, tmp_path / "out", uninterrupted(2))

@@ -24,8 +24,10 @@ from llava_ext.training.identity import check_identity
 from llava_ext.training.llava_flags import parts_as_switches, split_flags, translate
 from llava_ext.training.optimizer import TOWER, component, freeze, parameter_groups
 from llava_ext.training.precision import cast_frozen
+from llava_ext.training.trainer import LlavaTrainer
 from llava_ext.training.vision_tower import train_tower, unreached
-from tests.support.trainings import GOLDEN, command_line, losses, result, rows, run, start, wait_for
+from tests.support.disturb import After, Signal
+from tests.support.trainings import GOLDEN, command_line, losses, result, rows, run
 
 SHORT = {"max_steps": 3, "gradient_accumulation_steps": 1, "save_strategy": "no", "num_train_epochs": None}
 TRAINED = {"train_vision_tower": True, "vision_tower_lr": 1e-4}
@@ -303,13 +305,12 @@ FINAL = {1: ("mm_projector.safetensors", "vision_tower/model.safetensors"), 2: (
 @pytest.mark.slow
 @pytest.mark.parametrize(("stage", "number"), [(1, signal.SIGKILL), (2, signal.SIGUSR1)])
 def test_an_interrupted_training_ends_with_the_same_bits(stage, number, tmp_path):
-    argv = command_line(stage, tmp_path / "whole", **TRAINED)
-    run(argv, tmp_path / "log")
-    argv = command_line(stage, tmp_path / "out", **TRAINED)
-    process = start(argv, tmp_path / "log")
-    wait_for(lambda: len(rows(tmp_path / "out")) >= 6, process)
-    process.send_signal(number)
-    process.wait(60)
+    flags = TRAINED | {"num_train_epochs": 1}
+    run(command_line(stage, tmp_path / "whole", **flags), tmp_path / "log")
+    argv = command_line(stage, tmp_path / "out", **flags)
+    in_step_7 = After(LlavaTrainer.compute_loss, Signal(number), calls=13)
+    run(argv, tmp_path / "log", expect=-number if number == signal.SIGKILL else 0, before=in_step_7)
+    assert 6 <= len(rows(tmp_path / "out")) <= 7
     assert not any((tmp_path / "out" / name).exists() for name in FINAL[stage])
     assert "continuing from" in run(argv, tmp_path / "log")
     assert losses(tmp_path / "out") == losses(tmp_path / "whole")
