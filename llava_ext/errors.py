@@ -20,7 +20,7 @@ class NoVerdict(TrainingError):
     """
 
 
-def say(message: str) -> None:
-    """One line for the person who reads the log, from the first rank only."""
-    if int(os.environ.get("RANK", "0")) == 0:
+def say(message: str, every_rank: bool = False) -> None:
+    """One line for the person who reads the log, from the first rank only unless ``every_rank``."""
+    if every_rank or int(os.environ.get("RANK", "0")) == 0:
         print(f"llava_ext: {message}", file=sys.stderr, flush=True)

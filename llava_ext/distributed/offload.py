@@ -82,7 +82,7 @@ def build_cpu_adam() -> None:
         if alone:  # then whoever left torch's own lock is dead
             (built / "lock").unlink(missing_ok=True)
         if not (built / f"{CPUAdamBuilder.NAME}.so").is_file():
-            say(f"compiling DeepSpeed's CPU Adam in {built}; this takes minutes, once")
+            say(f"compiling DeepSpeed's CPU Adam in {built}; this takes minutes, once", every_rank=True)
         try:
             CPUAdamBuilder().load(verbose=False)
         except (RuntimeError, OSError) as error:

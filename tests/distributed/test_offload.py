@@ -29,9 +29,21 @@ pytestmark = pytest.mark.slow
 compiled = pytest.mark.skipif(shutil.which("c++") is None, reason="DeepSpeed's CPU Adam needs a C++ compiler")
 
 
+def build(timeout: float) -> None:
+    script = "from llava_ext.distributed import offload; offload.build_cpu_adam()"
+    command = [sys.executable, "-c", script]
+    subprocess.run(command, cwd=REPOSITORY, env=environment(), check=True, timeout=timeout)
+
+
+@pytest.fixture(scope="module")
+def built():
+    """The compiler takes two and a half minutes of one core, far more on a machine that does other things."""
+    build(timeout=2400)
+
+
 @compiled
 @pytest.mark.parametrize("config", ["zero2_offload.json", "zero3_offload.json"])
-def test_two_processes(config, data, alone, tmp_path):
+def test_two_processes(config, built, data, alone, tmp_path):
     """Equal to one process without offload; goes on with the same bits."""
     run(two(data, tmp_path, deepspeed=config), tmp_path / "log", processes=2, timeout=600)
     assert_close(tmp_path / "out", alone, bound=2e-5)
@@ -46,7 +58,7 @@ def test_two_processes(config, data, alone, tmp_path):
 
 @compiled
 @pytest.mark.parametrize("replay", [True, False])
-def test_replayed_steps_give_the_bits_of_steps_that_were_done(replay):
+def test_replayed_steps_give_the_bits_of_steps_that_were_done(built, replay):
     """40 steps in one go, and 20 steps, a new optimizer with the old state, 20 steps."""
     offload.build_cpu_adam()
     from deepspeed.ops.adam import DeepSpeedCPUAdam
@@ -75,13 +87,11 @@ def test_replayed_steps_give_the_bits_of_steps_that_were_done(replay):
 
 
 @compiled
-def test_a_lock_that_a_killed_build_left_does_not_hang_the_next():
+def test_a_lock_that_a_killed_build_left_does_not_hang_the_next(built):
     """torch waits for its lock for ever; ours goes with the process that held it."""
-    offload.build_cpu_adam()
     lock = offload.extensions_folder() / "cpu_adam" / "lock"
     lock.touch()
-    script = "from llava_ext.distributed import offload; offload.build_cpu_adam()"
-    subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, env=environment(), check=True, timeout=300)
+    build(timeout=300)
     assert not lock.exists()
 
 
