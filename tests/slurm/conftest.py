@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.sandbox import missing, running
+from tests.support.finished import LONG
 from tests.support.workspace import Workspace, copy_code
 
 HERE = Path(__file__).parent
@@ -69,7 +70,7 @@ def training(ready, folder, compute=(), **stage):
     """A copy of a finished folder with one more stage 2 to train."""
     workspace = ready.copy_to(folder / "w")
     workspace.config["compute"]["small"].update(dict(compute))
-    workspace.config["experiments"]["long"] = {"finetune": {"max_steps": 60, "save_steps": 5, **stage}}
+    workspace.config["experiments"]["long"] = {"finetune": {**LONG, **stage}}
     return workspace
 
 

@@ -8,7 +8,8 @@ import pytest
 
 from tests.slurm.conftest import clone, job_of, submitted, training
 from tests.slurm.sandbox import running
-from tests.support.finished import LONG_CHECKPOINT, attempts, checkpoint_of, losses
+from tests.support.finished import LONG_CHECKPOINT, attempts, long_manifest, losses, manifests
+from tests.support.held import PATIENCE_S, hold, let_go, wait_until_held
 from tests.support.rerun_rows import RERUN_NOTHING, check_raised_version, check_row
 from tests.support.workspace import spoil_a_picture, wait_for
 from workflow_scripts.status.read import all_statuses, read_status
@@ -41,6 +42,26 @@ def test_the_whole_path_goes_through_the_profile(finished_on_slurm, slurm):
     assert attempt["job"] in submitted(workspace.output, "finetune")
 
 
+# docs/architecture.md lists it: where a `path` source's files lie is what its manifest is about.
+MAY_DIFFER = {"data/sources/questions/manifest.json"}
+
+
+def test_another_folder_another_executor_and_another_clock_give_the_same_manifests(
+    finished, finished_on_slurm
+):
+    first, second = manifests(finished), manifests(finished_on_slurm)
+    assert {name.split("/")[0] for name in second} == {"data", "models", "runs", "experiments"}
+    for name, content in second.items():
+        if name in MAY_DIFFER:
+            assert first[name] != content and first[name]["digest"] == content["digest"]
+        else:
+            assert first[name] == content, name
+    states = [
+        {path.name for path in it.folder.glob("runs/finetune/*/*/")} for it in (finished, finished_on_slurm)
+    ]
+    assert states[1] <= states[0]
+
+
 # One of each kind: a training, data, answers. All rows are planned on one machine by the same code.
 @pytest.mark.parametrize("row", ["one flag", "a data file", "prompt of a task"])
 def test_what_runs_again(finished_on_slurm, tmp_path, row):
@@ -67,9 +88,9 @@ def test_it_works_with_accounting_too(tmp_path):
         workspace = clone(tmp_path / "clone", sandbox)
         shown = workspace.run("-n", "-q").stdout
         assert "Nothing to be done" not in shown and "never awaited" not in shown
-        workspace.run("data")
-        assert sandbox.output("sacct", "-X", "-n", "-o", "state").split() == ["COMPLETED"] * 4
-    assert len(list(workspace.folder.glob("logs/slurm/rule_mixture/*/*.log"))) == 2
+        workspace.run("data/mixtures/pretrain/manifest.json")  # one job, and one behind it
+        assert sandbox.output("sacct", "-X", "-n", "-o", "state").split() == ["COMPLETED"] * 2
+    assert len(list(workspace.folder.glob("logs/slurm/rule_mixture/*/*.log"))) == 1
 
 
 # ---------------------------------------------------------------- what a job asks for
@@ -85,8 +106,9 @@ def test_a_gpu_job_asks_for_exactly_what_the_config_says(finished_on_slurm, slur
         "mem_mb": 3000,
     }
     workspace = training(finished_on_slurm, tmp_path, compute)
-    process = workspace.start(LONG_CHECKPOINT)
-    state = wait_for(lambda: checkpoint_of(workspace), 120, "a checkpoint", process)
+    hold(workspace, 4)
+    process = workspace.start(long_manifest(workspace))
+    state = wait_until_held(workspace, process)
     shown = slurm.output("scontrol", "show", "job", "-o", job_of(state))
     for wanted in (
         "NumNodes=1",
@@ -99,41 +121,48 @@ def test_a_gpu_job_asks_for_exactly_what_the_config_says(finished_on_slurm, slur
         assert wanted in shown, shown
     # live, from the run folders alone
     live = next(item for item in all_statuses(workspace.folder) if item.folder == str(state))
-    assert (live.state, live.where, live.processes, live.steps) == ("running", f"job {job_of(state)}", 2, 60)
-    assert live.step >= live.saved_step >= 5 and live.eta_s is not None
-    assert process.wait(timeout=240) == 0
-    assert len(losses(state)) == 60
+    assert (live.state, live.where, live.processes, live.steps) == ("running", f"job {job_of(state)}", 2, 12)
+    assert (live.step, live.saved_step) == (4, 3) and live.eta_s is not None
+    let_go(workspace)
+    assert process.wait(timeout=PATIENCE_S) == 0
+    assert len(losses(state)) == 12
 
 
-def test_a_job_on_two_nodes_gives_the_same_losses_as_one_process(finished_on_slurm, slurm, tmp_path):
-    stage = {"max_steps": 10, "loss_normalization": "token"}
-    one = training(finished_on_slurm, tmp_path / "one", **stage)
-    done = one.run(
-        LONG_CHECKPOINT, "--slurm-exclude-failed-nodes", "n1"
-    )  # as the checks before a start advise
-    shown = slurm.output("scontrol", "show", "job", "-o", submitted(done.stdout, "finetune")[0])
-    assert "ExcNodeList=n1" in shown and " NodeList=n2" in shown
+def test_a_job_on_two_nodes_gives_the_same_losses_as_one_process(
+    finished_on_slurm, straight, slurm, tmp_path
+):
+    """Also when it is told to end, ahead of a time limit say, and goes on in another job."""
     compute = {"nodes": 2, "parallel": "ddp", "per_device_batch_size": 4, "gres": "gpu:1", "mem_mb": 3000}
-    two = training(finished_on_slurm, tmp_path / "two", compute, **stage)
-    done = two.run(LONG_CHECKPOINT)
-    shown = slurm.output("scontrol", "show", "job", "-o", submitted(done.stdout, "finetune")[0])
+    # no checkpoint is ever due: what is saved is saved because of the signal
+    workspace = training(finished_on_slurm, tmp_path, compute, save_steps=1000)
+    hold(workspace, 2)
+    process = workspace.start(long_manifest(workspace))
+    state = wait_until_held(workspace, process)
+    job = job_of(state)
+    shown = slurm.output("scontrol", "show", "job", "-o", job)
     assert "NumNodes=2" in shown and "n[1-2]" in shown
-    state = two.state("finetune", "long")
+    slurm.output("scancel", "--signal=TERM", job)
+    assert process.wait(timeout=PATIENCE_S) == 0
+    first, second = attempts(state)
+    assert first["outcome"] == "interrupted" and first["to_step"] == second["from_step"] == 3
     answers = sorted(path.name for path in (state / "preflight").glob("*.json"))
     assert answers == ["n1.json", "n2.json"]
     assert json.loads((state / "provenance.json").read_text())["processes"] == 2
-    expected = losses(one.state("finetune", "long"))
-    assert losses(state) == pytest.approx(expected, abs=1e-4)
+    assert losses(state) == pytest.approx(straight[0], abs=1e-4)
 
 
-def test_the_sites_setup_runs_inside_every_job(finished_on_slurm, tmp_path):
+def test_the_sites_setup_runs_inside_every_job(finished_on_slurm, slurm, tmp_path):
     workspace = finished_on_slurm.copy_to(tmp_path / "w")
     workspace.config["mixtures"]["finetune"]["parts"][0]["weight"] = 0.5
     (workspace.folder / "setup.sh").write_text('echo "setup of $SLURM_JOB_ID" >> setup.txt\n')
     with (workspace.folder / "slurm/config.yaml").open("a") as profile:
         profile.write("config: {setup: source setup.sh && ulimit -n 512}\n")
-    done = workspace.run("data/mixtures/finetune/manifest.json")
+    # as the checks before a start advise
+    without = ("--slurm-exclude-failed-nodes", "n1")
+    done = workspace.run("data/mixtures/finetune/manifest.json", *without)
     (job,) = submitted(done.stdout, "mixture")
+    shown = slurm.output("scontrol", "show", "job", "-o", job)
+    assert "ExcNodeList=n1" in shown and " NodeList=n2" in shown
     assert (workspace.folder / "setup.txt").read_text() == f"setup of {job}\n"
 
 
@@ -164,15 +193,15 @@ def test_waiting_in_vain_is_said_at_once_and_an_end_is_for_good(finished_on_slur
     run = workspace.plan().run("finetune", "long").name
     process = workspace.start(LONG_CHECKPOINT, "--set-resources", "finetune:slurm_extra=--hold")
     out = workspace.folder / "snakemake.out"
-    job = wait_for(lambda: submitted(out.read_text(), "finetune"), 120, "the submission", process)[0]
+    job = wait_for(lambda: submitted(out.read_text(), "finetune"), PATIENCE_S, "the submission", process)[0]
     vain = f"finetune {run} (Slurm job {job}) waits since 20"
-    wait_for(lambda: vain in out.read_text(), 30, "what Snakemake says", process)
+    wait_for(lambda: vain in out.read_text(), PATIENCE_S, "what Snakemake says", process)
     assert f"JobHeldUser; waiting will not help: only `scontrol release {job}` starts it" in out.read_text()
     command = [sys.executable, "-m", "workflow_scripts.end", f"finetune/{run}"]
     options = {"cwd": workspace.folder, "env": workspace.environment()}
     done = subprocess.run(command, **options, text=True, check=True, stdout=subprocess.PIPE)
     assert f"Slurm job {job} is cancelled" in done.stdout
-    assert process.wait(timeout=120) != 0
+    assert process.wait(timeout=PATIENCE_S) != 0
     assert submitted(out.read_text(), "finetune") == [job]
     assert out.read_text().count("waits since") == 1
     assert f"finetune {run}: ended by root at 20" in out.read_text()

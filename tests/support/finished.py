@@ -11,8 +11,8 @@ from filelock import FileLock
 
 from tests.support.workspace import Workspace
 
-# large batches: it must outlast a signal on a fast machine; the same steps on any number of processes
-LONG = {"max_steps": 40, "save_steps": 5, "global_batch_size": 96, "loss_normalization": "token"}
+# the same steps on any number of processes; tests that interrupt it hold it (held.py)
+LONG = {"max_steps": 12, "save_steps": 3, "global_batch_size": 16, "loss_normalization": "token"}
 LONG_CHECKPOINT = "experiments/long/checkpoint.json"
 
 
@@ -36,14 +36,13 @@ def finished(shared):
 
 @pytest.fixture(scope="session")
 def straight(finished, shared):
-    """Losses and digest of the experiment `long` when nothing interrupts it."""
+    """Losses and digest of the training `long` when nothing interrupts it."""
     found = shared / "straight.json"
     with FileLock(shared / "straight.lock"):
         if not found.exists():
             workspace = with_long(finished, shared / "straight")
-            workspace.run(LONG_CHECKPOINT)
-            seen = losses(workspace.state("finetune", "long")), workspace.json(LONG_CHECKPOINT)["digest"]
-            found.write_text(json.dumps(seen))
+            workspace.run(long_manifest(workspace))
+            found.write_text(json.dumps(outcome_of(workspace)))
     return tuple(json.loads(found.read_text()))
 
 
@@ -54,10 +53,22 @@ def with_long(finished, folder: Path, code: Path | None = None) -> Workspace:
     return workspace
 
 
-def checkpoint_of(workspace):
-    """The state folder of `long`, once a complete checkpoint is in it."""
-    state = workspace.state("finetune", "long")
-    return state if state and list(state.glob("checkpoint-*/complete.json")) else None
+def long_manifest(workspace):
+    """What the training `long` leaves when it is finished; nothing is exported for it."""
+    return workspace.plan().run("finetune", "long").manifest
+
+
+def outcome_of(workspace):
+    """Losses and digest of the finished training `long`."""
+    return losses(workspace.state("finetune", "long")), workspace.json(long_manifest(workspace))["digest"]
+
+
+def manifests(workspace):
+    """What every manifest says, by its place in the working folder."""
+    folder = workspace.folder
+    found = [*folder.glob("data/*/*/manifest.json"), *folder.glob("models/*/manifest.json")]
+    found += [*folder.glob("runs/*/*/manifest.json"), *folder.glob("experiments/*/checkpoint.json")]
+    return {str(path.relative_to(folder)): json.loads(path.read_text()) for path in found}
 
 
 def attempts(state):

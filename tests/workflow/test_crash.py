@@ -10,7 +10,16 @@ import sys
 
 import pytest
 
-from tests.support.finished import LONG, attempts, checkpoint_of, losses, with_long
+from tests.support.finished import (
+    LONG,
+    LONG_CHECKPOINT,
+    attempts,
+    long_manifest,
+    losses,
+    outcome_of,
+    with_long,
+)
+from tests.support.held import PATIENCE_S, hold, wait_until_held
 from tests.support.workspace import kill_group, spoil_a_picture, wait_for
 from workflow_scripts.end import find_run
 from workflow_scripts.io import UserError
@@ -21,59 +30,55 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture()
 def workspace(finished, tmp_path):
-    """A finished folder with one more experiment to train, long enough to be killed."""
+    """A finished folder with one more experiment to train."""
     return with_long(finished, tmp_path / "w")
 
 
 def test_killed_snakemake_and_killed_trainer_continue_to_the_same_weights(workspace, straight):
-    process = workspace.start("experiments/long/checkpoint.json")
-    state = wait_for(lambda: checkpoint_of(workspace), 240, "the first checkpoint", process)
+    hold(workspace, 4, attempts=2)
+    process = workspace.start(LONG_CHECKPOINT)
+    state = wait_until_held(workspace, process)
     trainer = json.loads((state / "owner.json").read_text())["trainer"]
     os.kill(trainer, signal.SIGKILL)  # Snakemake starts the job again by itself
-    wait_for(lambda: len(attempts(state)) >= 2, 60, "the second attempt", process)
-    second = attempts(state)[1]
-    assert second["from_step"] >= 5
-    assert attempts(state)[0]["outcome"] == "failed (-9)"
+    wait_until_held(workspace, process, attempt=2)
+    first, second = attempts(state)
+    assert first["outcome"] == "failed (-9)" and second["from_step"] == 3
 
-    wait_for(lambda: "continuing from" in (state / second["log"]).read_text(), 90, "its resumption", process)
-    owner = json.loads((state / "owner.json").read_text())["trainer"]
-    os.kill(owner, signal.SIGSTOP)  # it must not end while others come and look
     unlocked = workspace.run("--unlock", check=False)
     assert unlocked.returncode != 0 and f"process {process.pid} on " in unlocked.stdout
-    thief = workspace.run("experiments/long/checkpoint.json", "--nolock", "--retries", "0", check=False)
+    thief = workspace.run(LONG_CHECKPOINT, "--nolock", "--retries", "0", check=False)
     assert f"process {process.pid} on " in thief.stdout and "it is left alone here" in thief.stdout
-    locked = workspace.run("experiments/long/checkpoint.json", check=False)
+    locked = workspace.run(LONG_CHECKPOINT, check=False)
     assert f"the folder is locked: {getpass.getuser()}'s Snakemake (process {process.pid} on" in locked.stdout
     assert "--unlock" not in locked.stdout and "Traceback" not in locked.stdout + thief.stdout
     kill_group(process)  # Snakemake dies, its job goes on
-    os.kill(owner, signal.SIGCONT)
 
-    done = workspace.run("experiments/long/checkpoint.json")
+    done = workspace.run(LONG_CHECKPOINT)
     assert f"(process {process.pid} on " in done.stdout and "has died; its lock is removed" in done.stdout
-    rows = attempts(state)
-    if len(rows) > 2:  # the orphan was still training: it was asked to save and end
-        assert "asking it to save and end" in done.stdout
-    assert rows[-1]["outcome"] == "finished"
-    assert (losses(state), workspace.json("experiments/long/checkpoint.json")["digest"]) == straight
+    assert "asking it to save and end" in done.stdout
+    third = attempts(state)[2]
+    assert third["from_step"] == 8 and third["outcome"] == "finished"
+    assert outcome_of(workspace) == straight
+    assert workspace.json(LONG_CHECKPOINT)["training"]["finetune"]["step"] == LONG["max_steps"]
 
 
 def test_an_interrupt_saves_the_next_run_continues_and_an_end_is_for_good(workspace):
-    process = workspace.start("experiments/long/checkpoint.json")
-    state = wait_for(lambda: checkpoint_of(workspace), 240, "the first checkpoint", process)
+    hold(workspace, 4, attempts=2)
+    target = long_manifest(workspace)
+    process = workspace.start(target)
+    state = wait_until_held(workspace, process)
     os.killpg(process.pid, signal.SIGINT)  # what Ctrl-C in a terminal does
-    process.wait(timeout=90)
-    wait_for(lambda: not (state / "owner.json").exists(), 60, "the launcher's end")
+    process.wait(timeout=PATIENCE_S)
+    wait_for(lambda: not (state / "owner.json").exists(), PATIENCE_S, "the launcher's end")
     assert attempts(state)[-1]["outcome"] == "interrupted"
     saved = json.loads((state / "train_result.json").read_text())
-    assert saved["status"] == "interrupted" and saved["step"] >= 5
+    assert saved["status"] == "interrupted" and saved["step"] == 5
 
     name = f"finetune/{workspace.plan().run('finetune', 'long').name[:-4]}"  # its beginning is enough
-    process = workspace.start("experiments/long/checkpoint.json")
-    wait_for(lambda: len(attempts(state)) == 2, 90, "the second attempt", process)
-    log = state / attempts(state)[1]["log"]
-    wait_for(lambda: "continuing from" in log.read_text(), 90, "its resumption", process)
+    process = workspace.start(target)
+    wait_until_held(workspace, process, attempt=2)
     assert "is asked to save and end" in end(workspace, name)
-    assert process.wait(timeout=120) != 0
+    assert process.wait(timeout=PATIENCE_S) != 0
     assert [row["outcome"] for row in attempts(state)] == ["interrupted"] * 2, "a third attempt was started"
     said = (workspace.folder / "snakemake.out").read_text()
     assert "before its job ended; attempt" not in said and "Trying to restart" not in said
@@ -81,8 +86,8 @@ def test_an_interrupt_saves_the_next_run_continues_and_an_end_is_for_good(worksp
     assert read_status(state).state == "ended"
 
     assert "not ended any more" in end(workspace, name, "--again")
-    workspace.run("experiments/long/checkpoint.json")
-    assert attempts(state)[-1]["from_step"] == attempts(state)[-2]["to_step"] >= saved["step"]
+    workspace.run(target)
+    assert attempts(state)[2]["from_step"] == attempts(state)[1]["to_step"] == 10
     assert len(losses(state)) == LONG["max_steps"]
 
 
@@ -144,7 +149,7 @@ def test_attempts_without_progress_stop_with_the_log(workspace):
         "import os, sys\nif 'llava_ext.train' in sys.orig_argv: os._exit(9)\n"
     )
     workspace.config["compute"]["small"].update(max_stuck_attempts=2, attempts=3)
-    done = workspace.run("experiments/long/checkpoint.json", check=False)
+    done = workspace.run(long_manifest(workspace), check=False)
     assert done.returncode != 0
     state = workspace.state("finetune", "long")
     assert len(attempts(state)) == 2

@@ -5,7 +5,8 @@ import signal
 
 import pytest
 
-from tests.support.finished import LONG, attempts, checkpoint_of, losses, with_long
+from tests.support.finished import attempts, losses, with_long
+from tests.support.held import PATIENCE_S, hold, wait_until_held
 from tests.support.workspace import wait_for
 
 pytestmark = pytest.mark.slow
@@ -43,14 +44,15 @@ def test_two_processes_give_the_losses_of_one(finished, one_process, tmp_path, p
 
 def test_a_run_continues_with_another_number_of_processes(finished, straight, tmp_path):
     workspace = with_long(finished, tmp_path / "w")
+    hold(workspace, 4)
     run = workspace.plan().run("finetune", "long")
     process = workspace.start(run.manifest)
-    state = wait_for(lambda: checkpoint_of(workspace), 90, "a checkpoint", process)
+    state = wait_until_held(workspace, process)
     os.killpg(process.pid, signal.SIGINT)
-    process.wait(timeout=90)
-    wait_for(lambda: not (state / "owner.json").exists(), 60, "the launcher's end")
+    process.wait(timeout=PATIENCE_S)
+    wait_for(lambda: not (state / "owner.json").exists(), PATIENCE_S, "the launcher's end")
     saved = attempts(state)[-1]["to_step"]
-    assert 0 < saved < LONG["max_steps"]
+    assert saved == 5
 
     workspace.config["compute"]["small"].update(processes_per_node=2, parallel="ddp", per_device_batch_size=4)
     assert workspace.plan().run("finetune", "long") == run, (

@@ -12,8 +12,9 @@ import struct
 
 import pytest
 
-from tests.support.finished import LONG, attempts, checkpoint_of
-from tests.support.workspace import Workspace, wait_for
+from tests.support.finished import LONG, attempts
+from tests.support.held import PATIENCE_S, hold, wait_until_held
+from tests.support.workspace import Workspace
 from workflow_scripts.launch.processes import signal_tree
 
 pytestmark = pytest.mark.slow
@@ -38,10 +39,11 @@ def train_with(stage_1, folder, tracker, send=os.kill):
         "TRACKIO_DIR": str(folder / "trackio"),
     }
     workspace.config["experiments"]["long"] = {"finetune": {**LONG, "report_to": [tracker]}}
+    hold(workspace, 4)
     process = workspace.start(workspace.plan().run("finetune", "long").manifest)
-    state = wait_for(lambda: checkpoint_of(workspace), 120, "the first checkpoint", process)
+    state = wait_until_held(workspace, process)
     send(json.loads((state / "owner.json").read_text())["trainer"], signal.SIGTERM)
-    assert process.wait(timeout=300) == 0, (folder / "snakemake.out").read_text()[-4000:]
+    assert process.wait(timeout=PATIENCE_S) == 0, (folder / "snakemake.out").read_text()[-4000:]
     assert [row["outcome"] for row in attempts(state)] == ["interrupted", "finished"]
     return workspace, state
 
