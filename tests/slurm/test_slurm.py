@@ -230,7 +230,8 @@ def test_what_slurm_would_refuse_ends_the_start_with_the_line_to_change(finished
 
 def test_a_verdict_waits_in_the_queue_once(finished_on_slurm, tmp_path):
     """Neither the retries nor a second Snakemake submit a training that will fail again."""
-    workspace = training(finished_on_slurm, tmp_path, {"gres": "gpu:1", "attempts": 3}, max_steps=3)
+    compute, stage = {"gres": "gpu:1", "attempts": 3}, {"max_steps": 3, "global_batch_size": 8}
+    workspace = training(finished_on_slurm, tmp_path, compute, **stage)
     number = spoil_a_picture(workspace, "finetune", "group_by_modality_length", step=1)
     first, second = (workspace.run(LONG_CHECKPOINT, check=False) for _ in range(2))
     assert [len(submitted(done.stdout, "finetune")) for done in (first, second)] == [1, 0]
