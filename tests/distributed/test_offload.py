@@ -45,7 +45,7 @@ def built():
 @pytest.mark.parametrize("config", ["zero2_offload.json", "zero3_offload.json"])
 def test_two_processes(config, built, data, alone, tmp_path):
     """Equal to one process without offload; goes on with the same bits."""
-    run(two(data, tmp_path, deepspeed=config), tmp_path / "log", processes=2, timeout=600)
+    run(two(data, tmp_path, deepspeed=config), tmp_path / "log", processes=2)
     assert_close(tmp_path / "out", alone, bound=2e-5)
     assert_loads_in_stock_transformers(tmp_path / "out")
     again = unfinished(tmp_path, tmp_path / "again")

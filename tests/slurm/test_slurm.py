@@ -8,7 +8,7 @@ import pytest
 
 from tests.slurm.conftest import clone, job_of, submitted, training
 from tests.slurm.sandbox import running
-from tests.support.finished import LONG_CHECKPOINT, attempts, long_manifest, losses, manifests
+from tests.support.finished import LONG, LONG_CHECKPOINT, attempts, long_manifest, losses, manifests
 from tests.support.held import PATIENCE_S, hold, let_go, wait_until_held
 from tests.support.rerun_rows import RERUN_NOTHING, check_raised_version, check_row
 from tests.support.workspace import spoil_a_picture, wait_for
@@ -109,7 +109,8 @@ def test_a_gpu_job_asks_for_exactly_what_the_config_says(finished_on_slurm, slur
     hold(workspace, 4)
     process = workspace.start(long_manifest(workspace))
     state = wait_until_held(workspace, process)
-    shown = slurm.output("scontrol", "show", "job", "-o", job_of(state))
+    job, steps = job_of(state), LONG["max_steps"]
+    shown = slurm.output("scontrol", "show", "job", "-o", job)
     for wanted in (
         "NumNodes=1",
         "TresPerNode=gres:gpu:2",
@@ -121,11 +122,11 @@ def test_a_gpu_job_asks_for_exactly_what_the_config_says(finished_on_slurm, slur
         assert wanted in shown, shown
     # live, from the run folders alone
     live = next(item for item in all_statuses(workspace.folder) if item.folder == str(state))
-    assert (live.state, live.where, live.processes, live.steps) == ("running", f"job {job_of(state)}", 2, 12)
+    assert (live.state, live.where, live.processes, live.steps) == ("running", f"job {job}", 2, steps)
     assert (live.step, live.saved_step) == (4, 3) and live.eta_s is not None
     let_go(workspace)
     assert process.wait(timeout=PATIENCE_S) == 0
-    assert len(losses(state)) == 12
+    assert len(losses(state)) == steps
 
 
 def test_a_job_on_two_nodes_gives_the_same_losses_as_one_process(

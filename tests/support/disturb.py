@@ -54,6 +54,10 @@ class Signal:
         os.kill(os.getpid(), self.number)
 
 
+def _note_descendants(pids: Path) -> None:
+    pids.write_text(" ".join(map(str, descendants(os.getpid()))), encoding="utf-8")
+
+
 @dataclass(frozen=True)
 class SignalToAll:
     """Sent to the process and to all that it has started, whose pids are written down before."""
@@ -62,8 +66,7 @@ class SignalToAll:
     pids: Path
 
     def __call__(self) -> None:
-        below = descendants(os.getpid())
-        self.pids.write_text(" ".join(map(str, below)), encoding="utf-8")
+        _note_descendants(self.pids)
         signal_tree(os.getpid(), self.number)
 
 
@@ -74,8 +77,7 @@ class Killed:
     pids: Path
 
     def __call__(self) -> None:
-        below = descendants(os.getpid())
-        self.pids.write_text(" ".join(map(str, below)), encoding="utf-8")
+        _note_descendants(self.pids)
         os.kill(os.getpid(), signal.SIGKILL)
 
 

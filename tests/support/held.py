@@ -67,7 +67,6 @@ def let_go(workspace):
 
 def wait_until_held(workspace, process=None, attempt=1):
     """The state folder of `long`, once this attempt waits."""
-
     folder = workspace.run_folder("finetune", "long")
 
     def state_if_held():

@@ -26,16 +26,17 @@ VARIANT = {
     "interleave": True,
     "twoD_vision_embedding": True,
 }
-# In a process that knows nothing of this package: what each checkpoint computes for a picture and a text.
+# In a process that knows nothing of this package: what a vanilla checkpoint, and one with code of its own,
+# compute for a picture and a text.
 STOCK = """
 import sys, numpy, torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
-picture, *folders = sys.argv[1:]
-for folder in folders:
-    vanilla = folder.endswith("stage2")
-    kind = LlavaForConditionalGeneration if vanilla else AutoModelForImageTextToText
-    code = {} if vanilla else {"trust_remote_code": True}
+picture, vanilla, variant = sys.argv[1:]
+for folder, kind, code in (
+    (vanilla, LlavaForConditionalGeneration, {}),
+    (variant, AutoModelForImageTextToText, {"trust_remote_code": True}),
+):
     model = kind.from_pretrained(folder, **code).eval()
     batch = AutoProcessor.from_pretrained(folder, **code)(
         text="<image>a red circle", images=Image.open(picture), return_tensors="pt")
@@ -87,16 +88,16 @@ def train(stage, output_dir, data, **changes):
         assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
 
 
-def seen_by_others(folders, tmp_path):
+def seen_by_others(vanilla, variant, tmp_path):
     """Arrays that a fresh process computes with each checkpoint."""
     picture(9).save(tmp_path / "picture.png")
     script = tmp_path / "others.py"
     script.write_text(STOCK, encoding="utf-8")
-    command = [sys.executable, script, tmp_path / "picture.png", *folders]
+    command = [sys.executable, script, tmp_path / "picture.png", vanilla, variant]
     env = environment(HF_MODULES_CACHE=str(tmp_path / "modules"), PYTHONPATH="", HF_HUB_OFFLINE="1")
     done = subprocess.run(list(map(str, command)), cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    return [np.load(f"{folder}.npz") for folder in folders]
+    return [np.load(f"{folder}.npz") for folder in (vanilla, variant)]
 
 
 def ours(folder, arrays):
@@ -135,11 +136,9 @@ def test_both_stages_of_another_family_resume_and_load_elsewhere(family, data, l
     model, tokenizer, processor = build_model(*parts, Interventions(**VARIANT))
     model.generation_config.do_sample = True
     save_checkpoint(model, tokenizer, processor, tmp_path / "variant", "plain", "pad")
-    folders = [tmp_path / "stage2", tmp_path / "variant"]
-    looks = zip(folders, seen_by_others(folders, tmp_path), (16, 4), strict=True)
-    for (folder, arrays, tokens), image in zip(
-        looks, (config["image_token_index"], model.config.image_token_id), strict=True
-    ):
-        mine = ours(folder, arrays)
+    vanilla, variant = seen_by_others(tmp_path / "stage2", tmp_path / "variant", tmp_path)
+    for folder, arrays in (("stage2", vanilla), ("variant", variant)):
+        mine = ours(tmp_path / folder, arrays)
         assert np.abs(arrays["logits"][..., : mine.shape[-1]] - mine).max() < 1e-4
-        assert (arrays["input_ids"] == image).sum() == tokens
+    assert (vanilla["input_ids"] == config["image_token_index"]).sum() == 16
+    assert (variant["input_ids"] == model.config.image_token_id).sum() == 4
