@@ -90,6 +90,14 @@ class Products:
         head = 2 * self.head * counted.labels * (2 + self.head_learns)
         return layers + attention + head + self._seen() * counted.images
 
+    def forward(self, counted: Counted) -> float:
+        """Operations of a forward pass alone, adapters merged: what answers take."""
+        first, others = self.projector
+        picture = self.picture + 2 * self.patches * (first + others)
+        attention = 4 * self.attention * counted.pairs
+        weights = self.layers * counted.tokens + self.head * counted.labels
+        return 2 * weights + attention + picture * counted.images
+
     def _seen(self) -> float:
         """Operations for one picture, up to its vision tokens. Nothing is handed down to what does not train
         and has nothing that trains below it.

@@ -109,7 +109,7 @@ def test_the_papers_experiments_are_asked_compared_and_looked_into():
     assert {"2ds", "pope", "gqa", "vqav2", "cv_bench_2d"} <= set(about.values())
     # 3,000 questions as they are, in three orders, about a blank picture and without one
     [line] = [line.split() for line in describe_plan(plan).splitlines() if line.startswith("  two_d ")]
-    assert line == ["two_d", "3000", "6", "7", "126,000"]
+    assert line[:-1] == ["two_d", "3000", "6", "7", "126,000"] and 1 < float(line[-1]) < 10
 
 
 def test_null_takes_an_entry_away(demo):

@@ -20,6 +20,7 @@ from workflow_scripts.evaluate.answers import AnswerFile, read_answers
 from workflow_scripts.evaluate.asking import Chunk, decode_picture, prompt_batch, prompts_of
 from workflow_scripts.evaluate.checkpoint import load_checkpoint, permuted_tokens
 from workflow_scripts.evaluate.conditions import Condition, conditions_of
+from workflow_scripts.evaluate.pace import read_pace
 from workflow_scripts.evaluate.questions import read_questions
 from workflow_scripts.evaluate.tasks import TASKS
 from workflow_scripts.evaluate.tasks.task import Question
@@ -240,6 +241,8 @@ def test_what_is_answered_is_not_asked_again(stock_export, held_out, tmp_path, m
     predict.predict("shapes", spec, stock_export, held_out[1], manifest)
     pd.testing.assert_frame_equal(rows_of(manifest), whole)
     assert not list(folder.glob("answers-*"))
+    answers, seconds = read_pace(manifest.parent)  # of two processes; the cut answer was given twice
+    assert answers == len(lines) + 1 and seconds > 0
     manifest.unlink()
     predict.predict("shapes", spec, stock_export, held_out[1], manifest)
     pd.testing.assert_frame_equal(rows_of(manifest), whole)

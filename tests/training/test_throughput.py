@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from llava_ext.flops import CARDS, Counted, Products, layer_weights, lora_weights, picture_flops
@@ -62,6 +63,20 @@ def test_the_formula_counts_what_torch_counts(way, interventions):
     # the tower's last layer and its patches hand nothing down, which the formula takes to be as elsewhere
     bound = 0.03 if way == "with the tower" else 0.003
     assert counted(model, batch) == pytest.approx(expected, rel=bound)
+
+
+def test_answers_take_a_forward_pass_alone():
+    model, tokenizer, images = prepared("full", flags())
+    choose(model, "eager")
+    model.model.vision_tower.set_attn_implementation("eager")
+    batch = batch_of((model, tokenizer, images), False, RECORDS[:1])
+    tokens = batch["input_ids"].shape[1]
+    for name in ("indices", "counts", "labels", "predicting", "targets"):
+        batch.pop(name)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.eval()(**batch)
+    expected = products_of(model).forward(Counted(tokens, tokens**2, labels=tokens, images=1))
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.003)
 
 
 def test_a_7b_step_is_what_was_measured():

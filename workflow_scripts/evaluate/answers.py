@@ -18,6 +18,7 @@ from typing import IO, Any
 from llava_ext.files import atomic_path
 from workflow_scripts.evaluate.asking import Answer
 from workflow_scripts.evaluate.conditions import Condition
+from workflow_scripts.evaluate.pace import note_pace
 from workflow_scripts.evaluate.tasks.task import Question
 from workflow_scripts.io import UserError
 
@@ -36,8 +37,10 @@ class AnswerFile:
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        name = f"answers-{socket.gethostname()}-{os.getpid()}-{time.time_ns()}.jsonl"
-        self.stream: IO[str] = (folder / name).open("x", encoding="utf-8")
+        self.folder = folder
+        self.name = f"{socket.gethostname()}-{os.getpid()}-{time.time_ns()}"
+        self.stream: IO[str] = (folder / f"answers-{self.name}.jsonl").open("x", encoding="utf-8")
+        self.answers, self.opened = 0, time.monotonic()
 
     def append(self, questions: Sequence[Question], condition: Condition, answers: Sequence[Answer]) -> None:
         """Adds a batch; it is on the disk when this returns."""
@@ -48,10 +51,13 @@ class AnswerFile:
         self.stream.write("".join(f"{line}\n" for line in lines))
         self.stream.flush()
         os.fsync(self.stream.fileno())
+        self.answers += len(answers)
 
     def close(self) -> None:
-        """Ends the file."""
+        """Ends the file, and notes how long its answers took."""
         self.stream.close()
+        if self.answers:
+            note_pace(self.folder, self.name, self.answers, time.monotonic() - self.opened)
 
 
 def read_answers(folder: Path) -> dict[Key, Answer]:

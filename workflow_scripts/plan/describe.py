@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from workflow_scripts.command_line import command_line
-from workflow_scripts.evaluate.conditions import conditions_of
 from workflow_scripts.io import user_errors
 from workflow_scripts.manifests import origin_of
 from workflow_scripts.plan import memory
+from workflow_scripts.plan.answer_lines import answer_lines
+from workflow_scripts.plan.answers import Prices
 from workflow_scripts.plan.needs import GB, Item, disk_needs, items_of, missing_trackers
 from workflow_scripts.plan.plan import Plan, read_plan
 from workflow_scripts.plan.runs import Run
@@ -66,8 +66,14 @@ def describe_plan(plan: Plan, folder: Path | None = None) -> str:
     """The plan as text."""
     items = items_of(plan)
     lines = ["What this configuration needs", ""]
-    lines += _data_lines(items) + _disk_lines(plan, items, folder or Path.cwd()) + _job_lines(jobs_of(plan))
-    lines += _answer_lines(plan) + _adopted_lines(plan) + _chosen_lines(plan) + _memory_lines(plan)
+    jobs = jobs_of(plan)
+    lines += _data_lines(items) + _disk_lines(plan, items, folder or Path.cwd()) + _job_lines(jobs)
+    lines += (
+        answer_lines(plan, Prices(plan), _training_hours(jobs))
+        + _adopted_lines(plan)
+        + _chosen_lines(plan)
+        + _memory_lines(plan)
+    )
     lines += [f"  {line}" for line in lines_of_others(plan)]
     missing = missing_trackers(plan)
     return "\n".join([*lines, *(f"  NOT INSTALLED: {text}" for text in missing), *[""][: len(missing)]])
@@ -107,22 +113,9 @@ def _disk_lines(plan: Plan, items: Iterable[Item], folder: Path) -> list[str]:
     return [*lines, ""]
 
 
-def _answer_lines(plan: Plan) -> list[str]:
-    """How much is asked: questions, times the conditions, times the checkpoints."""
-    if not plan.evaluations:
-        return []
-    asked = Counter(item.task for item in plan.evaluations.values())
-    width = max(map(len, asked))
-    lines = [f"  {'tasks':<{width}}  questions  conditions  checkpoints      answers"]
-    for task, checkpoints in asked.items():
-        spec = plan.task_spec(task)
-        conditions = len(conditions_of(spec.conditions))
-        known = spec.expected_questions
-        total = f"{known * conditions * checkpoints:,}" if known else "?"
-        lines.append(
-            f"  {task:<{width}}  {known or '?':>9}  {conditions:>10}  {checkpoints:>11}  {total:>11}"
-        )
-    return [*lines, ""]
+def _training_hours(jobs: Iterable[Job]) -> float:
+    """GPU hours of the trainings that are to be done, as far as known."""
+    return sum(job.gpu_hours for job in jobs if job.gpu_hours and not job.finished)
 
 
 def _adopted_lines(plan: Plan) -> list[str]:
@@ -150,10 +143,10 @@ def _job_lines(jobs: list[Job]) -> list[str]:
         size = _gigabytes(job.gpu_bytes) if sized else ""
         lines.append(f"  {name}  {job.gpus:<12}{size} {_millions(job.tokens)}{_hours(job)}  {used}")
     left = [job for job in jobs if not job.finished]
-    known = [job.gpu_hours for job in left if job.gpu_hours]
+    gpu_hours = _training_hours(left)
     hours = sum(job.hours for job in left if job.hours)
     total = f", about {hours:.0f} hours one after the other" if hours else ""
-    total += f", {sum(known):.0f} GPU hours" if known else ""
+    total += f", {gpu_hours:.0f} GPU hours" if gpu_hours else ""
     unknown = sum(job.hours is None for job in left)
     total += f" and what {unknown} of unknown length take" if total and unknown else ""
     lines.append(f"  {len(left)} of {len(jobs)} trainings are to be done{total}")

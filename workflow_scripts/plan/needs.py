@@ -8,15 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from workflow_scripts.acquire.hub_cache import cached_in_hub
-from workflow_scripts.config.models import HubModel
+from workflow_scripts.config.experiments import Adopted
+from workflow_scripts.config.models import HubModel, PathModel
 from workflow_scripts.config.sources import RemoteFile, Source
 from workflow_scripts.disk import size_text
 from workflow_scripts.launch.preflight import importable, tracker_problem
+from workflow_scripts.plan.answers import answers_of
 from workflow_scripts.plan.plan import Plan
+from workflow_scripts.plan.sizes import model_config
 from workflow_scripts.sources import KINDS
 from workflow_scripts.stages import STAGES
 
 GB = 1e9
+ROW_BYTES = 600
+"""An answer with its question, its score, and the line in which it waits for the others."""
+DIAGNOSIS_BYTES = 1e6
 
 
 @dataclass(frozen=True)
@@ -111,16 +117,69 @@ def checkpoint_bytes(plan: Plan) -> tuple[float, float]:
     return finished, largest
 
 
+def converted_bytes(plan: Plan) -> float:
+    """Copies of checkpoints that are not trained here and are still to be made. A stock LLaVA of transformers
+    is linked; what a checkpoint is that was not fetched yet, only its layout says.
+    """
+    runs = {plan.run("export", name).name: item for name, item in plan.adopted.items()}
+    left = [item for name, item in runs.items() if not Path(f"runs/export/{name}/manifest.json").is_file()]
+    return sum(_model_bytes(plan, item.checkpoint) for item in left if not _is_linked(plan, item))
+
+
+def _is_linked(plan: Plan, item: Adopted) -> bool:
+    described = model_config(plan.config, item.checkpoint)
+    return not item.tower and described.get("model_type") == "llava"
+
+
+def _model_bytes(plan: Plan, name: str) -> float:
+    spec = plan.config.models[name]
+    if isinstance(spec, PathModel):
+        return sum(path.stat().st_size for path in Path(spec.path).expanduser().glob("*") if path.is_file())
+    return float(getattr(spec, "bytes", None) or 0)
+
+
+def written_bytes(plan: Plan) -> float:
+    """Pictures that are written once more with the questions of a task of lmms-eval: about its files."""
+    found = 0.0
+    for task, questions in plan.questions.items():
+        spec = plan.task_spec(task)
+        if spec.lmms is None or Path(questions.manifest).is_file():
+            continue
+        wanted = [spec.lmms.files, *([spec.lmms.pictures.files] if spec.lmms.pictures else [])]
+        files = [file for file in plan.config.sources[spec.source].remote() if file.role == "annotations"]
+        found += sum(size_of(file) or 0 for file in files if _ends_as(file, wanted))
+    return found
+
+
+def _ends_as(file: Any, wanted: Iterable[str]) -> bool:
+    return any(Path(file.name).match(end) for end in wanted)
+
+
+def answer_bytes(plan: Plan) -> float:
+    """Rows of answers and scores, and diagnoses, that are still to be made."""
+    runs = {item.predict.name: item for item in plan.evaluations.values()}
+    left = [item.task for item in runs.values() if not Path(item.predict.manifest).is_file()]
+    looks = {item.run.manifest for item in plan.diagnoses.values()}
+    rows = sum(answers_of(plan, task) or 0 for task in left)
+    return ROW_BYTES * rows + DIAGNOSIS_BYTES * sum(not Path(path).is_file() for path in looks)
+
+
 def disk_needs(plan: Plan, items: Iterable[Item]) -> list[tuple[str, float]]:
     """What takes space, and how many bytes of it, as far as the configuration says."""
     finished, state = checkpoint_bytes(plan)
     models = sum(getattr(plan.config.models[name], "bytes", None) or 0 for name in plan.used_models())
+    others = [
+        ("converted checkpoints of others, at most", converted_bytes(plan)),
+        ("written questions of lmms-eval", written_bytes(plan)),
+        ("answers, scores and diagnoses, about", answer_bytes(plan)),
+    ]
     return [
         ("downloads", sum(item.missing for item in items)),
         ("merged mixtures", annotation_bytes(plan)),
         ("prepared models, at most", models),
         ("finished checkpoints and exports, about", finished),
         ("training state while a finetune runs", state),
+        *((what, size) for what, size in others if size),
     ]
 
 

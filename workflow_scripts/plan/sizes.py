@@ -88,16 +88,28 @@ def _known(config: Config, name: str) -> dict[str, Any]:
     """What is known of a model, by the names of its ``config.json``: the prepared copy's, else what the
     configuration states, else the folder's that it names.
     """
+    spec, content = config.models[name], model_config(config, name)
+    if (Path("models") / name / "manifest.json").is_file():
+        return _stated_there(content)
+    stated = {theirs: getattr(spec, ours, None) for ours, theirs in STATED.items()}
+    return _stated_there(content) | {key: value for key, value in stated.items() if value is not None}
+
+
+def model_config(config: Config, name: str) -> dict[str, Any]:
+    """The `config.json` of a model: the prepared copy's, else the folder's that it names; empty before it is
+    there.
+    """
     manifest, spec = Path("models") / name / "manifest.json", config.models[name]
     if manifest.is_file():
-        return _read(manifest.parent / read_json(manifest)["folder"] / "config.json")
-    stated = {theirs: getattr(spec, ours, None) for ours, theirs in STATED.items()}
-    found = {key: value for key, value in stated.items() if value is not None}
-    return (_read(Path(spec.path).expanduser() / "config.json") if spec.kind == "path" else {}) | found
+        path = manifest.parent / read_json(manifest)["folder"] / "config.json"
+    elif spec.kind == "path":
+        path = Path(spec.path).expanduser() / "config.json"
+    else:
+        return {}
+    return dict(read_json(path)) if path.is_file() else {}
 
 
-def _read(path: Path) -> dict[str, Any]:
-    content = read_json(path) if path.is_file() else {}
+def _stated_there(content: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = content.get("vision_config", content)
     return {key: value for key, value in found.items() if value is not None}
 
