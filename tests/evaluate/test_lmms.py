@@ -22,7 +22,7 @@ import yaml
 
 pytest.importorskip("lmms_eval", reason="make env-evaluation")
 
-from tests.support.benchmarks import BENCHMARKS, picture, pope, write_rows
+from tests.support.benchmarks import BENCHMARKS, Benchmark, mme, picture, pope, write_rows
 from tests.support.demo import load_json
 from workflow_scripts.acquire.step import main as acquire
 from workflow_scripts.config.evaluation import TaskSpec
@@ -33,6 +33,7 @@ from workflow_scripts.evaluate.asking import Chunk, answer, decode_picture
 from workflow_scripts.evaluate.checkpoint import load_checkpoint
 from workflow_scripts.evaluate.conditions import Condition
 from workflow_scripts.evaluate.lmms import VERSION, questions, scores
+from workflow_scripts.evaluate.lmms.chance import listed_letters
 from workflow_scripts.evaluate.lmms.task import find_definition, no_network
 from workflow_scripts.evaluate.questions import read_questions
 from workflow_scripts.evaluate.tasks import TASKS
@@ -316,6 +317,85 @@ def test_answers_to_another_version_of_the_task_are_refused(tmp_path):
     predictions = answered(item, tmp_path, manifest)
     with pytest.raises(UserError, match=r"asked with .*0\.1.*ask again"):
         scores.score_answers(spec_of(item), source, predictions, tmp_path / "s" / "x.json")
+
+
+# ---- what a guess would score ----
+
+LEVELS = {
+    "pope_adv": 1 / 2,
+    "cv_bench_2d": 1 / 3,
+    "scienceqa_img": 1 / 3,
+    "mmbench_en_dev_static": 1 / 3,
+    "seedbench": 1 / 4,
+    "mme": 1 / 2,
+    "mmvp": 1 / 2,
+}
+
+
+@pytest.mark.parametrize("task", LEVELS)
+def test_chance_is_a_guess_among_a_questions_own_options(task, tmp_path):
+    found = scored(BY_TASK[task], tmp_path)
+    assert found["chance"]["all"] == pytest.approx(LEVELS[task], abs=1e-4)
+    assert found["no_chance"] == ""
+    assert found["guessed"]["metrics"].keys() == found["metrics"]["normal"]["0"].keys() - {"seed_video"}
+
+
+def test_guesses_at_pairs_are_counted_as_the_task_counts_pairs(tmp_path):
+    """MME gives a category the share of right answers and that of right pairs: a guesser's 50 + 25."""
+    rows = [
+        {**row, "question_id": f"{turn}/{row['question_id']}"} for turn in range(20) for row in mme().rows
+    ]
+    item = Benchmark("mme", rows, mme().answers * 20, {"stratum": "category"})
+    guessed = scored(item, tmp_path)["guessed"]
+    assert guessed["draws"] == 20
+    assert guessed["metrics"]["mme_perception_score"] == pytest.approx(75, abs=5)
+    assert guessed["metrics"]["mme_cognition_score"] == pytest.approx(75, abs=7)
+
+
+def test_guesses_are_the_same_each_time(tmp_path):
+    item = BY_TASK["mmvp"]
+    first, again = (scored(item, tmp_path / name)["guessed"] for name in "ab")
+    assert first == again
+    assert 0 < first["metrics"]["mmvp_pair_accuracy"] < first["metrics"]["mmvp_accuracy"]
+
+
+@pytest.mark.parametrize(("task", "number"), [("gqa", 3), ("vqav2_val", 3), ("textvqa_val", 2)])
+def test_open_questions_have_no_chance_and_the_scores_say_why(task, number, tmp_path):
+    found = scored(BY_TASK[task], tmp_path)
+    assert set(found["chance"].values()) == {None}
+    assert found["guessed"]["metrics"] == {}
+    assert f"{number} of {number} questions are open" in found["no_chance"]
+
+
+def test_one_open_question_among_others_is_counted(tmp_path):
+    found = scored(BY_TASK["realworldqa"], tmp_path)
+    assert found["chance"] == {"all": None}
+    assert "1 of 3 questions are open" in found["no_chance"]
+
+
+def test_questions_with_yes_or_no_are_open_where_the_task_has_other_answers_too(tmp_path):
+    """GQA's first picture has only questions with yes or no here, which does not make GQA a task of those."""
+    item = BY_TASK["gqa"]
+    rows = [{**row, "answer": answer} for row, answer in zip(item.rows, ["yes", "no", "red"], strict=True)]
+    asked = Benchmark("gqa", rows, item.answers, {**item.lmms, "only": {"imageId": "n0"}}, item.pictures)
+    assert "2 of 2 questions are open" in scored(asked, tmp_path)["no_chance"]
+
+
+@pytest.mark.parametrize(
+    ("text", "letters"),
+    [
+        ("Which way?\nA. left\nB. right\nAnswer with the letter.", "AB"),
+        ("Which?\n(A) 1\n(B) 2\n(C) 3", "ABC"),
+        ("Is it open? (a) yes (b) no", "AB"),
+        ("Vitamin A. helps?\nA: eyes\nB: bones", "AB"),
+        ("Example: A. cat B. dog\nNow: A. tree B. house C. car", "ABC"),
+        ("Which letter is on the sign?\nA. B\nB. C", "AB"),
+        ("Who is A. Miller?", ""),
+        ("What does section B. say about C. elegans?", ""),
+    ],
+)
+def test_options_are_letters_that_a_question_lists_in_order(text, letters):
+    assert "".join(listed_letters(text)) == letters
 
 
 # ---- the whole way ----

@@ -59,4 +59,11 @@ def test_chance_is_that_of_a_guess_among_the_answers():
     asked = [(["A"], CHOICES), (["B"], CHOICES[:2])]
     assert METRICS["choice_letter"].chance(asked) == pytest.approx((1 / 3 + 1 / 2) / 2)
     assert METRICS["choice_letter"].chance([(["A"], ()), (["D"], ())]) == 0.5
+
+
+def test_nothing_is_guessed_where_one_answer_is_right_or_any_may_be():
+    assert METRICS["exact_match"].chance([(["Red."], ()), (["red"], ())]) is None
+    assert METRICS["choice_letter"].chance([(["A"], ()), (["A"], ())]) is None
+    assert METRICS["choice_letter"].chance([(["A"], CHOICES)] * 2) == pytest.approx(1 / 3)
     assert METRICS["vqa_accuracy"].chance([(["a"] * 10, ())]) is None
+    assert all(METRICS[name].no_chance for name in ("exact_match", "choice_letter", "vqa_accuracy"))

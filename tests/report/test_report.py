@@ -99,19 +99,51 @@ def test_examples_show_the_pictures_that_are_still_there(everything, tmp_path):
 
 def test_what_others_have_published_stands_beside_our_numbers(everything, tmp_path):
     assert "Published by others" not in rendered(everything, tmp_path)
-    for path in everything:
-        content = json.loads(path.read_text())
-        if "scored" in content:
-            write_json(path, {**content, "scored": content["scored"] | {"benchmark": "pope"}})
+    rewrite_scores(everything, scored={"metric": "exact_match", "benchmark": "pope"})
     page = Page(rendered(everything, tmp_path)).text
     section = page[page.index("Published by others, not measured here") :]
     assert "vanilla here 95.6 47.1 50.0 98.0 90.0 own 1: greedy; exact_match" in section
-    assert "LLaVA-1.5-7B 85.9 – – – – LLaVA's own scripts: greedy, batch 1 (LLaVA-1.5" in section
+    assert "LLaVA-1.5-7B 85.9 F1 – – – – LLaVA's own scripts: greedy, batch 1; mean over the" in section
     assert "LLaVA-1.5-7B 87.3 87.1 0.3 – – the paper's own scripts: sampled at temperature 0.2" in section
     assert "the 3,000 popular questions only" in section
     rows = list(csv.DictReader((tmp_path / "report/published.csv").open()))
     assert {(row["benchmark"], row["value"], row["unit"]) for row in rows} >= {("pope", "85.9", "%")}
+    assert {row["metric"] for row in rows} == {"F1", ""}, "where it is not ours, an accuracy"
     assert all(row["harness"] and row["settings"] and row["source"] for row in rows)
+
+
+def test_a_tasks_own_metrics_stand_beside_what_guesses_would_get(everything, tmp_path):
+    assert "By the task's own metrics" not in rendered(everything, tmp_path)
+    rewrite_scores(
+        everything,
+        metrics={"normal": {"0": {"mme_perception_score": 1203.25, "other": 0.5}}},
+        guessed={"metrics": {"mme_perception_score": 748.6}, "draws": 20, "reason": ""},
+    )
+    page = Page(rendered(everything, tmp_path)).text
+    section = page[page.index("By the task's own metrics") :]
+    assert "as is mme_ perception_ score other vanilla 1203 0.5" in section
+    assert "guesses 748.6 none" in section
+
+
+def test_why_there_is_no_chance_level_is_said(everything, tmp_path):
+    assert "No chance level" not in rendered(everything, tmp_path)
+    unknown = {"all": None, "where": None, "shape": 0.25}
+    rewrite_scores(everything, chance=unknown, no_chance="3 of 9 questions are open")
+    text = rendered(everything, tmp_path)
+    page = Page(text).text
+    assert "No chance level: 3 of 9 questions are open." in page
+    assert "chance none 25 questions 240 100" in page
+    assert '<span title="3 of 9 questions are open">chance: none</span>' in text
+    rewrite_scores(everything, no_chance=None)
+    assert "No chance level: not known." in Page(rendered(everything, tmp_path)).text
+
+
+def rewrite_scores(paths, **changes):
+    """Changes the scores of all experiments."""
+    for path in paths:
+        content = json.loads(path.read_text())
+        if "scored" in content:
+            write_json(path, content | changes)
 
 
 def test_published_numbers_have_sources_and_agree_with_themselves():

@@ -15,12 +15,15 @@ class Metric:
         score: (given, right answers, choices) to 1 for right, 0 for wrong, a share between them, or None
             where the answer can't be read, which counts as wrong and is counted apart. None in its place:
             a step of its own scores, in the environment that has lmms-eval.
-        chance: (right answers and choices of each question) to the score of one who guesses; None: unknown.
+        chance: (right answers and choices of each question) to the score of one who guesses; None where there
+            is nothing to guess among.
+        no_chance: why there is not.
     """
 
     name: str
     score: Callable[[str, Sequence[str], Sequence[str]], float | None] | None
     chance: Callable[[Sequence[tuple[Sequence[str], Sequence[str]]]], float | None]
+    no_chance: str = ""
 
 
 def normal_form(answer: str) -> str:
@@ -35,8 +38,9 @@ def _exact(given: str, right: Sequence[str], choices: Sequence[str]) -> float:
     return float(normal_form(given) in {normal_form(answer) for answer in right})
 
 
-def _one_of_the_answers(asked: Sequence[tuple[Sequence[str], Sequence[str]]]) -> float:
-    return 1 / len({normal_form(right[0]) for right, _ in asked})
+def _one_of_the_answers(asked: Sequence[tuple[Sequence[str], Sequence[str]]]) -> float | None:
+    answers = len({normal_form(right[0]) for right, _ in asked})
+    return 1 / answers if answers > 1 else None
 
 
 # ---- yes or no ------------------------------------------------------------------------------------------
@@ -59,7 +63,7 @@ def _yes_no(given: str, right: Sequence[str], choices: Sequence[str]) -> float |
 _LETTER = re.compile(r"(?:.*\banswer\s*(?:is|:)\s*)?\(?([a-z])\)?\s*(?:[.:),]|$)", re.I | re.S)
 
 
-def _letter(text: str, choices: Sequence[str]) -> str | None:
+def letter_of(text: str, choices: Sequence[str]) -> str | None:
     """`B`, `(B)`, `B. a dog`, `The answer is B`, or the text of a choice."""
     for place, choice in enumerate(choices):
         if normal_form(text) == normal_form(choice):
@@ -69,12 +73,14 @@ def _letter(text: str, choices: Sequence[str]) -> str | None:
 
 
 def _choice(given: str, right: Sequence[str], choices: Sequence[str]) -> float | None:
-    found = _letter(given, choices)
-    return None if found is None else float(found == _letter(right[0], choices))
+    found = letter_of(given, choices)
+    return None if found is None else float(found == letter_of(right[0], choices))
 
 
-def _one_of_the_choices(asked: Sequence[tuple[Sequence[str], Sequence[str]]]) -> float:
-    letters = len({_letter(right[0], choices) for right, choices in asked})
+def _one_of_the_choices(asked: Sequence[tuple[Sequence[str], Sequence[str]]]) -> float | None:
+    letters = len({letter_of(right[0], choices) for right, choices in asked})
+    if letters < 2 and not all(choices for _, choices in asked):
+        return None
     return sum(1 / (len(choices) or letters) for _, choices in asked) / len(asked)
 
 
@@ -110,13 +116,14 @@ def _vqa(given: str, right: Sequence[str], choices: Sequence[str]) -> float:
     return sum(shares) / len(shares)
 
 
+ONE_ANSWER = "the same answer is right everywhere in a stratum"
 METRICS = {
     metric.name: metric
     for metric in (
-        Metric("exact_match", _exact, _one_of_the_answers),
+        Metric("exact_match", _exact, _one_of_the_answers, ONE_ANSWER),
         Metric("yes_no", _yes_no, lambda asked: 0.5),
-        Metric("choice_letter", _choice, _one_of_the_choices),
-        Metric("vqa_accuracy", _vqa, lambda asked: None),
+        Metric("choice_letter", _choice, _one_of_the_choices, ONE_ANSWER),
+        Metric("vqa_accuracy", _vqa, lambda asked: None, "its questions are open: any words may be right"),
         Metric("lmms_eval", None, lambda asked: None),
     )
 }

@@ -28,6 +28,7 @@ class Published:
         psi: the position sensitivity index.
         strata: by the names that our own tasks give them.
         how: what is particular to this number: the split, the grader.
+        metric: what the number is where it is no accuracy, as ours are.
     """
 
     benchmark: str
@@ -38,6 +39,7 @@ class Published:
     psi: float | None = None
     how: str = ""
     unit: str = ""
+    metric: str = ""
     strata: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -51,8 +53,8 @@ _NORM, _MULTILAYER = (f"LLaVA-1.5-7B + {name}" for name in ("Norm", "Norm + Mult
 _JUDGED = "graded by a paid judge"
 
 
-def _official(benchmark: str, value: float, how: str = "", unit: str = "") -> Published:
-    return Published(benchmark, "LLaVA-1.5-7B", _LLAVA, value, how=how, unit=unit)
+def _official(benchmark: str, value: float, how: str = "", *, unit: str = "", metric: str = "") -> Published:
+    return Published(benchmark, "LLaVA-1.5-7B", _LLAVA, value, how=how, unit=unit, metric=metric)
 
 
 def _paper(
@@ -74,9 +76,11 @@ def _two_d(model: str, value: float, psi: float, strata: tuple[float, ...]) -> P
 PUBLISHED: tuple[Published, ...] = (
     _official("vqav2", 78.5, "test-dev"),
     *_paper("vqav2", (78.20, 77.35), (1.09, 2.03, 2.08)),
-    _official("pope", 85.9),
+    _official(
+        "pope", 85.9, "mean over the random (2,910 questions), popular and adversarial ones", metric="F1"
+    ),
     *_paper("pope", (87.30, 87.10), (0.34, 0.35, 0.46), "the 3,000 popular questions only"),
-    _official("gqa", 62.0),
+    _official("gqa", 62.0, "test-dev, balanced"),
     *_paper("gqa", (61.36, 58.62), (4.47, 6.10, 5.64), "exact match without case and final point"),
     *_paper("cv_bench_2d", (56.59, 56.26), (0.57, 11.31, 9.72), _JUDGED),
     _two_d("LLaVA-1.5-7B", 56.63, 41.07, (79.6, 37.0, 78.6, 34.4, 70.8, 39.4)),
@@ -85,11 +89,11 @@ PUBLISHED: tuple[Published, ...] = (
     _official("vizwiz", 50.0),
     _official("scienceqa_img", 66.8),
     _official("textvqa", 58.2, "OCR tokens in the prompt"),
-    _official("mme", 1510.7, unit="points"),
-    _official("mmbench", 64.3),
-    _official("seed", 58.6),
-    _official("llava_w", 65.4, "graded by a paid judge", "points"),
-    _official("mm_vet", 31.1, "graded by a paid judge", "points"),
+    _official("mme", 1510.7, "the ten categories of perception", unit="points", metric="perception score"),
+    _official("mmbench", 64.3, "dev, graded by the benchmark's server"),
+    _official("seed", 58.6, "about pictures and about frames of films"),
+    _official("llava_w", 65.4, _JUDGED, unit="points", metric="share of the judge's grade"),
+    _official("mm_vet", 31.1, _JUDGED, unit="points", metric="judge's grade"),
 )
 BENCHMARKS = tuple(dict.fromkeys(item.benchmark for item in PUBLISHED))
 

@@ -53,11 +53,14 @@ class ScoreSpec(StrictModel):
 def scored_rows(rows: pd.DataFrame, metric: str, lmms: Path | None = None) -> pd.DataFrame:
     """The rows with `score` (0 to 1), `empty` (nothing was said) and `unparsed` (it can't be read).
 
-    ``lmms`` is what the step `evaluate.lmms.scores` wrote, for a metric that is not ours.
+    ``lmms`` is what the step `evaluate.lmms.scores` wrote, for a metric that is not ours; its `chance` is
+    that of each question.
     """
     score = METRICS[metric].score
     if score is None:
-        found = scores_elsewhere(rows, lmms)
+        elsewhere = scores_elsewhere(rows, lmms)
+        rows = rows.assign(chance=elsewhere["chance"].to_list())
+        found = elsewhere["score"].to_list()
     else:
         said = zip(rows["answer"], rows["right"], rows["choices"], strict=True)
         found = [score(given, list(right), list(choices)) for given, right, choices in said]
@@ -68,17 +71,22 @@ def scored_rows(rows: pd.DataFrame, metric: str, lmms: Path | None = None) -> pd
     )
 
 
-def scores_elsewhere(rows: pd.DataFrame, lmms: Path | None) -> list[float | None]:
-    """The scores that lmms-eval gave to these rows. Raises UserError unless each row has exactly one."""
+def scores_elsewhere(rows: pd.DataFrame, lmms: Path | None) -> pd.DataFrame:
+    """`score` and `chance` that lmms-eval gave to these rows, in their order.
+
+    Raises:
+        UserError: a row has not exactly one.
+    """
     if lmms is None:
         raise UserError("metric: lmms_eval: --lmms is needed, the file of the step evaluate.lmms.scores")
     keys = ["question", "condition", "seed"]
-    table = pd.read_parquet(lmms.parent / read_json(lmms)["table"])
-    known = {tuple(key): score for *key, score in table[[*keys, "score"]].itertuples(index=False)}
-    asked = list(rows[keys].itertuples(index=False, name=None))
-    if len(known) != len(table) or known.keys() != set(asked):
+    table = pd.read_parquet(lmms.parent / read_json(lmms)["table"]).set_index(keys)
+    asked = pd.MultiIndex.from_frame(rows[keys])
+    if not table.index.is_unique or set(table.index) != set(asked):
         raise UserError(f"{lmms}: has scores of {len(table)} answers, but {len(asked)} were given")
-    return [float(known[key]) for key in asked]
+    if "chance" not in table:
+        raise UserError(f"{lmms}: is of an earlier version of this workflow; remove it, and it is made anew")
+    return table.loc[asked, ["score", "chance"]]
 
 
 def check_rows(rows: pd.DataFrame, spec: TaskSpec, name: str) -> None:
@@ -153,16 +161,23 @@ def permutation_indices(rows: pd.DataFrame, settings: Settings) -> dict[str, dic
 
 
 def chance_levels(rows: pd.DataFrame, metric: str) -> dict[str, float | None]:
-    """By stratum: the score of one who guesses among the answers of that stratum; None where unknown."""
+    """By stratum: the score of one who guesses among the answers of that stratum, or among each question's
+    options; None where there is nothing to guess among.
+    """
     normal = rows[rows["condition"] == "normal"]
-    found: dict[str, float | None] = {}
-    for name, part in normal.groupby("stratum", sort=False):
-        asked = [(list(r), list(c)) for r, c in zip(part["right"], part["choices"], strict=True)]
-        level = METRICS[metric].chance(asked)
-        found[str(name)] = None if level is None else round(level, 4)
+    found = {str(name): _chance(part, metric) for name, part in normal.groupby("stratum", sort=False)}
     known = [(level, (normal["stratum"] == name).sum()) for name, level in found.items() if level is not None]
     whole = sum(level * count for level, count in known) / len(normal) if len(known) == len(found) else None
     return {ALL: None if whole is None else round(float(whole), 4)} | found
+
+
+def _chance(part: pd.DataFrame, metric: str) -> float | None:
+    if "chance" in part:
+        level = float(part["chance"].mean()) if part["chance"].notna().all() else None
+    else:
+        asked = [(list(r), list(c)) for r, c in zip(part["right"], part["choices"], strict=True)]
+        level = METRICS[metric].chance(asked)
+    return None if level is None else round(level, 4)
 
 
 def examples(rows: pd.DataFrame, number: int) -> list[dict[str, Any]]:
@@ -210,6 +225,7 @@ def score(spec: ScoreSpec, predictions: Path, manifest: Path, lmms: Path | None 
     manifest.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(manifest.with_name(SCORES)) as temporary:
         rows[kept].to_parquet(temporary, index=False)
+    chance = chance_levels(rows, spec.task.metric)
     result = {
         **{key: said[key] for key in ("task", "checkpoint", "interventions", "source", "harness", "asked")},
         "run": manifest.parent.name,
@@ -221,11 +237,14 @@ def score(spec: ScoreSpec, predictions: Path, manifest: Path, lmms: Path | None 
         "strata": list(dict.fromkeys(rows["stratum"])),
         "accuracy": accuracies(rows, spec.settings),
         "psi": permutation_indices(rows, spec.settings),
-        "chance": chance_levels(rows, spec.task.metric),
+        "chance": chance,
+        "no_chance": METRICS[spec.task.metric].no_chance if None in chance.values() else "",
         "examples": examples(rows, spec.task.examples),
     }
     if lmms is not None:
-        result |= {key: read_json(lmms)[key] for key in ("lmms_eval", "metrics")}
+        theirs = read_json(lmms)
+        result |= {key: theirs[key] for key in ("lmms_eval", "metrics")}
+        result |= {"guessed": theirs["chance"], "no_chance": theirs["chance"]["reason"]}
     write_json(manifest, result)
     return result
 

@@ -59,10 +59,16 @@ def _summary_cell(
     return {
         "accuracy": scores["accuracy"]["normal"][ALL],
         "chance": scores["chance"].get(ALL),
+        "no_chance": _why_no_chance(scores),
         "floors": floors,
         "psi": scores["psi"].get(ALL),
         "delta": compared[1]["tasks"].get(task, {}).get(ALL) if compared else None,
     }
+
+
+def _why_no_chance(scores: Mapping[str, Any]) -> str:
+    """Scores of earlier versions do not say it."""
+    return str(scores.get("no_chance") or "not known")
 
 
 def task_sections(tasks: Tasks, found: Collected, colours: Mapping[str, int]) -> list[dict[str, Any]]:
@@ -103,6 +109,8 @@ def _task_section(
         "conditions": [(name, CONDITIONS[name]) for name in conditions],
         "rows": rows,
         "chance": chance,
+        "no_chance": _why_no_chance(first) if len(chance) < len(first["chance"]) else "",
+        "own_metrics": _own_metrics(scores),
         "questions": {kind: cell["questions"] for kind, cell in first["accuracy"]["normal"].items()},
         "pictures": first["pictures"],
         "source": first["source"]["name"],
@@ -116,6 +124,18 @@ def _task_section(
     }
 
 
+def _own_metrics(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
+    """A task of lmms-eval's own metrics over all answers, and over guesses; None for other tasks."""
+    found = {name: item["metrics"]["normal"]["0"] for name, item in scores.items() if item.get("metrics")}
+    if not found:
+        return None
+    names = list(dict.fromkeys(metric for metrics in found.values() for metric in metrics))
+    guessed = next(iter(scores.values())).get("guessed", {})
+    rows = [{"name": name, "values": [metrics.get(key) for key in names]} for name, metrics in found.items()]
+    chance = [guessed.get("metrics", {}).get(key) for key in names]
+    return {"names": names, "rows": rows, "chance": chance, "draws": guessed.get("draws")}
+
+
 def _published(benchmark: str | None, kinds: Sequence[str]) -> list[dict[str, Any]]:
     """What others say about the task's benchmark, in the order of the register; shares as ours."""
 
@@ -127,6 +147,7 @@ def _published(benchmark: str | None, kinds: Sequence[str]) -> list[dict[str, An
             "model": item.model,
             "value": item.value if item.unit else share(item.value),
             "unit": item.unit,
+            "metric": item.metric,
             "permuted": share(item.permuted),
             "psi": share(item.psi),
             "strata": [share(item.strata.get(kind)) for kind in kinds],
@@ -271,6 +292,7 @@ def _published_rows(tasks: Tasks) -> list[dict[str, Any]]:
             "stratum": stratum,
             "value": value,
             "unit": item.unit or "%",
+            "metric": item.metric,
             "permuted": item.permuted if stratum == ALL else None,
             "psi": item.psi if stratum == ALL else None,
             "how": item.how,

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from llava_ext.files import atomic_path
 from workflow_scripts.command_line import command_line, read_spec
 from workflow_scripts.config.lmms import LmmsSpec
-from workflow_scripts.evaluate.lmms.task import LoadedTask, loaded_task
+from workflow_scripts.evaluate.lmms.task import LoadedTask, loaded_task, right_answers
 from workflow_scripts.evaluate.tasks.task import Question
 from workflow_scripts.io import UserError, digest, progress, read_json, user_errors, write_json
 
@@ -91,13 +91,12 @@ def question_of(loaded: LoadedTask, place: int, picture: str) -> Question:
     for column in (spec.stratum, spec.answer):
         if column is not None:
             _check_column(loaded, column)
-    target = document[spec.answer] if spec.answer else loaded.task.doc_to_target(document)
     return Question(
         name=str(place),
         image=picture,
         type=str(document[spec.stratum]) if spec.stratum else "all",
         text=loaded.task.fewshot_context(document, 0),
-        answers=tuple(map(str, target)) if isinstance(target, list | tuple) else (str(target),),
+        answers=right_answers(loaded, document),
     )
 
 

@@ -216,3 +216,10 @@ def answers_of(task: Any, documents: Sequence[Any], answers: Sequence[str]) -> l
     first = task._filters[0]
     first.apply(instances, documents)
     return [item.filtered_resps[first.name] for item in instances]
+
+
+def right_answers(loaded: LoadedTask, document: Mapping[str, Any]) -> tuple[str, ...]:
+    """The right answer to a question, or those that people gave: of the named column, or the task's."""
+    answer = loaded.spec.answer
+    found = document[answer] if answer else loaded.task.doc_to_target(document)
+    return tuple(map(str, found)) if isinstance(found, list | tuple) else (str(found),)
