@@ -26,7 +26,7 @@ def shared(tmp_path_factory):
 @pytest.fixture(scope="session")
 def finished(shared):
     """A working folder in which everything is finished. Treat it as read-only: `copy_to` for changes."""
-    workspace, output = Workspace(shared / "finished" / "w"), shared / "finished.out"
+    workspace, output = Workspace(shared / "finished" / "w", warm=True), shared / "finished.out"
     with FileLock(shared / "finished.lock"):
         if not output.exists():
             output.write_text(workspace.draw().run(timeout=1400).stdout)

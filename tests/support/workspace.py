@@ -13,6 +13,8 @@ from pathlib import Path
 
 import yaml
 
+from tests.support import warm_python
+
 ROOT = Path(__file__).parent.parent.parent
 CODE = ("Snakefile", "rules", "workflow_scripts", "llava_ext", "config", "profiles", "slurm", "envs", "docs")
 
@@ -109,12 +111,16 @@ def draw_questions(folder, pictures=120):
 class Workspace:
     """A working folder with its configuration and the code that runs in it."""
 
-    def __init__(self, folder, code=ROOT, options=(), snakemake=("-m", "snakemake"), environment=None):
+    def __init__(
+        self, folder, code=ROOT, options=(), snakemake=("-m", "snakemake"), environment=None, warm=False
+    ):
+        """``warm``: what `run` starts has its libraries loaded (tests/support/warm_python.py)."""
         self.folder = Path(folder)
         self.code = Path(code)
         self.options = list(options)
         self.snakemake = list(snakemake)
         self.extra_environment = dict(environment or {})
+        self.warm = warm
         self.config = copy.deepcopy(SMALL)
 
     def draw(self):
@@ -130,6 +136,7 @@ class Workspace:
             self.options,
             self.snakemake,
             self.extra_environment,
+            self.warm,
         )
         other.config = copy.deepcopy(self.config)
         return other
@@ -162,8 +169,10 @@ class Workspace:
         )
 
     def run(self, *arguments, check=True, timeout=600, stdin=None):
+        _, *words = self.command(*arguments)
+        warm = self.warm and self.code == ROOT
         done = subprocess.run(
-            self.command(*arguments),
+            [warm_python.python() if warm else sys.executable, *words],
             cwd=self.folder,
             env=self.environment(),
             stdin=stdin,

@@ -20,7 +20,7 @@ TARGET = "data/mixtures/album/manifest.json"
 @pytest.fixture(scope="module")
 def scanned(tmp_path_factory):
     """A folder with three pictures and their captions, merged."""
-    workspace = Workspace(tmp_path_factory.mktemp("changed") / "w").draw()
+    workspace = Workspace(tmp_path_factory.mktemp("changed") / "w", warm=True).draw()
     album = workspace.folder / "mine" / "album"
     album.mkdir()
     for number in range(3):

@@ -81,7 +81,7 @@ def shrunk(name, **compute):
 
 def trained(folder, name, **compute):
     """Runs one of the files to its stage 2; the workspace, and the states of both stages."""
-    workspace = Workspace(folder)
+    workspace = Workspace(folder, warm=True)
     workspace.config = shrunk(name, **compute)
     workspace.run(workspace.plan().run("finetune", "vanilla").manifest)
     return workspace, {stage: workspace.state(stage, "vanilla") for stage in ("pretrain", "finetune")}
