@@ -7,8 +7,6 @@ from __future__ import annotations
 import inspect
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -18,47 +16,54 @@ from transformers.trainer_callback import CallbackHandler, TrainerControl, Train
 
 from llava_ext import patches
 from llava_ext.training import signals
+from tests.support import warm
 from tests.support.trainings import REPOSITORY, environment
 
 
-def python(script: str, *arguments: str, **changes: str) -> str:
-    """What a script prints in a process of its own; its errors where it fails."""
-    done = subprocess.run(
-        [sys.executable, "-c", script, *arguments],
-        cwd=REPOSITORY,
-        env=environment(**changes),
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    return done.stdout if done.returncode == 0 else done.stderr
+@pytest.fixture
+def python(tmp_path):
+    """What a script prints in a process of its own, its errors too (tests/support/warm.py)."""
+
+    def run(script: str, *arguments: str, **changes: str) -> str:
+        path, log = tmp_path / "script.py", tmp_path / "script.log"
+        path.write_text(script)
+        log.unlink(missing_ok=True)
+        warm.run(str(path), arguments, log, REPOSITORY, environment(**changes), timeout=200)
+        return log.read_text()
+
+    return run
 
 
-def both(patch: str, script: str, *arguments: str, **changes: str) -> tuple[str, str]:
+@pytest.fixture
+def both(python):
     """What a script prints without a patch and with it."""
-    head = "from llava_ext import patches\n"
-    return (
-        python(head + script, *arguments, **changes),
-        python(f"{head}patches.{patch}()\n{script}", *arguments, **changes),
-    )
+
+    def run(patch: str, script: str, *arguments: str, **changes: str) -> tuple[str, str]:
+        head = "from llava_ext import patches\n"
+        return (
+            python(head + script, *arguments, **changes),
+            python(f"{head}patches.{patch}()\n{script}", *arguments, **changes),
+        )
+
+    return run
 
 
 # -- accelerate -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_accelerate_imports_deepspeed_to_look_at_a_model():
+def test_accelerate_imports_deepspeed_to_look_at_a_model(both):
     script = (
         "import sys, torch, accelerate.utils.other as other\n"
         "other.extract_model_from_parallel(torch.nn.Linear(1, 1))\n"
-        "print('deepspeed' in sys.modules)"
+        "print('loaded:', 'deepspeed' in sys.modules)"
     )
     without, ours = both("keep_deepspeed_out", script)
-    assert "True" in without and "False" in ours
+    assert "loaded: True" in without and "loaded: False" in ours
 
 
 @pytest.mark.slow
-def test_accelerate_has_no_fsdp_on_the_cpu():
+def test_accelerate_has_no_fsdp_on_the_cpu(python):
     script = (
         "import sys, torch.distributed as dist\n"
         "from accelerate import Accelerator, PartialState\n"
@@ -66,7 +71,7 @@ def test_accelerate_has_no_fsdp_on_the_cpu():
         "PartialState(cpu=True)\n"
         "if sys.argv[1] == 'patched': patches.allow_fsdp_on_cpu()\n"
         "plugin = FullyShardedDataParallelPlugin(fsdp_version=2)\n"
-        "print(Accelerator(cpu=True, fsdp_plugin=plugin).distributed_type.name)\n"
+        "print('kind:', Accelerator(cpu=True, fsdp_plugin=plugin).distributed_type.name)\n"
         "dist.destroy_process_group()"
     )
     alone = {
@@ -77,8 +82,8 @@ def test_accelerate_has_no_fsdp_on_the_cpu():
         "MASTER_PORT": "0",
     }
     head = "from llava_ext import patches\n"
-    assert python(head + script, "as it is", **alone) == "MULTI_CPU\n"
-    assert python(head + script, "patched", **alone) == "FSDP\n"
+    assert "kind: MULTI_CPU\n" in python(head + script, "as it is", **alone)
+    assert "kind: FSDP\n" in python(head + script, "patched", **alone)
 
 
 # -- transformers -----------------------------------------------------------------------------------------
@@ -168,7 +173,7 @@ class Signalling(Dataset):
 
 
 @pytest.mark.slow
-def test_a_signal_ends_torchs_workers():
+def test_a_signal_ends_torchs_workers(python):
     script = (
         "import sys\n"
         "from llava_ext.training import signals\n"
@@ -180,7 +185,7 @@ def test_a_signal_ends_torchs_workers():
     )
     head = "from llava_ext import patches\n"
     assert "[0, 1, 2, 3]" not in python(head + script, "as it is")
-    assert python(head + script, "patched") == "[0, 1, 2, 3]\n"
+    assert "[0, 1, 2, 3]" in python(head + script, "patched")
 
 
 @pytest.mark.parametrize("shielded", [False, True])
@@ -204,7 +209,7 @@ def test_a_worker_can_be_hit_before_torchs_own_hook_runs(shielded):
 
 
 @pytest.mark.slow
-def test_compiled_code_has_random_numbers_of_its_own():
+def test_compiled_code_has_random_numbers_of_its_own(python):
     """With the patch the same channels are left out, and the generator ends where it would."""
     script = (
         "import torch\n"
@@ -215,12 +220,12 @@ def test_compiled_code_has_random_numbers_of_its_own():
         "def equal():\n"
         "    drop = lambda x: torch.nn.functional.dropout(2 * x, 0.5)\n"
         "    return torch.equal(step(drop), step(torch.compile(drop)))\n"
-        "print(equal())\n"
+        "print('equal:', equal())\n"
         "patches.draw_masks_as_uncompiled()\n"
         "torch._dynamo.reset()\n"
-        "print(equal())\n"
+        "print('then:', equal())\n"
     )
-    assert python(script).split() == ["False", "True"]
+    assert "equal: False\nthen: True\n" in python(script)
 
 
 # -- DeepSpeed --------------------------------------------------------------------------------------------
@@ -237,7 +242,7 @@ class Evil:
 
 
 @pytest.mark.slow
-def test_deepspeed_unpickles_whatever_its_files_name(tmp_path):
+def test_deepspeed_unpickles_whatever_its_files_name(tmp_path, python):
     torch.save({"state": Evil(tmp_path / "ran")}, tmp_path / "state.pt")
     script = (
         "import sys\n"
@@ -254,7 +259,7 @@ def test_deepspeed_unpickles_whatever_its_files_name(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("attribute", "read"), [("gradients", True), ("mro", False)])
-def test_a_stage_is_read_however_this_or_another_python_has_pickled_it(attribute, read, tmp_path):
+def test_a_stage_is_read_however_this_or_another_python_has_pickled_it(attribute, read, tmp_path, python):
     """Python 3.11.0 to 3.11.3 write `getattr(ZeroStageEnum, "gradients")`; any other attribute is refused."""
     torch.save({"zero_stage": Attribute(attribute)}, tmp_path / "state.pt")
     script = (
@@ -281,16 +286,16 @@ class Attribute:
 
 
 @pytest.mark.slow
-def test_deepspeed_would_compile_an_operator_on_the_cpu(tmp_path):
+def test_deepspeed_would_compile_an_operator_on_the_cpu(tmp_path, both):
     """Asked for at the start of every process group; the compiler is one that leaves a trace."""
     script = (
         "from deepspeed.comm.torch import build_shm_op\n"
-        "try: print('operator', build_shm_op())\n"
-        "except Exception as error: print('tried', type(error).__name__)"
+        "try: print('operator:', build_shm_op())\n"
+        "except Exception as error: print('tried:', type(error).__name__)"
     )
     changes = {"DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": str(tmp_path), "CXX": "/nowhere/c++"}
     without, ours = both("keep_shared_memory_out", script, **changes)
-    assert "tried" in without and "operator None" in ours
+    assert "tried: " in without and "operator: None" in ours
 
 
 @pytest.mark.slow
