@@ -104,13 +104,54 @@ def test_a_pattern_is_all_files_of_the_commit_that_are_called_so(work, hub):
     assert "has no file 'data/tests-*.json'; it has data/" in done.stderr
 
 
-def test_a_pattern_of_a_branch_is_asked_again(work, hub):
+def branch_spec(hub, *files):
+    return hub_spec(hub, revision="main", files=[{"path": path, "role": "annotations"} for path in files])
+
+
+def test_a_branch_stays_the_commit_that_it_was_at_the_first_fetch(work, hub):
     hub.put("a-1.json", questions(1))
-    spec = hub_spec(hub, revision="main", files=[{"path": "a-*.json", "role": "annotations"}])
+    spec, first = branch_spec(hub, "a-*.json"), hub.commit
+    done = work.acquire(spec)
+    assert done.returncode == 0
+    assert f"revision main) is commit {first} now and stays it here" in done.stdout + done.stderr
+    assert [file["revision"] for file in work.manifest()["files"]] == [first]
+    before = work.manifest()
+
+    hub.move({"a-1.json": questions(3), "a-2.json": questions(2)})
+    shutil.rmtree(work.data)  # to save space, say: what is fetched again has the same name in all runs
     assert work.acquire(spec).returncode == 0
+    again = work.manifest()
+    assert again["digest"] == before["digest"]
+    assert [file["path"] for file in again["files"]] == ["a-1.json"]
+
+    assert work.acquire(branch_spec(hub, "a-*.json") | {"revision": hub.commit}).returncode == 0
+    assert [file["path"] for file in work.manifest()["files"]] == ["a-1.json", "a-2.json"]
+
+
+def test_files_of_a_broken_download_and_later_ones_are_of_one_commit(work, hub):
+    hub.put("a-1.json", questions(1))
     hub.put("a-2.json", questions(2))
-    assert work.acquire(spec).returncode == 0
-    assert [file["path"] for file in work.manifest()["annotations"]] == ["a-1.json", "a-2.json"]
+    hub.files["a-2.json"].faults = [Fault("flip")] * 4
+    assert work.acquire(branch_spec(hub, "a-1.json", "a-2.json")).returncode == 1
+    first = hub.commit
+    hub.files["a-2.json"].faults = []
+    hub.move({"a-1.json": questions(3), "a-2.json": questions(4)})
+    assert work.acquire(branch_spec(hub, "a-1.json", "a-2.json")).returncode == 0
+    assert {file["revision"] for file in work.manifest()["files"]} == {first}
+    assert (work.data / "a-2.json").read_bytes() == questions(2)
+
+
+def test_a_branch_of_the_clients_cache_stays_what_it_was_too(work, hub):
+    hub.put("a-1.json", questions(1))
+    cache_with_the_real_client(work, hub, "a-1.json", revision="main")
+    spec, offline = branch_spec(hub, "a-1.json"), {"HF_HUB_OFFLINE": "1"}
+    assert work.acquire(spec, **offline).returncode == 0
+    first = work.manifest()["files"][0]["sha256"]
+    hub.move({"a-1.json": questions(3)})
+    cache_with_the_real_client(work, hub, "a-1.json", revision="main")
+    shutil.rmtree(work.data)
+    assert work.acquire(spec, **offline).returncode == 0
+    assert work.manifest()["files"][0]["sha256"] == first == sha(questions(1))
 
 
 def test_files_of_a_pattern_that_are_not_known_here_can_not_be_had_offline(work, hub):
@@ -212,13 +253,15 @@ def test_first_use_hashes_of_the_config_give_way_to_the_hubs(work, hub):
     assert work.manifest()["files"][0]["sha256"] == sha(ZIP)
 
 
-def cache_with_the_real_client(work, hub, *names):
+def cache_with_the_real_client(work, hub, *names, revision=None):
     """Fills the client's own cache as any other program of the user does."""
     code = (
         "import sys, huggingface_hub as h\nfor n in sys.argv[3:]: h.hf_hub_download(sys.argv[1], n,"
         " repo_type='dataset', revision=sys.argv[2])"
     )
-    subprocess.run([sys.executable, "-c", code, hub.repo, hub.commit, *names], env=work.env, check=True)
+    subprocess.run(
+        [sys.executable, "-c", code, hub.repo, revision or hub.commit, *names], env=work.env, check=True
+    )
 
 
 def test_the_clients_cache_is_used_in_place_and_verified(work, hub):

@@ -12,9 +12,11 @@ from pydantic import TypeAdapter
 
 from tests.support.servers import Server
 from tests.support.workspace import SMALL
+from workflow_scripts.acquire.settled import Settled
 from workflow_scripts.config.load import load_config, load_files
+from workflow_scripts.plan.describe import describe_plan
 from workflow_scripts.plan.plan import Plan
-from workflow_scripts.plan.source_keys import memory_path
+from workflow_scripts.plan.source_keys import SOURCES, memory_path
 from workflow_scripts.sources import KINDS, SourceSpec
 
 ROOT = Path(__file__).parents[2]
@@ -47,6 +49,23 @@ def names(*files, source=None):
     config["sources"]["captions"] = source or {"kind": "url", "files": list(files)}
     config["mixtures"]["pretrain"]["parts"][0]["images"] = []
     return sorted(run.name for run in Plan(load_config(config)).runs.values())
+
+
+def plan_of(source):
+    config = copy.deepcopy(SMALL)
+    config["sources"]["captions"] = source
+    config["mixtures"]["pretrain"]["parts"][0]["images"] = []
+    return Plan(load_config(config))
+
+
+def test_a_branch_is_named_in_the_plan_with_the_commit_that_it_was():
+    file = {"path": "a.json", "role": "annotations"}
+    said = "MOVES: sources.captions.revision: 'main' is no commit; taken as "
+    assert said + "the commit that it is at the first fetch" in describe_plan(plan_of(hub(file, "main")))
+    Settled("captions", SOURCES).write("owner/data", "main", COMMIT)
+    assert f"{said}commit {COMMIT} here" in describe_plan(plan_of(hub(file, "main")))
+    for fixed in (hub(file), hub(file, COMMIT[:7]), hub(file | PINNED, "main")):
+        assert "MOVES" not in describe_plan(plan_of(fixed))
 
 
 A, B = "https://a.example/a.json", "https://b.example/b.json"

@@ -241,10 +241,22 @@ class HubServer(Server):
         self.files, self.tags, self.token, self.api_faults = {}, {"main"}, None, []
         self.lfs = {}
         self.cdn = None
+        self.former = {}
 
     def put(self, path, data, lfs=True, **options):
         self.files[path] = Resource(data, **options)
         self.lfs[path] = lfs
+
+    def move(self, files):
+        """The branch has a new commit, with other content of these files; the former one can still be had."""
+        self.former[self.commit] = dict(self.files)
+        self.commit = hashlib.sha1(self.commit.encode(), usedforsecurity=False).hexdigest()
+        for path, data in files.items():
+            self.put(path, data)
+
+    def at(self, revision):
+        """The files of a revision."""
+        return self.former.get(revision, self.files)
 
     @property
     def api_root(self):
@@ -255,8 +267,8 @@ class HubServer(Server):
         kind = "" if self.repo_type == "model" else f"{self.repo_type}s/"
         return f"/{kind}{self.repo}/resolve/"
 
-    def entry(self, path):
-        data = self.files[path].data
+    def entry(self, path, revision="main"):
+        data = self.at(revision)[path].data
         git = hashlib.sha1(f"blob {len(data)}\0".encode() + data, usedforsecurity=False).hexdigest()
         entry = {"type": "file", "path": path, "size": len(data), "oid": git}
         if self.lfs[path]:
@@ -264,7 +276,7 @@ class HubServer(Server):
         return entry
 
     def knows(self, revision):
-        return revision in self.tags or revision == self.commit
+        return revision in self.tags or revision == self.commit or revision in self.former
 
     def answer(self, request, head):
         path = unquote(urlsplit(request.path).path)
@@ -291,11 +303,11 @@ class HubServer(Server):
             siblings = [{"rfilename": path} for path in self.files]
             request.send_json({"id": self.repo, "sha": self.commit, "siblings": siblings})
         elif parts[0] == "tree":
-            request.send_json([self.entry(path) for path in self.files])
+            request.send_json([self.entry(path, revision) for path in self.at(revision)])
         elif parts[0] == "paths-info":
             form = parse_qs(request.body.decode())
             asked = form.get("paths") or json.loads(request.body)["paths"]
-            request.send_json([self.entry(path) for path in asked if path in self.files])
+            request.send_json([self.entry(path, revision) for path in asked if path in self.at(revision)])
         elif parts[0] == "commits":
             item = {
                 "id": self.commit,
@@ -309,10 +321,10 @@ class HubServer(Server):
     def resolve(self, request, revision, name, head):
         if not self.knows(revision):
             request.send(404, b"", X_Error_Code="RevisionNotFound")
-        elif name not in self.files:
+        elif name not in self.at(revision):
             request.send(404, b"", X_Error_Code="EntryNotFound")
         elif self.cdn is not None and self.lfs[name]:
-            entry = self.entry(name)
+            entry = self.entry(name, revision)
             request.send(
                 302,
                 b"",
@@ -323,7 +335,7 @@ class HubServer(Server):
                 X_Repo_Commit=self.commit,
             )
         else:
-            resource = self.files[name]
-            entry = self.entry(name)
+            resource = self.at(revision)[name]
+            entry = self.entry(name, revision)
             resource.etag = f'"{entry["lfs"]["oid"] if self.lfs[name] else entry["oid"]}"'
             serve(request, resource, head, X_Repo_Commit=self.commit)

@@ -8,6 +8,7 @@ does not. HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN, HF_HOME and HF_HUB_CACHE mean w
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from workflow_scripts.acquire.answers import hub_advice
 from workflow_scripts.acquire.download import fetch
 from workflow_scripts.acquire.patience import Patience, retry_after
+from workflow_scripts.acquire.settled import Settled, is_commit
 from workflow_scripts.acquire.stopping import pause
 from workflow_scripts.acquire.verified import (
     Wanted,
@@ -45,9 +47,16 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 class Repository:
-    """A repository at a pinned revision."""
+    """A repository at a revision. A branch or a tag stays what ``settled`` notes that it was."""
 
-    def __init__(self, repo: str, repo_type: str, revision: str, patience: Patience | None = None) -> None:
+    def __init__(
+        self,
+        repo: str,
+        repo_type: str,
+        revision: str,
+        patience: Patience | None = None,
+        settled: Settled | None = None,
+    ) -> None:
         from huggingface_hub import HfApi, constants, get_token
 
         self.repo, self.repo_type, self.revision = repo, repo_type, revision
@@ -58,7 +67,10 @@ class Repository:
         if self.token:
             hide(self.token)
         self.api = HfApi(endpoint=self.endpoint, token=self.token or False)
-        self._commit: str | None = None
+        self.settled = None if is_commit(revision) else settled
+        self._commit = self.settled.read(repo, revision) if self.settled else None
+        # Files are asked for by several threads, which have to mean the same commit.
+        self._asking = threading.Lock()
 
     @property
     def shown(self) -> str:
@@ -66,25 +78,38 @@ class Repository:
         return f"{self.repo} ({self.repo_type}, revision {self.revision})"
 
     @property
-    def is_pinned(self) -> bool:
-        """Whether the revision is a commit, which never has other files."""
-        return bool(COMMIT.fullmatch(self.revision) or SHORT_COMMIT.fullmatch(self.revision))
+    def fixed(self) -> str | None:
+        """The revision if it is a commit, which never has other files, or the one that it is noted to be."""
+        return self.revision if is_commit(self.revision) else self._commit
 
     # -- what the hub says
 
     def commit(self) -> str:
         """The full commit that the revision stands for; the hub's file URLs take no shortened ones."""
-        if self._commit is None:
-            if COMMIT.fullmatch(self.revision):
-                self._commit = self.revision
-            elif SHORT_COMMIT.fullmatch(self.revision):
-                self._commit = self._full_revision()
-            else:
-                info = self._ask(
-                    lambda: self.api.repo_info(self.repo, revision=self.revision, repo_type=self.repo_type)
-                )
-                self._commit = str(info.sha)
-        return self._commit
+        with self._asking:
+            if self._commit is None:
+                self._commit = self._find_commit()
+            return self._commit
+
+    def _find_commit(self) -> str:
+        if COMMIT.fullmatch(self.revision):
+            return self.revision
+        if SHORT_COMMIT.fullmatch(self.revision):
+            return self._full_revision()
+        info = self._ask(
+            lambda: self.api.repo_info(self.repo, revision=self.revision, repo_type=self.repo_type)
+        )
+        commit = str(info.sha)
+        self._settle(commit)
+        return commit
+
+    def _settle(self, commit: str) -> None:
+        if self.settled is not None:
+            self.settled.write(self.repo, self.revision, commit)
+            say(
+                f"{self.shown} is commit {commit} now and stays it here ({self.settled.path}); set"
+                " `revision` to it, so that others fetch the same, or to a newer one"
+            )
 
     def _full_revision(self) -> str:
         commits = self._ask(lambda: self.api.list_repo_commits(self.repo, repo_type=self.repo_type))
@@ -207,7 +232,7 @@ class Repository:
         """The file in the client's cache, if it is there at this revision."""
         from huggingface_hub import constants, try_to_load_from_cache
 
-        revisions = [self.revision] if self._commit is None else [self._commit, self.revision]
+        revisions = [self.fixed or self.revision, *([self._commit] if self._commit else [])]
         if SHORT_COMMIT.fullmatch(self.revision):
             kind = f"{self.repo_type}s--{self.repo.replace('/', '--')}"
             snapshots = Path(constants.HF_HUB_CACHE) / kind / "snapshots"
@@ -216,6 +241,9 @@ class Repository:
         for revision in revisions:
             found = try_to_load_from_cache(self.repo, path, revision=revision, repo_type=self.repo_type)
             if isinstance(found, str):
+                if self.offline and self.fixed is None:
+                    self._commit = Path(found).parents[path.count("/")].name
+                    self._settle(self._commit)
                 return Path(found)
         return None
 
@@ -253,9 +281,10 @@ def find_files(repository: Repository, files: Sequence[HubFile], folder: Path) -
     """
     memory = folder / LISTING
     known = read_json(memory) if memory.is_file() else {}
-    asked = known if known.get("revision") == repository.revision else {}
-    if not asked or not (repository.offline or repository.is_pinned):
-        asked = {"revision": repository.revision, "names": repository.names()}
+    asked = known if known.get("revision") == (repository.fixed or repository.revision) else {}
+    if not asked or not (repository.offline or repository.fixed):
+        names = repository.names()
+        asked = {"revision": repository.fixed, "names": names}
         write_json(memory, asked)
     found: list[HubFile] = []
     for file in files:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from workflow_scripts.acquire.download import fetch
 from workflow_scripts.acquire.local_files import describe_local, described_path
 from workflow_scripts.acquire.patience import Patience
+from workflow_scripts.acquire.settled import Settled
 from workflow_scripts.acquire.stopping import Task, gather, until_signalled
 from workflow_scripts.acquire.verified import Wanted, provenance_path, recall
 from workflow_scripts.acquire.voice import say
@@ -19,17 +20,21 @@ from workflow_scripts.disk import check_disk
 from workflow_scripts.io import Hiccup, UserError
 from workflow_scripts.plan.source_keys import pinned, remember_recipe
 
+if TYPE_CHECKING:
+    from workflow_scripts.acquire.hub import Repository
+
 FILES_AT_A_TIME = 4
 Fetched = HubSource | UrlSource
 Getter = Callable[[Any, Path], tuple[Path, dict[str, Any]]]
+GetterMaker = Callable[[Any, Path, Patience], Getter]
 
 
-def fetch_source(spec: Fetched, folder: Path, getter: Callable[[Any, Patience], Getter]) -> dict[str, Any]:
+def fetch_source(spec: Fetched, folder: Path, getter: GetterMaker) -> dict[str, Any]:
     """Fetches what is not there yet; returns the content of the manifest. A signal ends it at once."""
     return until_signalled(partial(_fetch_all, spec, folder, getter))
 
 
-def _fetch_all(spec: Fetched, folder: Path, getter: Callable[[Any, Patience], Getter]) -> dict[str, Any]:
+def _fetch_all(spec: Fetched, folder: Path, getter: GetterMaker) -> dict[str, Any]:
     # Beside all sources of the working folder, so that parallel jobs share the limit of a host.
     patience = Patience(per_host=spec.connections_per_host, hosts=folder.parent / ".hosts")
     remote = [file for file in spec.files if not spec.replaced(file)]
@@ -39,7 +44,7 @@ def _fetch_all(spec: Fetched, folder: Path, getter: Callable[[Any, Patience], Ge
     remote = _named(spec, remote, folder, patience)
     _take_over_renamed(remote, folder)
     check_disk(folder, sum(missing_bytes(file, folder / file.name) for file in remote), "this source")
-    get = getter(spec, patience)
+    get = getter(spec, folder, patience)
     fetched = _results(gather([partial(get, file, folder / file.name) for file in remote], FILES_AT_A_TIME))
     found = _describe(remote, fetched, folder, own)
     hashes = {file.name: facts["sha256"] for file, (_, facts) in zip(remote, fetched, strict=True)}
@@ -51,9 +56,16 @@ def _named(spec: Fetched, files: list[Any], folder: Path, patience: Patience) ->
     """The files with those that a pattern stands for in its place."""
     if not isinstance(spec, HubSource) or not any(file.is_pattern for file in spec.files):
         return files
-    from workflow_scripts.acquire.hub import Repository, find_files
+    from workflow_scripts.acquire.hub import find_files
 
-    return find_files(Repository(spec.repo, spec.repo_type, spec.revision, patience), files, folder)
+    return find_files(_repository(spec, folder, patience), files, folder)
+
+
+def _repository(spec: HubSource, folder: Path, patience: Patience) -> Repository:
+    from workflow_scripts.acquire.hub import Repository
+
+    settled = Settled(folder.name, folder.parent)
+    return Repository(spec.repo, spec.repo_type, spec.revision, patience, settled)
 
 
 def _take_over_renamed(files: list[Any], folder: Path) -> None:
@@ -103,7 +115,7 @@ def missing_bytes(file: RemoteFile, target: Path) -> int:
     return max(0, file.bytes - there)
 
 
-def url_getter(spec: UrlSource, patience: Patience) -> Getter:
+def url_getter(spec: UrlSource, folder: Path, patience: Patience) -> Getter:
     """Fetches a file from one of its URLs."""
 
     def get(file: Any, target: Path) -> tuple[Path, dict[str, Any]]:
@@ -120,11 +132,11 @@ def url_getter(spec: UrlSource, patience: Patience) -> Getter:
     return get
 
 
-def hub_getter(spec: HubSource, patience: Patience) -> Getter:
+def hub_getter(spec: HubSource, folder: Path, patience: Patience) -> Getter:
     """Fetches a file from a repository."""
-    from workflow_scripts.acquire.hub import Repository, get_file
+    from workflow_scripts.acquire.hub import get_file
 
-    repository = Repository(spec.repo, spec.repo_type, spec.revision, patience)
+    repository = _repository(spec, folder, patience)
 
     def get(file: Any, target: Path) -> tuple[Path, dict[str, Any]]:
         return get_file(repository, file, target, patience)

@@ -252,7 +252,10 @@ class HubSource(_Fetched):
     repo_type: Literal["dataset", "model"] = "dataset"
     """What the repository is."""
     revision: Annotated[str, Field(min_length=1)]
-    """Commit (full, or its first 7 digits or more) or tag. A branch can move: pin a commit."""
+    """Commit (full, or its first 7 digits or more), tag or branch. A branch can move: what it is at the first
+    fetch is noted and stays so in this working folder; name a commit to fetch the same elsewhere, or
+    a newer one.
+    """
     files: Annotated[tuple[HubFile, ...], BeforeValidator(_numbered), Field(min_length=1)]
     """The files to fetch. `{00000..00067}` in a path stands for a file with each of these numbers."""
     connections_per_host: Annotated[Positive, Field(le=16)] = 2

@@ -14,7 +14,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from workflow_scripts.acquire.settled import Settled, is_commit
 from workflow_scripts.command_line import command_line
+from workflow_scripts.config.sources import HubSource
 from workflow_scripts.io import user_errors
 from workflow_scripts.manifests import origin_of
 from workflow_scripts.plan import memory
@@ -24,6 +26,7 @@ from workflow_scripts.plan.needs import GB, Item, disk_needs, items_of, missing_
 from workflow_scripts.plan.plan import Plan, read_plan
 from workflow_scripts.plan.runs import Run
 from workflow_scripts.plan.skipped import lines_of_others
+from workflow_scripts.plan.source_keys import SOURCES, pinned
 from workflow_scripts.plan.specs import plain
 from workflow_scripts.plan.tokens import Speeds, hours_of, measured_speeds, tokens_of
 
@@ -69,7 +72,8 @@ def describe_plan(plan: Plan, folder: Path | None = None) -> str:
     jobs = jobs_of(plan)
     lines += _data_lines(items) + _disk_lines(plan, items, folder or Path.cwd()) + _job_lines(jobs)
     lines += (
-        answer_lines(plan, Prices(plan), _training_hours(jobs))
+        _moving_lines(plan)
+        + answer_lines(plan, Prices(plan), _training_hours(jobs))
         + _adopted_lines(plan)
         + _chosen_lines(plan)
         + _memory_lines(plan)
@@ -94,6 +98,20 @@ def _data_lines(items: Iterable[Item]) -> list[str]:
     unknown = sum(item.total is None and item.state == "to fetch" for item in items)
     more = f", and {unknown} of unknown size" if unknown else ""
     return [*lines, f"  {'to fetch in all':<{width}}  {_size(missing)}{more}", ""]
+
+
+def _moving_lines(plan: Plan) -> list[str]:
+    """The sources that are at a branch or a tag, with the commit that was fetched here."""
+    lines = []
+    for name in sorted(plan.used_sources()):
+        spec = plan.config.sources[name]
+        if isinstance(spec, HubSource) and not is_commit(spec.revision) and not all(map(pinned, spec.files)):
+            commit = Settled(name, SOURCES).read(spec.repo, spec.revision)
+            which = f"commit {commit} here" if commit else "the commit that it is at the first fetch"
+            lines.append(
+                f"  MOVES: sources.{name}.revision: {spec.revision!r} is no commit; taken as {which}"
+            )
+    return [*lines, *[""][: len(lines)]]
 
 
 def _disk_lines(plan: Plan, items: Iterable[Item], folder: Path) -> list[str]:
