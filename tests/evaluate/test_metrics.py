@@ -67,3 +67,7 @@ def test_nothing_is_guessed_where_one_answer_is_right_or_any_may_be():
     assert METRICS["choice_letter"].chance([(["A"], CHOICES)] * 2) == pytest.approx(1 / 3)
     assert METRICS["vqa_accuracy"].chance([(["a"] * 10, ())]) is None
     assert all(METRICS[name].no_chance for name in ("exact_match", "choice_letter", "vqa_accuracy"))
+
+
+def test_an_accent_is_one_letter_or_two():
+    assert METRICS["exact_match"].score("cafe\u0301", ["caf\u00e9"], ()) == 1

@@ -88,7 +88,7 @@ def test_records_that_are_no_questions_are_named(tmp_path, held_out, change, wor
 def test_a_picture_that_is_not_there_or_no_picture_is_named(held_out):
     absent = Question("q", "../../etc/passwd", "where", "?", ("a",))
     with (
-        pytest.raises(UserError, match=r"has no picture \.\./\.\./etc/passwd"),
+        pytest.raises(UserError, match=r"asked about are not there: \.\./\.\./etc/passwd"),
         SHAPES.pictures(held_out[1], None, [absent]),
     ):
         pass

@@ -184,15 +184,141 @@ def test_answers_of_ten_people_are_kept(tmp_path):
         ("a.csv", "question,a,file\n", "no questions"),
         ("a.json", '[{"question": "?", "a": "yes", "file": "1.png"}]', "no 'q', which fields.question names"),
         ("a.json", '[{"q": "?", "a": "yes", "file": 7}]', r"7, which is no picture and no name of one"),
+        (
+            "a.json",
+            '[{"q": "?", "a": "yes", "file": ["1.png", "2.png"]}]',
+            "asks about 2 pictures; questions",
+        ),
+        ("a.json", '[{"q": "?", "a": [" "], "file": "1.png"}]', "no 'a', which fields.answer names"),
+        ("a.json", '[{"q": "?", "a": NaN, "file": "1.png"}]', "no 'a', which fields.answer names"),
+        ("a.json", '[{"q": "?", "a": "yes",', r"a\.json: not valid JSON .*; correct it"),
+        ("a.jsonl", "[1]\n", r"a\.jsonl, line 1: no JSON object but '\[1\]'; correct it"),
+        ("a.jsonl", "5\n", r"line 1: no JSON object but '5'"),
+        ("a.csv", "q,a,file\nred, or blue?,red,1.png\n", "line 2: more cells than columns; put texts with"),
+        ("a.csv", 'q,a,file\n"red?,red,1.png\n', "after line 1: unexpected end of data; correct the quotes"),
+        ("a.csv", b"q,a,file\nCaf\xe9?,yes,1.png\n", r"a\.csv: is not in UTF-8 .*; save it so"),
         ("a.txt", "?", r"a\.txt: kind: table reads \.json, \.jsonl, \.csv, \.parquet"),
     ],
 )
 def test_what_is_no_table_of_questions_is_named(tmp_path, name, content, message):
-    (tmp_path / name).write_text(content)
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     fields = FieldsSpec(question="q", answer="a", picture="file")
     spec = TaskSpec(source="mine", kind="table", fields=fields)
     with pytest.raises(UserError, match=message):
         read_questions(spec, source(tmp_path, tmp_path / name))
+
+
+def table_of(folder, name, content, **columns):
+    """The questions of a file with these contents."""
+    (folder / name).write_bytes(content.encode())
+    return TABLE.read(source(folder, folder / name), FieldsSpec(**columns))
+
+
+def test_other_ends_of_lines_are_part_of_a_text(tmp_path):
+    record = {"question": "a\u2028b\x85c?", "answer": "yes", "image": "1.png", "more": {"x": [1]}}
+    [found] = table_of(tmp_path, "q.jsonl", json.dumps(record, ensure_ascii=False) + "\r\n")
+    assert found.text == record["question"]
+
+
+def test_quotes_lines_and_a_byte_order_mark_of_csv_are_read(tmp_path):
+    [found] = table_of(tmp_path, "q.csv", '\ufeffquestion,answer,image\n"Is ""a, b""\nred?",yes,1.png\n')
+    assert found.text == 'Is "a, b"\nred?'
+
+
+def test_a_list_of_one_picture_is_that_picture(tmp_path):
+    rows = [{"question": "?", "answer": "yes", "image": [{"bytes": picture(5), "path": None}]}]
+    pd.DataFrame(rows).to_parquet(tmp_path / "test.parquet")
+    manifest = source(tmp_path, tmp_path / "test.parquet", images=False)
+    asked = TABLE.read(manifest, FieldsSpec())
+    with TABLE.pictures(manifest, FieldsSpec(), asked) as shown:
+        assert shown(asked[0].image) == picture(5)
+
+
+@pytest.mark.parametrize(
+    ("choices", "answer", "right"),
+    [
+        ('["cat", "dog"]', "1", "B"),  # all is text in CSV
+        ('["1", "2"]', "2", "2"),  # a choice itself, not its place
+        ('{"A": "cat", "B": "dog", "C": ""}', "B", "B"),
+    ],
+)
+def test_right_choices_of_csv(tmp_path, choices, answer, right):
+    path = tmp_path / "q.csv"
+    with path.open("w", newline="") as stream:
+        csv.writer(stream).writerows([["question", "answer", "image", "c"], ["?", answer, "1.png", choices]])
+    [found] = TABLE.read(source(tmp_path, path), FieldsSpec(choices="c"))
+    assert found.answers == (right,)
+    assert METRICS["choice_letter"].score("B", found.answers, found.choices) == 1
+    assert len(found.choices) == 2
+
+
+def test_numbers_with_a_point_are_places_and_numbers_again(tmp_path):
+    """As tables hold whole numbers in a column with gaps."""
+    record = {"question": "?", "answer": 1.0, "image": "1.png", "c": ["cat", "dog"]}
+    assert table_of(tmp_path, "a.json", json.dumps([record]), choices="c")[0].answers == ("B",)
+    assert table_of(tmp_path, "b.json", json.dumps([record]))[0].answers == ("1",)
+
+
+@pytest.mark.parametrize("choices", ["cat|dog", ["cat"], list(map(str, range(27)))])
+def test_what_is_no_list_of_choices_is_named(tmp_path, choices):
+    record = {"question": "?", "answer": "A", "image": "1.png", "c": choices}
+    with pytest.raises(UserError, match=r"record 1: \d+ choices .* from 2 to 26 can be asked; write a list"):
+        table_of(tmp_path, "q.json", json.dumps([record]), choices="c")
+
+
+@pytest.mark.parametrize(
+    ("metric", "answer"), [("yes_no", "1"), ("choice_letter", "the second"), ("choice_letter", "C")]
+)
+def test_a_right_answer_that_the_metric_can_not_read_is_named_before_anything_is_asked(
+    tmp_path, metric, answer
+):
+    record = {"question": "?", "answer": answer, "image": "1.png", "c": ["cat", "dog"]}
+    (tmp_path / "q.json").write_text(json.dumps([record]))
+    columns = FieldsSpec(choices="c" if metric == "choice_letter" else None)
+    spec = TaskSpec(source="mine", kind="table", metric=metric, fields=columns)
+    with pytest.raises(
+        UserError, match=f"question 1: metric: {metric} can't read the right answer '{answer}'"
+    ):
+        read_questions(spec, source(tmp_path, tmp_path / "q.json"))
+
+
+@pytest.mark.parametrize(
+    ("records", "task", "message"),
+    [
+        ([{}], {"prompt_prefix": "<image>\n"}, "question 1: <image> stands in '<image>.nWhat"),
+        (
+            [{"kind": "all"}, {"kind": "left"}],
+            {},
+            "question 1: its stratum is called 'all', as all questions",
+        ),
+    ],
+)
+def test_what_would_confuse_prompts_or_numbers_is_named(tmp_path, records, task, message):
+    base = {"question": "What?", "answer": "x", "image": "1.png", "kind": "a"}
+    (tmp_path / "q.json").write_text(json.dumps([base | record for record in records]))
+    spec = TaskSpec(source="mine", kind="table", fields=FieldsSpec(stratum="kind"), **task)
+    with pytest.raises(UserError, match=message):
+        read_questions(spec, source(tmp_path, tmp_path / "q.json"))
+
+
+def test_questions_of_one_name_get_others_that_are_not_taken(tmp_path):
+    records = [
+        {"question": "?", "answer": "x", "image": "1.png", "id": name} for name in ("a", "a#2", "a", "a")
+    ]
+    (tmp_path / "q.json").write_text(json.dumps(records))
+    spec = TaskSpec(source="mine", kind="table", fields=FieldsSpec(name="id"))
+    found = read_questions(spec, source(tmp_path, tmp_path / "q.json"))
+    assert [item.name for item in found] == ["a", "a#2", "a#3", "a#4"]
+
+
+def test_pictures_that_are_not_there_are_counted_and_named(tmp_path):
+    records = [{"question": "?", "answer": "x", "image": name} for name in ("1.png", "é.png", "3.png")]
+    (tmp_path / "q.json").write_text(json.dumps(records))
+    manifest = source(tmp_path, tmp_path / "q.json")
+    asked = TABLE.read(manifest, FieldsSpec())
+    message = r"2 of 3 pictures .* not there: é\.png, 3\.png; there are: 1\.png, 2\.png\. Correct the names"
+    with pytest.raises(UserError, match=message), TABLE.pictures(manifest, FieldsSpec(), asked):
+        pass
 
 
 def test_an_answer_that_is_no_choice_is_named(tmp_path):

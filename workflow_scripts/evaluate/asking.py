@@ -52,7 +52,7 @@ def decode_picture(name: str, data: bytes) -> Image.Image:
 
     try:
         return Image.open(io.BytesIO(data)).convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"picture {name}: can't be decoded ({error}); replace it in the source") from None
 
 

@@ -19,7 +19,8 @@ import pandas as pd
 
 from workflow_scripts.command_line import command_line, read_spec
 from workflow_scripts.config.base import StrictModel
-from workflow_scripts.evaluate.score import ALL, SCORES
+from workflow_scripts.evaluate.questions import ALL
+from workflow_scripts.evaluate.score import SCORES
 from workflow_scripts.evaluate.statistics import Difference, Settings, difference, holm
 from workflow_scripts.io import UserError, read_json, user_errors, write_json
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -27,8 +28,8 @@ class Metric:
 
 
 def normal_form(answer: str) -> str:
-    """Without case, surrounding blanks and a final full stop."""
-    return " ".join(answer.lower().split()).removesuffix(".")
+    """Without case, surrounding blanks and a final full stop; letters with accents written in one way."""
+    return " ".join(unicodedata.normalize("NFC", answer).lower().split()).removesuffix(".")
 
 
 # ---- exact match ----------------------------------------------------------------------------------------
@@ -73,8 +74,9 @@ def letter_of(text: str, choices: Sequence[str]) -> str | None:
 
 
 def _choice(given: str, right: Sequence[str], choices: Sequence[str]) -> float | None:
-    found = letter_of(given, choices)
-    return None if found is None else float(found == letter_of(right[0], choices))
+    found, wanted = letter_of(given, choices), letter_of(right[0], choices)
+    is_listed = wanted is not None and (not choices or ord(wanted) - ord("A") < len(choices))
+    return None if found is None else float(is_listed and found == wanted)
 
 
 def _one_of_the_choices(asked: Sequence[tuple[Sequence[str], Sequence[str]]]) -> float | None:
@@ -127,3 +129,16 @@ METRICS = {
         Metric("lmms_eval", None, lambda asked: None),
     )
 }
+
+
+def why_never_right(metric: str, right: Sequence[str], choices: Sequence[str]) -> str:
+    """What is wrong with a question to which no answer can be right: the metric can't read its right ones.
+    Empty where one can.
+    """
+    score = METRICS[metric].score
+    if score is None or any((score(answer, right, choices) or 0) > 0 for answer in right):
+        return ""
+    return (
+        f"metric: {metric} can't read the right answer {right[0] if right else ''!r}, so no answer would be"
+        " right; choose another metric, or say with fields.answer_words what it means"
+    )

@@ -8,9 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from workflow_scripts.config.evaluation import TaskSpec
+from workflow_scripts.evaluate.metrics import why_never_right
 from workflow_scripts.evaluate.tasks import TASKS
 from workflow_scripts.evaluate.tasks.task import Question
 from workflow_scripts.io import UserError
+
+PICTURE = "<image>"
+ALL = "all"
+"""The stratum that is all questions."""
 
 
 def read_questions(spec: TaskSpec, source: Path) -> list[Question]:
@@ -18,10 +23,27 @@ def read_questions(spec: TaskSpec, source: Path) -> list[Question]:
     questions = first_pictures(TASKS[spec.kind].read(source, spec.fields), spec.pictures)
     if not questions:
         raise UserError(f"{source}: the source has no questions of kind: {spec.kind}; name another source")
-    return [
+    worded = [
         replace(item, text=f"{spec.prompt_prefix}{item.text}{spec.prompt_suffix}")
         for item in _with_distinct_names(questions)
     ]
+    several = len({item.type for item in worded}) > 1
+    for item in worded:
+        if found := _unfit(item, spec.metric, several):
+            raise UserError(f"{source}, question {item.name}: {found}")
+    return worded
+
+
+def _unfit(item: Question, metric: str, several: bool) -> str:
+    """What keeps a question, one of several strata perhaps, from being asked and scored."""
+    if PICTURE in item.text:
+        return (
+            f"{PICTURE} stands in {item.text!r:.80}; the checkpoint's template puts the picture before the"
+            " question, so remove it there or from prompt_prefix and prompt_suffix"
+        )
+    if several and item.type == ALL:
+        return f"its stratum is called {ALL!r}, as all questions together are; call it otherwise"
+    return why_never_right(metric, item.answers, item.choices)
 
 
 def first_pictures(questions: Sequence[Question], number: int | None) -> list[Question]:
@@ -33,8 +55,11 @@ def first_pictures(questions: Sequence[Question], number: int | None) -> list[Qu
 def _with_distinct_names(questions: Sequence[Question]) -> list[Question]:
     """LLaVA's ids name pictures, not questions: the second of a name becomes `name#2`."""
     seen: Counter[str] = Counter()
-    found = []
+    found: dict[str, Question] = {}
     for item in questions:
-        seen[item.name] += 1
-        found.append(item if seen[item.name] == 1 else replace(item, name=f"{item.name}#{seen[item.name]}"))
-    return found
+        name = item.name
+        while name in found:
+            seen[item.name] += 1
+            name = f"{item.name}#{seen[item.name] + 1}"
+        found[name] = item if name == item.name else replace(item, name=name)
+    return list(found.values())

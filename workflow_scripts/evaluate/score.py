@@ -23,11 +23,11 @@ from workflow_scripts.command_line import command_line, read_spec
 from workflow_scripts.config.base import StrictModel
 from workflow_scripts.config.evaluation import TaskSpec
 from workflow_scripts.evaluate.answers import TABLE
-from workflow_scripts.evaluate.metrics import METRICS
+from workflow_scripts.evaluate.metrics import METRICS, why_never_right
+from workflow_scripts.evaluate.questions import ALL
 from workflow_scripts.evaluate.statistics import Estimate, Settings, accuracy, permutation_sensitivity
 from workflow_scripts.io import UserError, digest, read_json, user_errors, write_json
 
-ALL = "all"
 SCORES = "scores.parquet"
 SHOWN = 5
 
@@ -98,6 +98,9 @@ def check_rows(rows: pd.DataFrame, spec: TaskSpec, name: str) -> None:
             f"{where}.expected_questions: {spec.expected_questions}, but {len(normal)} questions were asked;"
             " correct the number or the source"
         )
+    for question, right, choices in zip(normal["question"], normal["right"], normal["choices"], strict=True):
+        if found := why_never_right(spec.metric, list(right), list(choices)):
+            raise UserError(f"{where}, question {question}: {found}")
     unread = normal["unparsed"] & ~normal["empty"]
     for key, bad, what in (
         ("max_empty_share", normal["empty"], "are empty"),

@@ -25,9 +25,7 @@ def read_questions(source: Path, fields: FieldsSpec | None = None) -> list[Quest
 
 def question_of(record: dict[str, Any], where: str) -> Question:
     """A LLaVA record as a question; ``where`` names it in messages."""
-    missing = [key for key in ("image", "question_type", "conversations") if key not in record]
-    if missing or len(record["conversations"]) != 2:
-        found = f"{missing[0]} is missing" if missing else f"{len(record['conversations'])} turns"
+    if found := _unfit(record):
         raise UserError(
             f"{where}: {found}; the evaluation needs records with image, question_type and exactly one"
             " question with its answer (a `shapes` source with `split: test`, or kind: table with `fields`)"
@@ -36,6 +34,22 @@ def question_of(record: dict[str, Any], where: str) -> Question:
     text = human["value"].replace("<image>", "").strip()
     name = str(record.get("id", where.rpartition(" ")[2]))
     return Question(name, record["image"], record["question_type"], text, (gpt["value"],))
+
+
+def _unfit(record: Any) -> str:
+    """What keeps a record from being a question."""
+    if not isinstance(record, dict):
+        return f"no record but {record!r:.60}"
+    if missing := [key for key in ("image", "question_type", "conversations") if key not in record]:
+        return f"{missing[0]} is missing"
+    turns = record["conversations"]
+    if not isinstance(turns, list) or len(turns) != 2:
+        return f"{len(turns) if isinstance(turns, list) else 'no'} turns"
+    if not all(isinstance(turn, dict) and isinstance(turn.get("value"), str) for turn in turns):
+        return "a turn has no text as its `value`"
+    if not isinstance(record["image"], str):
+        return f"image is {record['image']!r:.60} and no name of one picture"
+    return ""
 
 
 SHAPES = Task("shapes", read_questions, stored_pictures)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,7 +31,7 @@ def stored_pictures(
     path, kind = source.parent / images["path"], images["type"]
     listing = list_members(path, kind)
     rows = {name: row for row, name in enumerate(listing.names)}
-    places = {name: _row(name, rows, path) for name in dict.fromkeys(item.image for item in questions)}
+    places = _places(dict.fromkeys(item.image for item in questions), rows, path)
     with StoreReader(path, kind) as reader:
 
         def picture(name: str) -> bytes:
@@ -43,9 +43,21 @@ def stored_pictures(
         yield picture
 
 
-def _row(name: str, rows: Mapping[str, int], path: Path) -> int:
+def _places(names: Iterable[str], rows: Mapping[str, int], path: Path) -> dict[str, int]:
+    found = {name: _row(name, rows) for name in names}
+    if absent := [name for name, row in found.items() if row is None]:
+        raise UserError(
+            f"{path}: {len(absent)} of {len(found)} pictures that are asked about are not there:"
+            f" {_first(absent)}; there are: {_first(list(rows)) or 'none'}. Correct the names in the"
+            " questions, or the source's `images`"
+        )
+    return {name: row for name, row in found.items() if row is not None}
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join([*names[:3], *["..."][: max(0, len(names) - 3)]])
+
+
+def _row(name: str, rows: Mapping[str, int]) -> int | None:
     parts = name.split("/")
-    for start in range(len(parts)):
-        if (row := rows.get("/".join(parts[start:]))) is not None:
-            return row
-    raise UserError(f"{path}: has no picture {name}; make the source again")
+    return next((rows[end] for i in range(len(parts)) if (end := "/".join(parts[i:])) in rows), None)

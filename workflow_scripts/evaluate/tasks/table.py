@@ -6,8 +6,11 @@ Parquet may hold the pictures themselves, as files of the Hugging Face hub do: b
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,8 +24,18 @@ from workflow_scripts.io import UserError, digest, read_json
 Record = Mapping[str, Any]
 
 
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not in UTF-8 ({error}); save it so") from None
+
+
 def _json(path: Path) -> Iterator[Record]:
-    found = read_json(path)
+    try:
+        found = json.loads(_text(path))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); correct it") from None
     if not isinstance(found, list) or not all(isinstance(record, dict) for record in found):
         raise UserError(
             f"{path}: no list of records; write [{{...}}, ...] or one record a line in a .jsonl file"
@@ -31,19 +44,31 @@ def _json(path: Path) -> Iterator[Record]:
 
 
 def _json_lines(path: Path) -> Iterator[Record]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    # Not splitlines: texts may hold other characters that end a line.
+    for number, line in enumerate(_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
         try:
-            if line.strip():
-                yield dict(json.loads(line))
+            found = json.loads(line)
         except ValueError as error:
             raise UserError(f"{path}, line {number}: no JSON object ({error}); correct it") from None
+        if not isinstance(found, dict):
+            raise UserError(f"{path}, line {number}: no JSON object but {line.strip()!r:.60}; correct it")
+        yield found
 
 
 def _csv(path: Path) -> Iterator[Record]:
-    import csv
-
-    with path.open(encoding="utf-8-sig", newline="") as stream:
-        yield from csv.DictReader(stream)
+    reader = csv.DictReader(io.StringIO(_text(path), newline=""), strict=True)
+    try:
+        for record in reader:
+            if None in record:
+                raise UserError(
+                    f"{path}, line {reader.line_num}: more cells than columns; put texts with commas"
+                    " in quotes"
+                )
+            yield record
+    except csv.Error as error:
+        raise UserError(f"{path}, after line {reader.line_num}: {error}; correct the quotes") from None
 
 
 def _parquet(path: Path) -> Iterator[Record]:
@@ -83,21 +108,20 @@ def read_table(source: Path, fields: FieldsSpec | None) -> list[Question]:
 def _question(record: Record, columns: FieldsSpec, number: str, where: str) -> Question:
     def cell(key: str) -> Any:
         column = getattr(columns, key)
-        if record.get(column) in (None, ""):
+        if _is_nothing(record.get(column)):
             raise UserError(
                 f"{where}: no {column!r}, which fields.{key} names; columns: {', '.join(map(str, record))}"
             )
         return record[column]
 
     name = str(cell("name")) if columns.name else number
-    choices = tuple(map(str, _listed(cell("choices")))) if columns.choices else ()
+    choices = _choices(cell("choices"), where) if columns.choices else ()
     answers = _answers(cell("answer") if columns.answer else 0, choices, where)
     answers = tuple(columns.answer_words.get(answer, answer) for answer in answers)
     if columns.shuffle_choices:
         choices, answers = _shuffled(choices, answers, name)
     text = str(cell("question")).replace("<image>", "").strip() if columns.question else ""
-    for letter, choice in zip(_LETTERS, choices, strict=False):
-        text += f"\n{letter}. {choice}"
+    text += "".join(f"\n{letter}. {choice}" for letter, choice in zip(_LETTERS, choices, strict=False))
     return Question(
         name=name,
         image=_picture_name(cell("picture"), where),
@@ -111,24 +135,55 @@ def _question(record: Record, columns: FieldsSpec, number: str, where: str) -> Q
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
+def _is_nothing(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(map(_is_nothing, value))
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
 def _listed(value: Any) -> list[Any]:
-    """A list; also one that CSV holds as JSON text."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
+    """A list; also one that CSV holds as JSON text, or texts by their letters."""
+    if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
         try:
             value = json.loads(value)
         except ValueError:
             return [value]
+    if isinstance(value, Mapping) and list(value) == list(_LETTERS[: len(value)]):
+        return [text for text in value.values() if not _is_nothing(text)]
     return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _choices(value: Any, where: str) -> tuple[str, ...]:
+    found = tuple(map(str, _listed(value)))
+    if not 2 <= len(found) <= len(_LETTERS):
+        raise UserError(
+            f"{where}: {len(found)} choices ({value!r:.60}), from 2 to {len(_LETTERS)} can be asked; write"
+            ' a list, in CSV as JSON: ["left", "right"]'
+        )
+    return found
 
 
 def _answers(value: Any, choices: Sequence[str], where: str) -> tuple[str, ...]:
     """The right answers as text; a number is the place of a choice, from 0."""
-    if isinstance(value, int) and not isinstance(value, bool) and choices:
-        if not 0 <= value < len(choices):
-            raise UserError(f"{where}: the answer {value} is no place among {len(choices)} choices, from 0")
-        return (_LETTERS[value],)
+    place = _whole(value, choices)
+    if place is not None and choices:
+        if not 0 <= place < len(choices):
+            raise UserError(f"{where}: the answer {place} is no place among {len(choices)} choices, from 0")
+        return (_LETTERS[place],)
+    value = place if place is not None and not isinstance(value, str) else value
     found = [item["answer"] if isinstance(item, Mapping) else item for item in _listed(value)]
     return tuple(str(item) for item in found)
+
+
+def _whole(value: Any, choices: Sequence[str]) -> int | None:
+    """A whole number; also with a point, as tables with gaps hold it, and in digits that are no choice."""
+    if isinstance(value, str):
+        return int(value) if value.strip().isdecimal() and value.strip() not in choices else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return int(value) if value == int(value) else None
 
 
 def _shuffled(
@@ -142,12 +197,16 @@ def _shuffled(
 
 def _picture_bytes(value: Any) -> bytes | None:
     """The picture that a cell holds itself; None where it holds a name."""
+    value = value[0] if isinstance(value, list) and value else value
     found = value.get("bytes") if isinstance(value, Mapping) else value
     return bytes(found) if isinstance(found, bytes | bytearray) else None
 
 
 def _picture_name(value: Any, where: str) -> str:
     """What a picture is called: its name, or its content's digest where the table holds it."""
+    value = value[0] if isinstance(value, list) and len(value) == 1 else value
+    if isinstance(value, list):
+        raise UserError(f"{where}: asks about {len(value)} pictures; questions about one can be asked")
     data = _picture_bytes(value)
     if data is not None:
         return hashlib.sha256(data).hexdigest()[:16]
@@ -175,7 +234,10 @@ def table_pictures(
         if data is not None and (name := _picture_name(record[column], where)) in wanted:
             found[name] = data
     if absent := sorted(wanted - found.keys()):
-        raise UserError(f"{source}: has no picture {absent[0]}; name an archive or a folder under `images`")
+        raise UserError(
+            f"{source}: the table holds no picture {absent[0]} itself (nor {len(absent) - 1} others); name an"
+            " archive or a folder with them as the source's `images`"
+        )
     yield found.__getitem__
 
 
