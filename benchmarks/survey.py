@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     options = parser.parse_args(argv)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    from llava_ext.model.parts import load_tokenizer
+    from llava_ext.model.folders import load_tokenizer
 
     tokenizer = load_tokenizer(options.tokenizer, LIMIT) if options.tokenizer else llama_like()
     with tempfile.TemporaryDirectory() as name:

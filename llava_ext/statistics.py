@@ -176,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _survey_files(options: argparse.Namespace) -> dict[str, Counts]:
     from .data.dataset import EncodedSamples
     from .data.samples import open_samples
-    from .model.parts import load_tokenizer
+    from .model.folders import load_tokenizer
 
     tokenizer = load_tokenizer(options.tokenizer, options.model_max_length)
     store = open_samples(options.data_path, options.image_folder or ".")

@@ -17,7 +17,7 @@ from pathlib import Path
 from workflow_scripts.command_line import command_line
 
 CODE_VERSION = 3
-CODE_DIGEST = "5f77ba2aa2397089"
+CODE_DIGEST = "8a3479954fed3610"
 
 # The modules whose code decides what a training computes.
 NUMERIC = (

@@ -354,7 +354,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         store = open_samples(options.data, options.image_folder)
         tokenizer = None
         if options.tokenizer is not None:
-            from llava_ext.model.parts import load_tokenizer
+            from llava_ext.model.folders import load_tokenizer
 
             tokenizer = load_tokenizer(options.tokenizer)
         view = overview(store, tokenizer, options.prompt_version, options.limit, options.image_tokens)

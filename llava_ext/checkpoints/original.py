@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from ..data.image_token import image_token_id, marks_once, name_tokenizer
 from ..errors import TrainingError
 from ..files import read_json, write_json
-from ..model import parts
+from ..model import folders, parts
 from ..model.interventions import (
     DEFAULT_LAYERS,
     FLAGS,
@@ -337,7 +337,7 @@ def load_original(
         TrainingError: something is missing; the message says which argument gives it.
     """
 
-    from ..model.build import picture_fields
+    from ..model.folders import picture_fields
 
     path = Path(folder)
     described = json.loads((path / "config.json").read_text(encoding="utf-8"))
@@ -350,7 +350,7 @@ def load_original(
     else:
         vision = parts.load_tower(vision_folder, dtype, attn_implementation)
         check_tower(described, vision.config, path)
-    fields = picture_fields(vision.config, parts.load_image_processor(vision_folder))
+    fields = picture_fields(vision.config, folders.load_image_processor(vision_folder))
     grid = (fields["tower_image_size"] or vision.config.image_size) // vision.config.patch_size
     projector = read_projector(path)
     if whole:
@@ -361,7 +361,7 @@ def load_original(
         language = parts.load_llm(text_folder, dtype, attn_implementation)
         if adapters.is_adapter_folder(path):
             language = adapters.merge_adapters(language, path)
-    tokenizer = parts.load_tokenizer(text_folder, model_max_length)
+    tokenizer = folders.load_tokenizer(text_folder, model_max_length)
     interventions = interventions_from_original(described, grid)
     fields |= _own_fields(described)
     model = _join(language, vision, interventions, fields, tokenizer)
@@ -370,7 +370,7 @@ def load_original(
     check_projector(projector, shapes, str(path))
     module.load_state_dict(projector)
     module.to(language.dtype)
-    return model, tokenizer, parts.load_image_processor(vision_folder)
+    return model, tokenizer, folders.load_image_processor(vision_folder)
 
 
 def _stored_tower(

@@ -27,10 +27,10 @@ from ..data.image_token import name_tokenizer, with_image_token, with_marked_ima
 from ..data.images import ImagePreprocessor
 from ..data.templates import dialogue_jinja, template
 from ..files import flush, follow_umask
-from ..model.build import picture_fields
 from ..model.configuration_spatial_llava import SpatialLlavaConfig
+from ..model.folders import BuildError, load_tokenizer, picture_fields
 from ..model.modeling_spatial_llava import SpatialLlavaForConditionalGeneration
-from ..model.parts import BuildError, load_tokenizer, require_complete
+from ..model.parts import require_complete
 from ..model.processing_spatial_llava import SpatialLlavaProcessor
 from ..patches import without_zero3
 from .generation import exported_generation

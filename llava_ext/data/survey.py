@@ -68,7 +68,7 @@ class Surveyor:
     """Measures samples for several layouts of an image's tokens at once: their text is the same.
 
     Args:
-        tokenizer: as :func:`llava_ext.model.parts.load_tokenizer` gives it.
+        tokenizer: as :func:`llava_ext.model.folders.load_tokenizer` gives it.
         collators: one a layout, each with a ``model_max_length`` of ``max_length``.
         skipped: samples that training leaves out.
     """

@@ -10,30 +10,21 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
 )
 
 from ..data.image_token import image_token_id
-from ..data.images import ImagePreprocessor
 from ..distributed.gather import whole
 from ..patches import without_zero3
 from .configuration_spatial_llava import SpatialLlavaConfig
+from .folders import BuildError, load_image_processor, load_tokenizer, picture_fields
 from .interventions import Interventions
 from .modeling_spatial_llava import SpatialLlavaForConditionalGeneration
-from .parts import (
-    BuildError,
-    load_image_processor,
-    load_llm,
-    load_tokenizer,
-    load_tower,
-    tower_config,
-)
+from .parts import load_llm, load_tower
 from .processing_spatial_llava import SpatialLlavaProcessor
-from .towers import check_image_size, check_select_feature
+from .towers import check_select_feature
 
-AutoConfig.register("spatial_llava", SpatialLlavaConfig)
 AutoModelForImageTextToText.register(SpatialLlavaConfig, SpatialLlavaForConditionalGeneration)
 AutoProcessor.register(SpatialLlavaConfig, SpatialLlavaProcessor)
 
@@ -96,36 +87,6 @@ def build_model(
         config._attn_implementation = attn_implementation
     model = assembled(config, language, vision)
     return model, tokenizer, image_processor
-
-
-def image_config(tower: str | Path, interventions: Interventions, keeps_all: bool) -> SpatialLlavaConfig:
-    """A configuration that is right about pictures, and only about them: no weight and no language model is
-    read.
-
-    Args:
-        keeps_all: what stands before the patches goes to the language model too (`cls_patch`).
-    """
-    vision = tower_config(tower)
-    check_select_feature(vision, keeps_all)
-    return SpatialLlavaConfig(
-        vision_config=vision,
-        vision_feature_select_strategy="full" if keeps_all else "default",
-        **interventions.to_dict(),
-        **picture_fields(vision, load_image_processor(tower)),
-    )
-
-
-def picture_fields(vision_config: Any, image_processor: Any) -> dict[str, Any]:
-    """The fields of our config that say which pictures a tower gets. Raises ``TowerError`` when it cannot
-    take them.
-    """
-    pixels = ImagePreprocessor.from_processor(image_processor)
-    check_image_size(vision_config, pixels.size)
-    return {
-        "image_mean": list(pixels.mean),
-        "image_std": list(pixels.std),
-        "tower_image_size": None if pixels.size == vision_config.image_size else pixels.size,
-    }
 
 
 def assembled(config: SpatialLlavaConfig, language: Any, vision: Any) -> SpatialLlavaForConditionalGeneration:

@@ -1,4 +1,4 @@
-"""The parts of a model from their folders: tokenizer, image processor, vision tower, language model."""
+"""The parts of a model from their folders or the hub: vision tower, language model."""
 
 from __future__ import annotations
 
@@ -9,26 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
-    AutoTokenizer,
 )
 
-from ..data.image_token import remove_image_token
 from ..errors import TrainingError
+from .folders import BuildError, tower_config
 from .language_models import (
     LANGUAGE_MODELS,
     known_language_models,
-    language_model,
-    padding_token,
     text_model_type,
 )
-from .towers import registered_tower
 
 
 def resolve_model(name: str, flag: str, cache_dir: str | None) -> Path:
@@ -56,70 +51,6 @@ def resolve_model(name: str, flag: str, cache_dir: str | None) -> Path:
         raise TrainingError(
             f"--{flag} {name}: no such folder, not in the cache, and the hub did not answer{offline}: {error}"
         ) from error
-
-
-class BuildError(ValueError):
-    """A model folder that cannot be used; the message names the folder, what was found and the fix."""
-
-
-def load_tokenizer(folder: str | Path, model_max_length: int = 2048, padding_side: str = "right") -> Any:
-    """The folder's tokenizer, set up so that :mod:`llava_ext.data.conversation` gives LLaVA's ids.
-
-    The padding token is `<unk>`, as in LLaVA; where there is none, what :mod:`language_models` says of the
-    family. An `<image>` token that an exported checkpoint's tokenizer has is taken out again: in training the
-    text `<image>` of a sample without image is ordinary text.
-
-    Raises:
-        BuildError: no tokenizer there, or one whose padding token would also be a label.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(folder),
-            legacy=False,
-            model_max_length=model_max_length,
-            padding_side=padding_side,
-            trust_remote_code=False,
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise BuildError(
-            f"{folder}: no usable tokenizer ({error}); it needs tokenizer.model or tokenizer.json"
-        ) from None
-    remove_image_token(tokenizer)
-    family = language_model(text_model_type(folder))
-    padding = padding_token(tokenizer, family)
-    if padding is None:
-        raise BuildError(
-            f"{folder}: the tokenizer has no <unk>, its padding token is {tokenizer.pad_token!r} and its end"
-            f" token {tokenizer.eos_token!r}; padding is dropped from texts, so it must be a token of its"
-            " own: set pad_token in tokenizer_config.json to one that no text holds (looked for:"
-            f" {', '.join(family.padding)})"
-        )
-    tokenizer.pad_token = padding
-    return tokenizer
-
-
-def tower_config(folder: str | Path) -> Any:
-    """The vision config of a registered tower's folder. Raises :class:`BuildError` with the register for
-    any other.
-    """
-    try:
-        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-        config = getattr(config, "vision_config", config)
-        registered_tower(config.model_type)
-    except (OSError, ValueError) as error:
-        raise BuildError(f"{folder}: {error}") from None
-    return config
-
-
-def load_image_processor(folder: str | Path) -> Any:
-    """The vision tower's image processor (Pillow backend)."""
-    processor = getattr(transformers, registered_tower(tower_config(folder).model_type).processor)
-    try:
-        return processor.from_pretrained(str(folder))
-    except (OSError, ValueError) as error:
-        raise BuildError(
-            f"{folder}: no image processor ({error}); it needs preprocessor_config.json"
-        ) from None
 
 
 def load_tower(folder: str | Path, dtype: torch.dtype | None, attn_implementation: str | None) -> Any:

@@ -14,7 +14,7 @@ from ..checkpoints import adapters, keys, original, tensors
 from ..checkpoints.stored import save_checkpoint, save_tower
 from ..distributed.collectives import barrier
 from ..errors import NoVerdict, TrainingError, say
-from ..model.parts import load_image_processor, load_tokenizer
+from ..model.folders import load_image_processor, load_tokenizer
 from . import claim, states
 from .identity import skipped_history
 from .lora import is_adapted, merged_state, save_adapters

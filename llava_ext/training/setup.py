@@ -27,16 +27,11 @@ from ..distributed import memory
 from ..distributed.gather import count, whole
 from ..errors import NoVerdict, TrainingError, say
 from ..model.attention import attend_by_segments, check_family, while_loading
-from ..model.build import build_model, image_config, reset_projector
+from ..model.build import build_model, reset_projector
+from ..model.folders import image_config, load_image_processor, load_tokenizer, tower_config
 from ..model.language_models import text_model_type
 from ..model.modeling_spatial_llava import VARLEN
-from ..model.parts import (
-    check_language_model,
-    load_image_processor,
-    load_tokenizer,
-    resolve_model,
-    tower_config,
-)
+from ..model.parts import check_language_model, resolve_model
 from ..model.towers import check_select_feature
 from . import claim, states
 from .arguments import checkpoint_every

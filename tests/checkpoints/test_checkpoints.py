@@ -25,8 +25,8 @@ from llava_ext.checkpoints.stored import load_model, save_checkpoint
 from llava_ext.checkpoints.tensors import read_folder
 from llava_ext.data.conversation import inference_prompt, prompt_ids
 from llava_ext.model.build import reset_projector
+from llava_ext.model.folders import load_tokenizer
 from llava_ext.model.interventions import FLAGS, Interventions
-from llava_ext.model.parts import load_tokenizer
 from tests.support.models import ALONE, flags, make_batch, make_model, picture
 
 QUESTION = "What color is the circle?"
@@ -301,7 +301,7 @@ def test_published_hub_checkpoints_are_read(tmp_path):
 def test_missing_weights_are_an_error(tmp_path):
     from safetensors.torch import load_file, save_file
 
-    from llava_ext.model.parts import BuildError
+    from llava_ext.model.folders import BuildError
 
     model, tokenizer, images = make_model()
     save_checkpoint(model, tokenizer, images, tmp_path)

@@ -18,8 +18,8 @@ from llava_ext.checkpoints import keys, original, tensors
 from llava_ext.checkpoints.stored import load_model, save_checkpoint
 from llava_ext.errors import TrainingError
 from llava_ext.model.build import build_model
+from llava_ext.model.folders import load_tokenizer
 from llava_ext.model.interventions import Interventions
-from llava_ext.model.parts import load_tokenizer
 from llava_ext.training.flag_options import take_interventions
 from tests.support.trainings import GOLDEN
 

@@ -25,7 +25,7 @@ from llava_ext.data.dataset import EncodedSamples
 from llava_ext.data.images import ImagePreprocessor, decode
 from llava_ext.data.samples import SamplesError, open_samples
 from llava_ext.errors import TrainingError
-from llava_ext.model.parts import load_tokenizer
+from llava_ext.model.folders import load_tokenizer
 from tests.support import chat_templates
 from tests.support.models import LLM, TOWER, flags, make_model, picture
 

@@ -14,9 +14,8 @@ from llava_ext.data.read_ahead import ReadAhead
 from llava_ext.data.samples import open_samples
 from llava_ext.data.survey import CODES, MEASURED, REASONS, Surveyor
 from llava_ext.data.templates import TEMPLATES, ConversationError
-from llava_ext.model.build import image_config
+from llava_ext.model.folders import image_config, load_tokenizer
 from llava_ext.model.interventions import Interventions
-from llava_ext.model.parts import load_tokenizer
 from tests.data.test_records import ODD
 from tests.golden.test_text import record, records_of
 from tests.support.models import picture

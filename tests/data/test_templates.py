@@ -18,7 +18,7 @@ from llava_ext.data.conversation import (
 )
 from llava_ext.data.image_token import image_token_id, with_image_token
 from llava_ext.data.templates import TEMPLATES, ConversationError, described, template
-from llava_ext.model.parts import load_tokenizer
+from llava_ext.model.folders import load_tokenizer
 from tests.support import chat_templates
 from tests.support.chat_templates import CHATML, FAMILIES, MISTRAL_LAST
 from tests.support.models import LLM

@@ -74,7 +74,7 @@ def test_every_word_of_the_demo_is_one_piece(llm):
 @pytest.mark.parametrize(("split", "version"), [("captions", "plain"), ("questions", "v1"), ("test", "v1")])
 def test_the_masks_leave_exactly_the_answers(llm, tmp_path, split, version):
     from llava_ext.data.conversation import encode
-    from llava_ext.model.parts import load_tokenizer
+    from llava_ext.model.folders import load_tokenizer
 
     spec = ShapesSource(split=split, pictures=30, text_only=4 if split == "questions" else 0)
     shapes.generate(spec, tmp_path)

@@ -119,7 +119,7 @@ def test_prompts_have_the_ids_of_training(export, held_out):
     from PIL import Image
 
     from llava_ext.data.conversation import IMAGE_TOKEN_INDEX, inference_prompt, prompt_ids
-    from llava_ext.model.parts import load_tokenizer
+    from llava_ext.model.folders import load_tokenizer
 
     loaded = load_checkpoint(export)
     asked = read_questions(task(pictures=5, prompt_suffix=" Answer shortly."), held_out[1])

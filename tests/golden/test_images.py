@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from llava_ext.data.images import ImagePreprocessor, decode
-from llava_ext.model.parts import load_image_processor
+from llava_ext.model.folders import load_image_processor
 
 from . import reference
 

@@ -10,7 +10,7 @@ import pytest
 from llava_ext.data import conversation, templates
 from llava_ext.data.assembly import coordinate_ids, published_coordinate_ids
 from llava_ext.data.image_token import MARK
-from llava_ext.model.parts import load_tokenizer
+from llava_ext.model.folders import load_tokenizer
 
 from . import reference
 

@@ -14,16 +14,18 @@ from llava_ext.checkpoints.stored import load_model, save_checkpoint
 from llava_ext.data.images import ImagePreprocessor
 from llava_ext.errors import TrainingError
 from llava_ext.model.build import build_model
+from llava_ext.model.folders import (
+    BuildError,
+    image_config,
+    load_image_processor,
+    load_tokenizer,
+    picture_fields,
+    tower_config,
+)
 from llava_ext.model.interventions import InterventionError, Interventions
 from llava_ext.model.language_models import GENERAL, LANGUAGE_MODELS, padding_token, turn_end_ids
 from llava_ext.model.modeling_spatial_llava import patch_coordinates
-from llava_ext.model.parts import (
-    BuildError,
-    check_language_model,
-    load_image_processor,
-    load_llm,
-    load_tokenizer,
-)
+from llava_ext.model.parts import check_language_model, load_llm
 from llava_ext.model.projectors import projector_depth
 from llava_ext.model.towers import TOWERS, TowerError
 from tests.support.families import byte_tokenizer, llama3_tokenizer, make_llm, make_tower, qwen_tokenizer
@@ -402,3 +404,11 @@ def test_interleaved_coordinates_are_the_same_ids_in_training_and_in_the_saved_p
     sample = {"id": "a", "input_ids": [-200], "labels": [-100], "images": [torch.zeros(3, 56, 56)]}
     mine = Collator.for_model(model.config, tokenizer)([sample])["input_ids"][0].tolist()
     assert list(theirs) == mine and len(mine) > 16
+
+
+@each_tower
+def test_pictures_are_told_by_the_settings_as_by_transformers_image_processor(folders, kind):
+    vision = tower_config(folders[kind])
+    stated = image_config(folders[kind], Interventions(), keeps_all=False)
+    for name, value in picture_fields(vision, load_image_processor(folders[kind])).items():
+        assert getattr(stated, name) == value

@@ -14,8 +14,8 @@ import torch
 from llava_ext.data.assembly import AssemblyError, Collator, image_block
 from llava_ext.model.build import mean_token_norm
 from llava_ext.model.configuration_spatial_llava import SpatialLlavaConfig
+from llava_ext.model.folders import BuildError
 from llava_ext.model.interventions import FIELD_NAMES, FLAGS, InterventionError, Interventions
-from llava_ext.model.parts import BuildError
 from tests.support.models import RECORDS, flags, make_batch, make_model, make_samples
 
 

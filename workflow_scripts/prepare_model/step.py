@@ -257,7 +257,8 @@ def _preflight_part(folder: Path, role: str, name: str) -> None:
 def _preflight_llm(folder: Path, trial: Path) -> None:
     from transformers import AutoTokenizer, GenerationConfig
 
-    from llava_ext.model.parts import check_language_model, load_tokenizer
+    from llava_ext.model.folders import load_tokenizer
+    from llava_ext.model.parts import check_language_model
 
     if (folder / "generation_config.json").is_file():
         generation = GenerationConfig.from_pretrained(folder)
@@ -278,8 +279,7 @@ def _preflight_llm(folder: Path, trial: Path) -> None:
 
 def _preflight_tower(folder: Path) -> None:
     """The tower is registered, and takes the pictures that its image processor gives."""
-    from llava_ext.model.build import picture_fields
-    from llava_ext.model.parts import load_image_processor, tower_config
+    from llava_ext.model.folders import load_image_processor, picture_fields, tower_config
 
     picture_fields(tower_config(folder), load_image_processor(folder))
 

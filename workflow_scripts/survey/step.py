@@ -31,9 +31,8 @@ from llava_ext.data.skipping import find_records
 from llava_ext.data.survey import MEASURED, Measured, Surveyor
 from llava_ext.errors import TrainingError
 from llava_ext.files import atomic_path, sha256
-from llava_ext.model.build import image_config
+from llava_ext.model.folders import image_config, load_tokenizer
 from llava_ext.model.interventions import Interventions
-from llava_ext.model.parts import load_tokenizer
 from workflow_scripts.command_line import command_line
 from workflow_scripts.io import Hiccup, UserError, digest, progress, read_json, user_errors, write_json
 from workflow_scripts.survey.bounds import problems
