@@ -17,7 +17,7 @@ from pathlib import Path
 from workflow_scripts.command_line import command_line
 
 CODE_VERSION = 3
-CODE_DIGEST = "8a3479954fed3610"
+CODE_DIGEST = "97532765a829e649"
 
 # The modules whose code decides what a training computes.
 NUMERIC = (
@@ -36,6 +36,7 @@ NUMERIC = (
     "llava_ext/data/images.py",
     "llava_ext/data/assembly.py",
     "llava_ext/model/build.py",
+    "llava_ext/model/folders.py",
     "llava_ext/model/parts.py",
     "llava_ext/checkpoints/stored.py",
     "llava_ext/training/precision.py",

@@ -106,16 +106,18 @@ def image_config(tower: str | Path, interventions: Interventions, keeps_all: boo
 
 def _stated_processor(folder: str | Path) -> Any:
     """The settings of a folder's image processor, where they stand in its file one and all; None where
-    defaults of transformers' class would complete them: that class loads every model's code, for seconds.
+    defaults of transformers' class would complete them, or a processor's file comes before this one: that
+    class loads every model's code, for seconds.
     """
-    path = Path(folder) / "preprocessor_config.json"
+    if (Path(folder) / "processor_config.json").exists():
+        return None
     try:
-        stated = json.loads(path.read_bytes())
-        sizes = [stated["size"], stated["crop_size"] if stated["do_center_crop"] else {}]
-        whole = [side for size in sizes for side in size.values() if side is not None]
-        if not all(type(side) is int for side in [*whole, stated["resample"]]):
-            return None
-        return SimpleNamespace(**stated) if {"image_mean", "image_std"} <= stated.keys() else None
+        stated = json.loads((Path(folder) / "preprocessor_config.json").read_bytes())
+        crop = stated["crop_size"] if stated["do_center_crop"] else {}
+        levels = [*stated["image_mean"], *stated["image_std"]]
+        whole = all(type(n) is int for n in [*stated["size"].values(), *crop.values(), stated["resample"]])
+        known = whole and all(type(level) is float for level in levels) and len(levels) == 6
+        return SimpleNamespace(**stated) if known and type(stated["do_center_crop"]) is bool else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 

@@ -2,6 +2,9 @@
 refused.
 """
 
+import json
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -406,9 +409,50 @@ def test_interleaved_coordinates_are_the_same_ids_in_training_and_in_the_saved_p
     assert list(theirs) == mine and len(mine) > 16
 
 
+PICTURES = {"size": {"height": 56, "width": 56}, "do_center_crop": False, "resample": 2}
+TURNED = PICTURES | {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+
+
 @each_tower
-def test_pictures_are_told_by_the_settings_as_by_transformers_image_processor(folders, kind):
-    vision = tower_config(folders[kind])
-    stated = image_config(folders[kind], Interventions(), keeps_all=False)
-    for name, value in picture_fields(vision, load_image_processor(folders[kind])).items():
-        assert getattr(stated, name) == value
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        TURNED,
+        TURNED | {"do_center_crop": True, "crop_size": {"height": 56, "width": 56}},
+        TURNED | {"do_center_crop": True, "size": 56, "crop_size": 56},
+    ],
+    ids=["as saved", "other numbers", "with a crop", "one number a size"],
+)
+def test_pictures_are_told_by_the_settings_as_by_transformers_image_processor(
+    folders, tmp_path, kind, settings
+):
+    folder = make_tower(tmp_path / "tower", kind, settings)
+    by_class = picture_fields(tower_config(folder), load_image_processor(folder))
+    stated = image_config(folder, Interventions(), keeps_all=False)
+    assert {name: getattr(stated, name) for name in by_class} == by_class
+
+
+def test_a_processors_file_comes_before_the_image_processors(folders, tmp_path):
+    folder = make_tower(tmp_path / "tower", "clip_vision_model", TURNED)
+    within = {"image_processor": TURNED | {"image_mean": [0.7, 0.7, 0.7]}}
+    (folder / "processor_config.json").write_text(json.dumps(within))
+    stated = image_config(folder, Interventions(), keeps_all=False)
+    assert stated.image_mean == list(load_image_processor(folder).image_mean) == [0.7, 0.7, 0.7]
+
+
+SHORT = """
+import sys
+from llava_ext.model.folders import image_config, load_tokenizer
+from llava_ext.model.interventions import Interventions
+load_tokenizer(sys.argv[1]), image_config(sys.argv[2], Interventions(), keeps_all=False)
+print([name for name in sys.modules if name == "transformers.modeling_utils" or ".modeling_clip" in name])
+"""
+
+
+def test_the_survey_of_a_folder_that_says_all_loads_no_models_code(tmp_path):
+    settings = TURNED | {"do_center_crop": True, "crop_size": {"height": 56, "width": 56}}
+    folder = make_tower(tmp_path / "tower", "clip_vision_model", settings)
+    command = [sys.executable, "-c", SHORT, str(LLM), str(folder)]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert answer.stdout.strip() == "[]"
