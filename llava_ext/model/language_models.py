@@ -80,18 +80,23 @@ def known_language_models() -> str:
     return ", ".join(f"{entry.title} ({name})" for name, entry in LANGUAGE_MODELS.items())
 
 
-def text_model_type(folder: str | Path) -> str | None:
-    """The model type of the language model in a folder: of an LLM, or of the LLM inside a LLaVA
-    checkpoint.
+def text_settings(folder: str | Path) -> Mapping[str, Any]:
+    """What `config.json` says of the language model in a folder: of an LLM, or of the LLM inside a LLaVA
+    checkpoint; nothing where it can't be read.
     """
     try:
         described = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None
+        return {}
     if not isinstance(described, Mapping):
-        return None
+        return {}
     inner = described.get("text_config")
-    kind = (inner if isinstance(inner, Mapping) else described).get("model_type")
+    return inner if isinstance(inner, Mapping) else described
+
+
+def text_model_type(folder: str | Path) -> str | None:
+    """The model type of the language model in a folder."""
+    kind = text_settings(folder).get("model_type")
     return original_text_type(str(kind)) or (str(kind) if kind else None)
 
 

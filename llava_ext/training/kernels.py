@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import os
 import shutil
 from collections.abc import Iterator
@@ -20,6 +21,9 @@ from ..errors import TrainingError, say
 from ..model.language_models import LANGUAGE_MODELS, known_language_models
 
 BACKEND = "inductor"
+# The names of the one activation that Liger's feed-forward layer computes, whatever a model asks for.
+SWISH = ("silu", "swish")
+ROTATION = "apply_rotary_pos_emb"
 # Steps after which every kind of batch has been seen, and the layers compiled for it.
 WARM = 10
 
@@ -46,12 +50,17 @@ def check_fusion(fusion: str, gpu: bool) -> None:
         )
 
 
-def check_liger(model_type: str | None) -> None:
+def check_liger(model_type: str | None, activation: str = SWISH[0]) -> None:
     """Refuses a language model for which Liger's kernels are not known to be right."""
     if model_type not in LANGUAGE_MODELS:
         raise TrainingError(
             f"--fusion liger: not known to be right for {model_type} models; known are"
             f" {known_language_models()}; use --fusion compile"
+        )
+    if activation not in SWISH:
+        raise TrainingError(
+            f"--fusion liger: this language model has hidden_act {activation}, and Liger's feed-forward layer"
+            f" knows {' and '.join(SWISH)} only; use --fusion compile"
         )
 
 
@@ -87,13 +96,39 @@ def layers(model: nn.Module) -> Iterator[nn.Module]:
 
 def _use_liger(model: Any) -> None:
     language = model.model.language_model
-    check_liger(language.config.model_type)
+    check_liger(language.config.model_type, language.config.hidden_act)
     entry = LANGUAGE_MODELS[language.config.model_type]
     apply = getattr(importlib.import_module("liger_kernel.transformers"), entry.liger)
     # Its rotation takes both halves of a pair to turn alike, which the published table does not.
-    rope = not model.config.twoD_vision_embedding
+    rope = not (model.config.twoD_vision_embedding and model.config.published_behaviour)
     head = {"cross_entropy": False, "fused_linear_cross_entropy": False}  # few logits are computed here
     apply(model=language, rope=rope, rms_norm=True, swiglu=True, **head)
+    left = unfused(language, rope)
+    if left:
+        raise TrainingError(
+            f"--fusion liger: this release of liger-kernel does not change {len(left)} parts of the language"
+            f" model as asked ({', '.join(left[:3])}, ...); install the one in envs/requirements-liger.txt,"
+            " or use --fusion compile"
+        )
+
+
+def unfused(language: Any, rope: bool) -> list[str]:
+    """The parts of a language model that would not be computed as asked: norms and feed-forward layers that
+    are not Liger's, a rotation that is Liger's (``rope``) or is not.
+    """
+    liger = importlib.import_module("liger_kernel.transformers")
+    kinds = {type(language.norm): liger.LigerRMSNorm, type(language.layers[0].mlp): liger.LigerSwiGLUMLP}
+    expected = ((name, module, kinds.get(type(module))) for name, module in language.named_modules())
+    left = [
+        name
+        for name, module, kind in expected
+        if kind is not None and getattr(module.forward, "__func__", None) is not kind.forward
+    ]
+    attend = inspect.unwrap(type(language.layers[0].self_attn).forward)
+    rotates = attend.__globals__.get(ROTATION) is liger.liger_rotary_pos_emb
+    if rotates is not rope or ROTATION not in attend.__code__.co_names:
+        left.append("the rotation")
+    return left
 
 
 class Recompilations(TrainerCallback):

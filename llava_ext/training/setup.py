@@ -29,14 +29,14 @@ from ..errors import NoVerdict, TrainingError, say
 from ..model.attention import attend_by_segments, check_family, while_loading
 from ..model.build import build_model, reset_projector
 from ..model.folders import image_config, load_image_processor, load_tokenizer, tower_config
-from ..model.language_models import text_model_type
+from ..model.language_models import text_model_type, text_settings
 from ..model.modeling_spatial_llava import VARLEN
 from ..model.parts import check_language_model, resolve_model
 from ..model.towers import check_select_feature
 from . import claim, states
 from .arguments import checkpoint_every
 from .identity import ROUNDING, check_finished, check_identity, identity
-from .kernels import check_fusion, check_liger, fuse
+from .kernels import SWISH, check_fusion, check_liger, fuse
 from .lora import add_adapters, is_adapted
 from .optimizer import PROJECTOR, TOWER, component, freeze
 from .precision import cast_frozen, half_precision, load_dtype
@@ -149,7 +149,8 @@ def _check_families(arguments: Arguments, folders: dict[str, Path]) -> None:
         check_family(text_model_type(folders["llm"]))
     check_fusion(arguments.training.fusion, gpu=not arguments.training.use_cpu)
     if arguments.training.fusion == "liger":
-        check_liger(text_model_type(folders["llm"]))
+        activation = text_settings(folders["llm"]).get("hidden_act", SWISH[0])
+        check_liger(text_model_type(folders["llm"]), activation)
 
 
 def with_known_statistics(arguments: Arguments, checkpoint: Path | None) -> Arguments:

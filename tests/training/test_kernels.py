@@ -235,6 +235,8 @@ def test_a_missing_tool_of_a_fusion_is_said(monkeypatch):
 def test_liger_is_refused_for_language_models_that_it_may_not_fit():
     with pytest.raises(TrainingError, match="not known to be right for gpt2 models"):
         kernels.check_liger("gpt2")
+    with pytest.raises(TrainingError, match="hidden_act gelu, and Liger's feed-forward layer knows silu"):
+        kernels.check_liger("llama", "gelu")
 
 
 @pytest.mark.parametrize("aspect_ratio", ["pad", "square"])
