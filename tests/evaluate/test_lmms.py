@@ -22,6 +22,7 @@ import yaml
 
 pytest.importorskip("lmms_eval", reason="make env-evaluation")
 
+from tests.support import warm_python
 from tests.support.benchmarks import BENCHMARKS, Benchmark, mme, picture, pope, write_rows
 from tests.support.demo import load_json
 from workflow_scripts.acquire.step import main as acquire
@@ -414,11 +415,11 @@ def test_the_workflow_asks_a_checkpoint_under_every_condition_in_shards(tmp_path
         "models": {"tiny": {"kind": "path", "role": "checkpoint", "path": str(folder)}},
         "experiments": {"other": {"checkpoint": "tiny", "tasks": ["pope"]}},
         "evaluation": {"tasks": {"pope": {**task, "max_empty_share": 1, "expected_questions": 4}}},
-        "python_evaluation": sys.executable,
+        "python_evaluation": warm_python.python(),
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     target = "experiments/other/evaluation/pope.json"
-    command = [sys.executable, "-m", "snakemake", "-s", ROOT / "Snakefile", "--cores", "1", target]
+    command = [warm_python.python(), "-m", "snakemake", "-s", ROOT / "Snakefile", "--cores", "1", target]
     subprocess.run([*command, "--configfile", "config.yaml"], cwd=tmp_path, check=True)
     found = load_json(tmp_path / target)
     assert {name: list(by_seed) for name, by_seed in found["metrics"].items()} == {

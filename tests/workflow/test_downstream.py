@@ -7,13 +7,13 @@ from __future__ import annotations
 import copy
 import re
 import subprocess
-import sys
 
 import pandas as pd
 import pytest
 import yaml
 from PIL import Image
 
+from tests.support import warm_python
 from tests.support.workspace import ROOT
 
 pytestmark = pytest.mark.slow
@@ -45,7 +45,7 @@ def page():
 
 def run(folder, finished, *arguments):
     triggers = ["--rerun-triggers", "mtime", "input", "params"]
-    command = [sys.executable, "-m", "snakemake", "--cores", "2", *triggers, *arguments]
+    command = [warm_python.python(), "-m", "snakemake", "--cores", "2", *triggers, *arguments]
     done = subprocess.run(
         command,
         cwd=folder,

@@ -11,6 +11,7 @@ import textwrap
 import pytest
 
 from llava_ext.data.samples import open_samples
+from tests.support import warm_python
 from tests.support.workspace import ROOT
 from workflow_scripts.io import read_json
 
@@ -30,7 +31,7 @@ def run(command, folder):
     program, *words = shlex.split(command)
     own = {
         "python": [sys.executable],
-        "snakemake": [sys.executable, "-m", "snakemake", "-s", str(ROOT / "Snakefile")],
+        "snakemake": [warm_python.python(), "-m", "snakemake", "-s", str(ROOT / "Snakefile")],
     }
     return subprocess.run(
         [*own[program], *words],
