@@ -34,7 +34,7 @@ from workflow_scripts.evaluate.asking import Chunk, answer, decode_picture
 from workflow_scripts.evaluate.checkpoint import load_checkpoint
 from workflow_scripts.evaluate.conditions import Condition
 from workflow_scripts.evaluate.lmms import VERSION, questions, scores
-from workflow_scripts.evaluate.lmms.chance import listed_letters
+from workflow_scripts.evaluate.lmms.chance import Chance, listed_letters
 from workflow_scripts.evaluate.lmms.task import find_definition, no_network
 from workflow_scripts.evaluate.questions import read_questions
 from workflow_scripts.evaluate.tasks import TASKS
@@ -351,6 +351,10 @@ def test_guesses_at_pairs_are_counted_as_the_task_counts_pairs(tmp_path):
     assert guessed["draws"] == 20
     assert guessed["metrics"]["mme_perception_score"] == pytest.approx(75, abs=5)
     assert guessed["metrics"]["mme_cognition_score"] == pytest.approx(75, abs=7)
+
+
+def test_metrics_over_many_questions_need_few_draws():
+    assert [Chance(dict.fromkeys(map(str, range(n)), 0.5), {}).draws for n in (4, 3000, 14_233)] == [20, 3, 1]
 
 
 def test_guesses_are_the_same_each_time(tmp_path):

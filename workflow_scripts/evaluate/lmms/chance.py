@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy
 import pandas as pd
@@ -19,8 +19,8 @@ from workflow_scripts.evaluate.lmms.task import LoadedTask, right_answers
 from workflow_scripts.evaluate.metrics import letter_of, normal_form
 from workflow_scripts.io import UserError
 
-DRAWS, SEED = 20, 0
-"""How often all questions are guessed, for metrics over all of them, and from which seed."""
+GUESSES, MOST_DRAWS, SEED = 10_000, 20, 0
+"""Metrics over all questions rest on about so many guesses: some tasks count for a minute at each draw."""
 _LISTED = re.compile(r"(?:^|(?<=\s))(?:\(([A-Za-z])\)|([A-Z])[.):])(?=\s)")
 OPEN = "they list no options with the right one among them, and not only yes and no are right"
 
@@ -31,13 +31,18 @@ class Chance:
 
     Attributes:
         levels: by question, the mean score of its options; without the open ones.
-        metrics: the task's own over all questions, the mean of some draws; empty where a question is open.
+        metrics: the task's own over all questions, the mean of ``draws``; empty where a question is open.
         reason: why something is missing.
     """
 
     levels: Mapping[str, float]
     metrics: Mapping[str, float]
     reason: str = ""
+
+    @property
+    def draws(self) -> int:
+        """How often all questions are guessed."""
+        return max(1, min(MOST_DRAWS, GUESSES // max(1, len(self.levels))))
 
 
 def listed_letters(text: str) -> tuple[str, ...]:
@@ -82,10 +87,11 @@ def chance_of(judge: Judge, rows: pd.DataFrame) -> Chance:
     levels = {name: sum(item.score for item in items) / len(items) for name, items in judged.items()}
     if missing := len(options) - len(levels):
         return Chance(levels, {}, f"{missing} of {len(options)} questions are open: {OPEN}")
+    found = Chance(levels, {})
     try:
-        return Chance(levels, _guessed(judge.loaded, list(judged.values())))
+        return replace(found, metrics=_guessed(judge.loaded, list(judged.values()), found.draws))
     except UserError as error:
-        return Chance(levels, {}, str(error))
+        return replace(found, reason=str(error))
 
 
 def _judged(judge: Judge, options: Mapping[str, Sequence[str]]) -> dict[str, list[Judged]]:
@@ -98,13 +104,13 @@ def _judged(judge: Judge, options: Mapping[str, Sequence[str]]) -> dict[str, lis
     return {name: items for name, items in by_name.items() if max(item.score for item in items) == 1}
 
 
-def _guessed(loaded: LoadedTask, options: Sequence[Sequence[Judged]]) -> dict[str, float]:
+def _guessed(loaded: LoadedTask, options: Sequence[Sequence[Judged]], number: int) -> dict[str, float]:
     random = numpy.random.default_rng(SEED)
     sizes = [len(items) for items in options]
-    draws = []
-    for _ in range(DRAWS):
+    draws: list[dict[str, float]] = []
+    for _ in range(number):
         chosen = random.integers(sizes)
         guesses = (items[place] for items, place in zip(options, chosen, strict=True))
         draws.append(summary(loaded, guesses))
     everywhere = [metric for metric in draws[0] if all(metric in found for found in draws)]
-    return {metric: sum(found[metric] for found in draws) / DRAWS for metric in everywhere}
+    return {metric: sum(found[metric] for found in draws) / number for metric in everywhere}

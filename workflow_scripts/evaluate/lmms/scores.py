@@ -21,7 +21,7 @@ from llava_ext.files import atomic_path, sha256
 from workflow_scripts.command_line import command_line, read_spec
 from workflow_scripts.config.evaluation import TaskSpec
 from workflow_scripts.evaluate.answers import TABLE
-from workflow_scripts.evaluate.lmms.chance import DRAWS, chance_of
+from workflow_scripts.evaluate.lmms.chance import chance_of
 from workflow_scripts.evaluate.lmms.judging import Judge, summary
 from workflow_scripts.evaluate.lmms.task import loaded_task, no_network
 from workflow_scripts.io import UserError, read_json, user_errors, write_json
@@ -54,7 +54,7 @@ def score_answers(spec: TaskSpec, source: Path, predictions: Path, output: Path)
         "predictions": said["digest"],
         "lmms_eval": about,
         "metrics": metrics,
-        "chance": {"metrics": chance.metrics, "draws": DRAWS, "reason": chance.reason},
+        "chance": {"metrics": chance.metrics, "draws": chance.draws, "reason": chance.reason},
         "table": table.name,
         "digest": sha256(table),
     }
