@@ -138,6 +138,13 @@ def test_why_there_is_no_chance_level_is_said(everything, tmp_path):
     assert "No chance level: not known." in Page(rendered(everything, tmp_path)).text
 
 
+def test_answers_below_chance_are_pointed_at(everything, tmp_path):
+    said = "as is: below chance, so the metric may not read the answers"
+    assert said not in Page(rendered(everything, tmp_path)).text
+    rewrite_scores(everything, chance={"all": 0.99, "where": 0.99, "shape": 0.99})
+    assert f"vanilla: blank: 7 empty, {said}." in Page(rendered(everything, tmp_path)).text
+
+
 def rewrite_scores(paths, **changes):
     """Changes the scores of all experiments."""
     for path in paths:

@@ -42,7 +42,8 @@ TABLE = "measures.parquet"
 def questions_of(spec: DiagnosticsSpec, task: TaskSpec, source: Path) -> list[Question]:
     """The first question about each of the first pictures."""
     first: dict[str, Question] = {}
-    for item in read_questions(task.model_copy(update={"pictures": spec.pictures}), source):
+    fewer = task.model_copy(update={"pictures": spec.pictures, "expected_questions": None})
+    for item in read_questions(fewer, source):
         first.setdefault(item.image, item)
     return list(first.values())
 

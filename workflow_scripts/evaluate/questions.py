@@ -23,6 +23,11 @@ def read_questions(spec: TaskSpec, source: Path) -> list[Question]:
     questions = first_pictures(TASKS[spec.kind].read(source, spec.fields), spec.pictures)
     if not questions:
         raise UserError(f"{source}: the source has no questions of kind: {spec.kind}; name another source")
+    if spec.expected_questions not in (None, len(questions)):
+        raise UserError(
+            f"expected_questions: {spec.expected_questions}, but {len(questions)} of {source} would be asked;"
+            " correct the number or the source"
+        )
     worded = [
         replace(item, text=f"{spec.prompt_prefix}{item.text}{spec.prompt_suffix}")
         for item in _with_distinct_names(questions)
@@ -41,6 +46,10 @@ def _unfit(item: Question, metric: str, several: bool) -> str:
             f"{PICTURE} stands in {item.text!r:.80}; the checkpoint's template puts the picture before the"
             " question, so remove it there or from prompt_prefix and prompt_suffix"
         )
+    try:
+        "".join([item.name, item.image, item.type, item.text, *item.answers, *item.choices]).encode()
+    except UnicodeEncodeError as error:
+        return f"half a character ({error}), which no file can hold; correct the text"
     if several and item.type == ALL:
         return f"its stratum is called {ALL!r}, as all questions together are; call it otherwise"
     return why_never_right(metric, item.answers, item.choices)

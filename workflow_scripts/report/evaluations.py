@@ -23,6 +23,7 @@ from workflow_scripts.report.table import (
     accuracy_rows,
     conditions_of,
     difference_rows,
+    is_below_chance,
     is_near_chance,
     strata_of,
 )
@@ -66,6 +67,17 @@ def _summary_cell(
     }
 
 
+def _odd(scores: Mapping[str, Any]) -> list[str]:
+    """What should make one look at the answers."""
+    found = [
+        f"{CONDITIONS[condition]}: {cells[ALL][what]} {what}"
+        for condition, cells in scores["accuracy"].items()
+        for what in ("empty", "unparsed")
+        if cells[ALL][what]
+    ]
+    return found + ["as is: below chance, so the metric may not read the answers"] * is_below_chance(scores)
+
+
 def _why_no_chance(scores: Mapping[str, Any]) -> str:
     """Scores of earlier versions do not say it."""
     return str(scores.get("no_chance") or "not known")
@@ -92,12 +104,7 @@ def _task_section(
             "psi": [item["psi"].get(kind) for kind in kinds],
             "whole_psi": item["psi"].get(ALL),
             "deltas": [_delta(found, name, task, kind) for kind in kinds],
-            "odd": [
-                f"{CONDITIONS[condition]}: {cells[ALL][what]} {what}"
-                for condition, cells in item["accuracy"].items()
-                for what in ("empty", "unparsed")
-                if cells[ALL][what]
-            ],
+            "odd": _odd(item),
         }
         for name, item in scores.items()
     ]

@@ -28,6 +28,12 @@ def is_near_chance(found: Mapping[str, Any], chance: float | None) -> bool:
     return chance is not None and found["low"] <= chance
 
 
+def is_below_chance(scores: Mapping[str, Any]) -> bool:
+    """Whether guesses would be better: then the metric may not read the answers."""
+    level = scores["chance"].get(ALL)
+    return level is not None and scores["accuracy"]["normal"][ALL]["high"] < level
+
+
 def accuracy_rows(tasks: Tasks) -> list[dict[str, Any]]:
     """One row for each task, experiment, condition and stratum. Shares are fractions."""
     return [
