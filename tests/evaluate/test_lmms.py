@@ -281,6 +281,14 @@ def test_what_can_not_be_asked_is_named(tmp_path, lmms, message):
         prepared(BY_TASK["pope_adv"], tmp_path, lmms=lmms)
 
 
+def test_a_damaged_file_is_named(tmp_path):
+    source, manifest = prepared(BY_TASK["pope_adv"], tmp_path)
+    path = tmp_path / "instructions-0.parquet"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"instructions-0\.parquet: can't be read as parquet"):
+        questions.prepare("q", spec_of(BY_TASK["pope_adv"]).lmms, source, manifest)
+
+
 def test_a_question_about_several_pictures_is_named(tmp_path):
     with pytest.raises(UserError, match=r"seedbench, question 1: asks about 2 pictures"):
         prepared(BY_TASK["seedbench"], tmp_path, lmms={"only": {}})

@@ -73,6 +73,9 @@ def test_pictures_are_read_from_every_kind_of_source(tmp_path, archive):
         ({"question_type": None}, "question_type is missing"),
         ({"image": None}, "image is missing"),
         ({"conversations": [{}] * 4}, "4 turns"),
+        ({"conversations": [{}] * 2}, "a turn has no text as its `value`"),
+        ({"image": ["1.png", "2.png"]}, "image is .* and no name of one picture"),
+        ({"question_type": 3}, "question_type is 3 and no text"),
     ],
 )
 def test_records_that_are_no_questions_are_named(tmp_path, held_out, change, words):

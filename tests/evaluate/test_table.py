@@ -196,6 +196,9 @@ def test_answers_of_ten_people_are_kept(tmp_path):
         ("a.jsonl", "5\n", r"line 1: no JSON object but '5'"),
         ("a.csv", "q,a,file\nred, or blue?,red,1.png\n", "line 2: more cells than columns; put texts with"),
         ("a.csv", 'q,a,file\n"red?,red,1.png\n', "after line 1: unexpected end of data; correct the quotes"),
+        ("a.csv", "q,a,a,file\n?,yes,no,1.png\n", "has more than one column 'a'; rename or remove one"),
+        ("a.json", '[{"q": "?", "a": [{"text": "x"}], "file": "1.png"}]', "is no text and no list of texts"),
+        ("a.parquet", b"PAR1 and no more", r"a\.parquet: can't be read as parquet"),
         ("a.csv", b"q,a,file\nCaf\xe9?,yes,1.png\n", r"a\.csv: is not in UTF-8 .*; save it so"),
         ("a.txt", "?", r"a\.txt: kind: table reads \.json, \.jsonl, \.csv, \.parquet"),
     ],
@@ -257,6 +260,22 @@ def test_numbers_with_a_point_are_places_and_numbers_again(tmp_path):
     record = {"question": "?", "answer": 1.0, "image": "1.png", "c": ["cat", "dog"]}
     assert table_of(tmp_path, "a.json", json.dumps([record]), choices="c")[0].answers == ("B",)
     assert table_of(tmp_path, "b.json", json.dumps([record]))[0].answers == ("1",)
+
+
+@pytest.mark.parametrize("answer", [1, "B", "(b)", "B.", "dog"])
+def test_shuffled_choices_take_the_right_answer_with_them(tmp_path, answer):
+    """However it is written."""
+    record = {"question": "?", "answer": answer, "image": "1.png", "c": ["cat", "dog", "cup"]}
+    asked = table_of(tmp_path, "q.json", json.dumps([record] * 9), choices="c", shuffle_choices=True)
+    assert len({item.choices for item in asked}) > 2
+    score = METRICS["choice_letter"].score
+    assert all(score("dog", item.answers, item.choices) == 1 for item in asked)
+    assert not any(score("cat", item.answers, item.choices) for item in asked)
+
+
+def test_strata_that_are_whole_numbers_are_so_with_a_point_too(tmp_path):
+    records = [{"question": "?", "answer": "x", "image": "1.png", "kind": kind} for kind in (1, 1.0)]
+    assert {i.type for i in table_of(tmp_path, "q.json", json.dumps(records), stratum="kind")} == {"1"}
 
 
 @pytest.mark.parametrize("choices", ["cat|dog", ["cat"], list(map(str, range(27)))])

@@ -29,7 +29,7 @@ from workflow_scripts.evaluate.two_d_shapes import (
     make_scene,
     records_of,
 )
-from workflow_scripts.io import UserError
+from workflow_scripts.io import UserError, write_json
 
 
 @pytest.fixture(scope="module")
@@ -153,3 +153,10 @@ def test_the_published_parquet_gives_the_same_questions(drawn):
     assert published == ours
     with TASKS["two_d_shapes"].pictures(source, None, published[:1]) as picture:
         assert picture(published[0].image).startswith(b"\x89PNG")
+
+
+def test_a_damaged_table_is_named(tmp_path):
+    (tmp_path / "2ds.parquet").write_bytes(b"PAR1 and no more")
+    write_json(tmp_path / "manifest.json", {"files": [{"path": "2ds.parquet"}]})
+    with pytest.raises(UserError, match="a table can't be read as parquet"):
+        TASKS["two_d_shapes"].read(tmp_path / "manifest.json", None)

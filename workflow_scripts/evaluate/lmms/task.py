@@ -149,7 +149,18 @@ def source_files(source: Path, pattern: str) -> list[Path]:
     for path in found:
         if path.suffix != ".parquet":
             raise UserError(f"{path}: kind: lmms reads parquet files; name others with lmms.files")
+        _check_parquet(path)
     return found
+
+
+def _check_parquet(path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet as pq
+
+    try:
+        pq.read_schema(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path}: can't be read as parquet ({error}); fetch or write it again") from None
 
 
 def _features(path: Path) -> Any:

@@ -21,10 +21,14 @@ def read_published(source: Path, fields: FieldsSpec | None = None) -> list[Quest
     tables = [path for path in files if path.suffix == ".parquet"]
     if not tables:
         raise UserError(f"{source}: has no parquet file; kind: two_d_shapes needs the published table of 2DS")
+    try:
+        found = [(path, records_of(pandas.read_parquet(path))) for path in tables]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{source}: a table can't be read as parquet ({error}); fetch it again") from None
     return [
         question_of(record, f"{path}, question {number}")
-        for path in tables
-        for number, record in enumerate(records_of(pandas.read_parquet(path)), 1)
+        for path, records in found
+        for number, record in enumerate(records, 1)
     ]
 
 

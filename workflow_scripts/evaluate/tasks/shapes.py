@@ -49,6 +49,8 @@ def _unfit(record: Any) -> str:
         return "a turn has no text as its `value`"
     if not isinstance(record["image"], str):
         return f"image is {record['image']!r:.60} and no name of one picture"
+    if not isinstance(record["question_type"], str):
+        return f"question_type is {record['question_type']!r:.60} and no text"
     return ""
 
 

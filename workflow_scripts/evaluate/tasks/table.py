@@ -11,12 +11,14 @@ import hashlib
 import io
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from workflow_scripts.config.question_fields import FieldsSpec
+from workflow_scripts.evaluate.metrics import letter_of, normal_form
 from workflow_scripts.evaluate.tasks.stores import stored_pictures
 from workflow_scripts.evaluate.tasks.task import Pictures, Question, Task
 from workflow_scripts.io import UserError, digest, read_json
@@ -60,6 +62,8 @@ def _json_lines(path: Path) -> Iterator[Record]:
 def _csv(path: Path) -> Iterator[Record]:
     reader = csv.DictReader(io.StringIO(_text(path), newline=""), strict=True)
     try:
+        if twice := [name for name, number in Counter(reader.fieldnames or ()).items() if number > 1]:
+            raise UserError(f"{path}: has more than one column {twice[0]!r}; rename or remove one")
         for record in reader:
             if None in record:
                 raise UserError(
@@ -72,10 +76,14 @@ def _csv(path: Path) -> Iterator[Record]:
 
 
 def _parquet(path: Path) -> Iterator[Record]:
+    import pyarrow
     import pyarrow.parquet as pq
 
-    for batch in pq.ParquetFile(path).iter_batches(batch_size=512):
-        yield from batch.to_pylist()
+    try:
+        for batch in pq.ParquetFile(path).iter_batches(batch_size=512):
+            yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path}: can't be read as parquet ({error}); fetch or write it again") from None
 
 
 READERS: Mapping[str, Callable[[Path], Iterator[Record]]] = {
@@ -114,7 +122,7 @@ def _question(record: Record, columns: FieldsSpec, number: str, where: str) -> Q
             )
         return record[column]
 
-    name = str(cell("name")) if columns.name else number
+    name = _plain(cell("name")) if columns.name else number
     choices = _choices(cell("choices"), where) if columns.choices else ()
     answers = _answers(cell("answer") if columns.answer else 0, choices, where)
     answers = tuple(columns.answer_words.get(answer, answer) for answer in answers)
@@ -125,7 +133,7 @@ def _question(record: Record, columns: FieldsSpec, number: str, where: str) -> Q
     return Question(
         name=name,
         image=_picture_name(cell("picture"), where),
-        type=str(cell("stratum")) if columns.stratum else "all",
+        type=_plain(cell("stratum")) if columns.stratum else "all",
         text=text,
         answers=answers,
         choices=choices,
@@ -141,6 +149,11 @@ def _is_nothing(value: Any) -> bool:
     if isinstance(value, str):
         return not value.strip()
     return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _plain(value: Any) -> str:
+    """As text; a whole number as one, though a column with gaps holds it with a point."""
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
 def _listed(value: Any) -> list[Any]:
@@ -173,7 +186,11 @@ def _answers(value: Any, choices: Sequence[str], where: str) -> tuple[str, ...]:
             raise UserError(f"{where}: the answer {place} is no place among {len(choices)} choices, from 0")
         return (_LETTERS[place],)
     value = place if place is not None and not isinstance(value, str) else value
-    found = [item["answer"] if isinstance(item, Mapping) else item for item in _listed(value)]
+    found = [item.get("answer") if isinstance(item, Mapping) else item for item in _listed(value)]
+    if None in found:
+        raise UserError(
+            f"{where}: the answer {value!r:.80} is no text and no list of texts or {{answer: TEXT}}"
+        )
     return tuple(str(item) for item in found)
 
 
@@ -192,7 +209,9 @@ def _shuffled(
     """The choices in an order that the question's name decides, and the answers' letters there."""
     order = sorted(range(len(choices)), key=lambda place: digest([name, place]))
     letters = {_LETTERS[place]: _LETTERS[order.index(place)] for place in range(len(choices))}
-    return tuple(choices[place] for place in order), tuple(letters.get(item, item) for item in answers)
+    texts = {normal_form(choice) for choice in choices}
+    moved = (a if normal_form(a) in texts else letters.get(letter_of(a, ()) or "", a) for a in answers)
+    return tuple(choices[place] for place in order), tuple(moved)
 
 
 def _picture_bytes(value: Any) -> bytes | None:
