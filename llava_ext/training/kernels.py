@@ -68,7 +68,10 @@ def fuse(model: Any, fusion: str) -> None:
     """Fuses the layers of a model (without a wrapper around it) in place."""
     if fusion == "compile":
         patches.draw_masks_as_uncompiled()
-        for layer in layers(model):
+        found = list(layers(model))
+        if not found:
+            raise TrainingError("--fusion compile: found no layers in this model to compile; use none")
+        for layer in found:
             _compile(layer)
     elif fusion == "liger":
         _use_liger(model)

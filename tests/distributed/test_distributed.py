@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from llava_ext.training import states
 from llava_ext.training.trainer import LlavaTrainer
 from tests.support.disturb import After, Signal
-from tests.support.trainings import GOLDEN, command_line, losses, result, run
+from tests.support.trainings import GOLDEN, TRACED, command_line, losses, result, run, trace_only
 
 pytestmark = pytest.mark.slow
 STEPS = 4
@@ -123,18 +123,43 @@ def test_deepspeed(config, data, alone, tmp_path):
     assert not list((fewer / "out").glob(".saving*"))
 
 
-def test_zero3_leaves_whole_adapters(data, tmp_path):
-    """ZeRO-3 keeps placeholders without elements where the adapters were."""
-    lora = {"lora_enable": True, "lora_merge": False, "lora_r": 4, "lora_dropout": 0.0, "max_steps": 2}
-    flags = SHORT | lora
-    run(command_line(2, tmp_path / "alone", data_path=data, **flags), tmp_path / "log")
-    run(two(data, tmp_path, deepspeed="zero3.json", **lora), tmp_path / "log", processes=2)
-    theirs, ours = (
-        load_file(tmp_path / name / "adapters/adapter_model.safetensors") for name in ("alone", "out")
-    )
+LORA = {"lora_enable": True, "lora_merge": False, "lora_r": 4, "lora_dropout": 0.0, "max_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def adapters_alone(data, tmp_path_factory):
+    """The adapters that one process trains."""
+    folder = tmp_path_factory.mktemp("adapters")
+    run(command_line(2, folder / "out", data_path=data, **SHORT | LORA), folder / "log")
+    return load_file(folder / "out/adapters/adapter_model.safetensors")
+
+
+def assert_same_adapters(output_dir, theirs):
+    ours = load_file(output_dir / "adapters/adapter_model.safetensors")
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         torch.testing.assert_close(ours[name], tensor, atol=1e-5, rtol=0)
+
+
+def test_zero3_leaves_whole_adapters(data, adapters_alone, tmp_path):
+    """ZeRO-3 keeps placeholders without elements where the adapters were."""
+    run(two(data, tmp_path, deepspeed="zero3.json", **LORA), tmp_path / "log", processes=2)
+    assert_same_adapters(tmp_path / "out", adapters_alone)
+
+
+def test_compiled_layers_with_ddp_and_adapters(data, adapters_alone, tmp_path):
+    compiled = {"fusion": "compile", "checkpoint_layers": 2}
+    text = run(two(data, tmp_path, **LORA | compiled), tmp_path / "log", processes=2, before=trace_only)
+    assert TRACED in text
+    assert_same_adapters(tmp_path / "out", adapters_alone)
+
+
+def test_compiled_layers_with_zero2(data, alone, tmp_path):
+    """Where the gradients are split, the layers are whole."""
+    flags = {"deepspeed": "zero2.json", "fusion": "compile"}
+    text = run(two(data, tmp_path, **flags), tmp_path / "log", processes=2, before=trace_only)
+    assert TRACED in text
+    assert_close(tmp_path / "out", alone)
 
 
 def test_adapters_with_zero3_in_half_precision(data, tmp_path):

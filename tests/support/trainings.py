@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from tests.support import warm
 
@@ -84,6 +85,23 @@ def run(
     text = log.read_bytes()[size:].decode(errors="replace")
     assert status == expect, text[-4000:]
     return text
+
+
+TRACED = "a layer is traced"
+
+
+def trace_only() -> None:
+    """Before a training: torch's compiler runs what it has traced, said in a line, and writes no code for
+    this processor, which takes minutes.
+    """
+    from llava_ext.training import kernels
+
+    kernels.BACKEND = _run_traced
+
+
+def _run_traced(graph: Any, inputs: object) -> Callable[..., object]:
+    print(TRACED, file=sys.stderr, flush=True)
+    return graph.forward
 
 
 def rows(output_dir: Path) -> list[dict]:

@@ -334,29 +334,46 @@ def test_after_too_little_memory_a_value_is_named_that_fits():
 
 
 @pytest.mark.slow
-def test_compiled_layers_compute_the_plain_step(monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "packed", "backend"),
+    # The second runs what was traced as it stands, without the gradient's own graph: a quarter of the time.
+    [("varlen", True, "aot_eager"), ("sdpa", False, "eager"), ("eager", True, "eager")],
+)
+def test_compiled_layers_compute_the_plain_step(kind, packed, backend, monkeypatch):
     """Traced by torch's compiler, every second layer recomputed, for lengths that change; the code that the
     compiler would write for this processor is left out, which takes minutes.
     """
-    monkeypatch.setattr(kernels, "BACKEND", "aot_eager")
+    monkeypatch.setattr(kernels, "BACKEND", backend)
     parts = make_model(INTERVENTIONS["twoD_vision_embedding"])
     model = parts[0]
-    batches = [batch_of(parts, True, records) for records in (RECORDS, [SEVERAL, *RECORDS], [SEVERAL])]
-    choose(model, "varlen", every=2)
+    batches = [batch_of(parts, packed, records) for records in (RECORDS, [SEVERAL, *RECORDS], [SEVERAL])]
+    choose(model, kind, every=2)
     expected = [step(model, batch) for batch in batches]
+    torch._dynamo.reset()
     kernels.fuse(model, "compile")
     watch = kernels.Recompilations(warm=1)
     state = TrainerState()
     for batch, plain in zip(batches, expected, strict=True):
         assert_equal(step(model, batch), plain, OTHER_FORMULA)
         watch.on_step_end(None, state, None)
-    assert watch.steps == len(batches) and watch.count == 0
+    # A row of one sample has no mask, which is one more form of a layer, recomputed and not.
+    assert watch.seen and watch.steps == len(batches) and watch.count <= (0 if kind == "varlen" else 2)
+
+
+def test_a_model_without_layers_to_compile_is_told():
+    """Not trained as if nothing had been asked for."""
+    with pytest.raises(TrainingError, match="--fusion compile: found no layers"):
+        kernels.fuse(torch.nn.Linear(2, 2), "compile")
 
 
 @pytest.mark.slow
-def test_a_training_by_segments_goes_on_with_the_same_bits(tmp_path, train_here):
-    """Packed, varlen, layers recomputed, the fused Adam; a training that goes on may change all of it."""
+def test_a_training_by_segments_goes_on_with_the_same_bits(tmp_path, train_here, monkeypatch):
+    """Packed, varlen, layers compiled and recomputed, the fused Adam; a training that goes on may change all
+    of it.
+    """
+    monkeypatch.setattr(kernels, "BACKEND", "eager")
     chosen = {"attention": "varlen", "checkpoint_layers": 2, "pack": True, "optim": "adamw_torch_fused"}
+    chosen |= {"fusion": "compile"}
     short = {"num_train_epochs": None, "max_steps": 4, "save_steps": 2, "preflight_samples": 8}
     argv = command_line(2, tmp_path / "whole", **short, **chosen)
     status, log = train_here(argv)
