@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+import multiprocessing
 import os
-import subprocess
-import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed import TCPStore
 
-from llava_ext.distributed import rendezvous
-from tests.support.trainings import REPOSITORY, environment
+from llava_ext import errors
+from llava_ext.distributed import processes, rendezvous
 
 FACTS = {
     "host": "n1",
@@ -54,19 +58,40 @@ def test_what_does_not_fit_is_named(change, message):
     assert message in "\n".join(rendezvous.problems(said(change)))
 
 
-def come(store: TCPStore, rank: int, size: int, timeout_s: float) -> subprocess.Popen:
+class Come:
+    """A fork of this process, whose libraries are loaded, that does something; what it says at its end."""
+
+    def __init__(self, target: Callable[..., None], *arguments: object, **environment: object):
+        context = multiprocessing.get_context("fork")
+        self.heard, said = context.Pipe(duplex=False)
+        values = {name: str(value) for name, value in environment.items()}
+        self.process = context.Process(target=self.run, args=(target, arguments, values, said))
+        self.process.start()
+        said.close()
+
+    @staticmethod
+    def run(target, arguments, values, said):
+        os.environ.update(values)
+        try:
+            target(*arguments)
+            said.send("")
+        except errors.TrainingError as error:
+            said.send(str(error))
+            processes.exit_with(1)
+
+    def end(self) -> tuple[int | None, str]:
+        """Its status, and its error."""
+        assert self.heard.poll(100)
+        text = self.heard.recv()
+        self.process.join(100)
+        return self.process.exitcode, text
+
+
+def come(store: TCPStore, rank: int, size: int, timeout_s: float) -> Come:
     """One process that comes to the rendezvous, as torchrun would start it."""
     values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": store.port}
     values |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    script = (
-        "from llava_ext.distributed import rendezvous\nfrom llava_ext import errors\n"
-        f"try: rendezvous.wait_for_all({timeout_s}, on_gpus=False)\n"
-        "except errors.TrainingError as error: raise SystemExit(str(error))"
-    )
-    changes = {name: str(value) for name, value in values.items()}
-    return subprocess.Popen(
-        [sys.executable, "-c", script], cwd=REPOSITORY, env=environment() | changes, stderr=-1, text=True
-    )
+    return Come(partial(rendezvous.wait_for_all, on_gpus=False), timeout_s, **values)
 
 
 @pytest.fixture
@@ -75,60 +100,46 @@ def store():
 
 
 def test_a_missing_process_is_named_by_all_that_came(store):
-    came = [come(store, rank, 4, 15) for rank in (0, 2)]
+    came = [come(store, rank, 4, 5) for rank in (0, 2)]
     for process in came:
-        text = process.communicate(timeout=100)[1]
-        assert process.returncode == 1
-        assert "nothing was heard of rank 1, 3 within 15 s; 2 of 4 are there" in text
+        status, text = process.end()
+        assert status == 1
+        assert "nothing was heard of rank 1, 3 within 5 s; 2 of 4 are there" in text
         assert f"2 on {os.uname().nodename}" in text
 
 
 def test_a_missing_first_process_is_named_too(store):
-    process = come(store, 1, 2, 1)
-    text = process.communicate(timeout=100)[1]
-    assert process.returncode == 1 and "nothing was heard of rank 0 within 2 s" in text
-    assert "Traceback" not in text
+    status, text = come(store, 1, 2, 1).end()
+    assert status == 1 and "nothing was heard of rank 0 within 2 s" in text
 
 
 def test_all_go_on_when_all_have_come(store):
     for process in [come(store, rank, 3, 100) for rank in range(3)]:
-        text = process.communicate(timeout=100)[1]
-        assert process.returncode == 0, text
+        assert process.end() == (0, "")
+
+
+def meet(rank: int, port: int) -> None:
+    """Two processes meet, and then the second one is silent."""
+    there = TCPStore("127.0.0.1", port, is_master=False)
+    dist.init_process_group("gloo", store=there, rank=rank, world_size=2)
+    if rank == 1:
+        dist.new_group(timeout=timedelta(seconds=3))
+        time.sleep(60)
+    processes.check_network(torch.device("cpu"), 3.0)
 
 
 def test_a_network_that_does_not_answer_is_said_soon(store):
-    """Two processes have met, and then nothing comes through: the second one is silent.
+    """Two processes have met, and then nothing comes through.
 
     Ended by Python's own means, the first would now and then abort instead of exiting with 1.
     """
-    script = (
-        "import sys, time, torch, torch.distributed as dist\n"
-        "from datetime import timedelta\n"
-        "from llava_ext.distributed import processes\nfrom llava_ext import errors\n"
-        "rank, port = map(int, sys.argv[1:])\n"
-        "there = dist.TCPStore('127.0.0.1', port, is_master=False)\n"
-        "dist.init_process_group('gloo', store=there, rank=rank, world_size=2)\n"
-        "if rank == 1:\n"
-        "    dist.new_group(timeout=timedelta(seconds=3)); time.sleep(60)\n"
-        "try: processes.check_network(torch.device('cpu'), 3.0)\n"
-        "except errors.TrainingError as error: print(error, file=sys.stderr); processes.exit_with(1)"
-    )
-    first, second = (
-        subprocess.Popen(
-            [sys.executable, "-c", script, str(rank), str(store.port)],
-            cwd=REPOSITORY,
-            env=environment(),
-            stderr=-1,
-            text=True,
-        )
-        for rank in range(2)
-    )
+    first, second = (Come(meet, rank, store.port) for rank in range(2))
     try:
-        text = first.communicate(timeout=100)[1]
-        assert first.returncode == 1
+        status, text = first.end()
+        assert status == 1
         assert (
             "can't reach each other (NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME" in text and "Timed out" in text
         )
     finally:
-        second.kill()
-        second.wait()
+        second.process.kill()
+        second.process.join()
