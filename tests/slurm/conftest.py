@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.sandbox import missing, running
+from tests.support import warm_python
 from tests.support.finished import LONG
 from tests.support.workspace import Workspace, copy_code
 
@@ -53,10 +54,12 @@ def through_slurm(workspace, sandbox):
 
 @pytest.fixture(scope="session")
 def finished_on_slurm(slurm, tmp_path_factory):
-    """The small configuration, all of it by Slurm's jobs."""
+    """The small configuration, all of it by Slurm's jobs, whose steps have their libraries loaded."""
     workspace = clone(tmp_path_factory.mktemp("slurm") / "clone", slurm)
     del workspace.config["experiments"]["gentle"]
+    workspace.config["python"] = warm_python.python(workspace.code)
     workspace.output = workspace.run(timeout=1400).stdout
+    del workspace.config["python"]
     return workspace
 
 

@@ -3,7 +3,7 @@ about processes: a Snakemake start costs five seconds of processor time, each of
 
 ``python()`` gives a program that is called as Python is. For the modules of a run it asks a server, one for
 all test processes, to fork; arguments, environment, working folder, umask, files, signals and exit status are
-as of a process that it started. Anything else, other code than this folder's, what is to run ahead of it
+as of a process that it started. Anything else, other code than the server's, what is to run ahead of it
 (held.py), and a server that does not answer get the real Python. What libraries read from the environment
 while they load is the server's, limits (`ulimit`) too, and all of its children hash with one seed: runs that
 are about the start or the end of processes begin as users begin them.
@@ -22,6 +22,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import zlib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,28 +39,33 @@ LIBRARIES = (
 PASSED_ON = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
-def python() -> str:
-    """The path of the program; its server lives as long as the tests do."""
+def python(code: Path = ROOT) -> str:
+    """The path of the program; its server lives as long as the tests do.
+
+    ``code`` is the folder whose packages are loaded, this one or a clone: it must not change any more.
+    """
     from filelock import FileLock
 
     owner = os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()
     folder = Path(tempfile.gettempdir()) / f"warm-python-{os.getuid()}-{owner}"
+    if code != ROOT:
+        folder = folder.with_name(f"{folder.name}-{zlib.crc32(os.fsencode(code)):08x}")
     folder.mkdir(mode=0o700, exist_ok=True)
     program = folder / "python"
     with FileLock(folder / "lock"):
         if not program.exists():
-            words = f"{sys.executable} -SE {__file__} {sys.executable} {folder}/socket"
+            words = f"{sys.executable} -SE {__file__} {sys.executable} {folder}/socket {code}"
             program.write_text(f'#!/bin/sh\nexec {words} "$@"\n')
             program.chmod(0o755)
-            _start_server(program, folder, owner)
+            _start_server(program, folder, owner, code)
     return str(program)
 
 
-def _start_server(program: Path, folder: Path, owner: int) -> None:
+def _start_server(program: Path, folder: Path, owner: int, code: Path) -> None:
     """Returns when the server answers: what was started ends then, and leaves a child behind."""
     with (folder / "log").open("ab") as log:
         done = subprocess.run(
-            [sys.executable, __file__, "serve", str(program), str(owner)],
+            [sys.executable, __file__, "serve", str(program), str(owner), str(code)],
             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"},
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -73,11 +79,11 @@ def _start_server(program: Path, folder: Path, owner: int) -> None:
 # -- the program ------------------------------------------------------------------------------------------
 
 
-def ask(real: str, address: str, arguments: list[str]) -> None:
+def ask(real: str, address: str, code: str, arguments: list[str]) -> None:
     """Has the server run these arguments of Python and ends as they do; or becomes the real Python."""
     words = arguments[1:] if arguments[:1] == ["-u"] else arguments
     path = os.environ.get("PYTHONPATH")
-    ours = words[1:2] == ["snakemake"] if path is None else set(path.split(":")) == {str(ROOT)}
+    ours = words[1:2] == ["snakemake"] if path is None else set(path.split(":")) == {code}
     connection = socket.socket(socket.AF_UNIX)
     try:
         if words[:1] != ["-m"] or words[1] not in MODULES or not ours:
@@ -105,14 +111,14 @@ def ask(real: str, address: str, arguments: list[str]) -> None:
 # -- the server -------------------------------------------------------------------------------------------
 
 
-def serve(program: str, owner: int) -> str:
+def serve(program: str, owner: int, code: str) -> str:
     """Loads the libraries and answers until the owner has ended. Returns in each child: the module to run."""
     import gc
     import importlib
     import shutil
 
     sys.executable = program  # what a step starts asks the server too
-    sys.path[0] = str(ROOT)
+    sys.path[0] = code
     for name in LIBRARIES:
         importlib.import_module(name)
     del sys.path[0]
@@ -189,7 +195,7 @@ def _become(request: dict, files: list[int]) -> str:
 
 if __name__ == "__main__":
     if sys.argv[1] != "serve":
-        ask(sys.argv[1], sys.argv[2], sys.argv[3:])
+        ask(*sys.argv[1:4], sys.argv[4:])
     import runpy
 
-    runpy.run_module(serve(sys.argv[2], int(sys.argv[3])), run_name="__main__", alter_sys=True)
+    runpy.run_module(serve(sys.argv[2], int(sys.argv[3]), sys.argv[4]), run_name="__main__", alter_sys=True)
