@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import re
-import subprocess
-import sys
 
 import pytest
 
 from benchmarks.support.measure import ROOT, benchmark_names
+from tests.support import warm
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", benchmark_names())
-def test_each_benchmark_prints_its_table(name):
+def test_each_benchmark_prints_its_table(name, tmp_path):
     """A module that takes no ``--smallest`` or prints no table of measured rows is no benchmark, and fails
     here.
     """
-    command = [sys.executable, "-m", f"benchmarks.{name}", "--smallest"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"^\|(-+\|)+\n\| .*\d.*\|\n\| ", done.stdout, re.MULTILINE), done.stdout
+    log = tmp_path / "log"
+    status = warm.run(f"benchmarks.{name}", ["--smallest"], log, ROOT, os.environ, timeout=300)
+    said = log.read_text()
+    assert status == 0, said
+    assert re.search(r"^\|(-+\|)+\n\| .*\d.*\|\n\| ", said, re.MULTILINE), said
 
 
 def test_make_bench_runs_all_of_them():
