@@ -26,6 +26,7 @@ from ..data.skipping import GuardedSamples, identified
 from ..distributed import memory
 from ..distributed.gather import count, whole
 from ..errors import NoVerdict, TrainingError, say
+from ..kernels import layer_interval
 from ..model.attention import attend_by_segments, check_family, while_loading
 from ..model.build import build_model, reset_projector
 from ..model.folders import image_config, load_image_processor, load_tokenizer, tower_config
@@ -145,12 +146,23 @@ def _check_families(arguments: Arguments, folders: dict[str, Path]) -> None:
             " choose fewer, or leave --compression_after_projection out"
         )
     check_language_model(folders["llm"])
+    _check_layers(arguments.training.checkpoint_layers, text_settings(folders["llm"]))
     if arguments.model.attention == VARLEN:
         check_family(text_model_type(folders["llm"]))
     check_fusion(arguments.training.fusion, gpu=not arguments.training.use_cpu)
     if arguments.training.fusion == "liger":
         activation = text_settings(folders["llm"]).get("hidden_act", SWISH[0])
         check_liger(text_model_type(folders["llm"]), activation)
+
+
+def _check_layers(chosen: str | None, language: Mapping[str, Any]) -> None:
+    """Refuses to recompute every Nth of fewer than N layers, which would be the first one alone."""
+    interval, layers = layer_interval(chosen or "none") or 0, int(language.get("num_hidden_layers", 0))
+    if 0 < layers < interval:
+        raise TrainingError(
+            f"--checkpoint_layers {interval}: this language model has {layers} layers; allowed: all, none,"
+            f" auto, or a number N from 1 to {layers}"
+        )
 
 
 def with_known_statistics(arguments: Arguments, checkpoint: Path | None) -> Arguments:

@@ -224,6 +224,15 @@ def test_what_does_not_go_together_is_said(chosen, machine, sentence):
         assert not list(Kernels(attention_kind, "liger", 2).problems(gpu=True, half=True, engine="zero3"))
 
 
+def test_more_layers_than_the_model_has_are_refused_before_it_is_loaded(tmp_path, train_here):
+    """Every Nth of fewer layers would be the first one alone."""
+    status, log = train_here(command_line(2, tmp_path / "out", checkpoint_layers=100))
+    assert status == 1 and "Loading weights" not in log
+    assert re.search(r"--checkpoint_layers 100: this language model has (\d) layers; .* from 1 to \1", log), (
+        log
+    )
+
+
 def test_a_missing_tool_of_a_fusion_is_said(monkeypatch):
     with pytest.raises(TrainingError, match="liger-kernel, which is missing here"):
         kernels.check_fusion("liger", gpu=True)

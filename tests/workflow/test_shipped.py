@@ -110,13 +110,17 @@ def learnt(state, base):
 LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
-def test_a_subset_by_lora_on_one_card(tiny):
-    """`-7b-quick`, which is `-7b-lora` on a part of the data: its samples, rates, ranks and kernels reach the
-    checkpoint.
+@pytest.mark.parametrize(
+    ("name", "mixtures"),
+    [("7b-lora", {}), ("7b-quick", {"llava_60k": 38, "llava_50k": 12})],  # 60,000 and 50,000 of 100,000
+)
+def test_lora_on_one_card(name, mixtures, tiny):
+    """`-7b-lora`, and `-7b-quick`, which is the same on a part of the data: its samples, rates, ranks and
+    kernels reach the checkpoint.
     """
-    workspace, states = trained(tiny, "7b-quick", per_device_batch_size=4)
-    assert workspace.json("data/mixtures/llava_60k/manifest.json")["records"] == 38  # 60,000 of 100,000
-    assert workspace.json("data/mixtures/llava_50k/manifest.json")["records"] == 12
+    workspace, states = trained(tiny, name, per_device_batch_size=4)
+    for mixture, records in mixtures.items():
+        assert workspace.json(f"data/mixtures/{mixture}/manifest.json")["records"] == records
     assert set(learnt(states["finetune"], tiny / "given/vicuna_7b")) == LINEAR  # no norm, no embedding
     given = flags(states["finetune"])
     assert (given["--lora_r"], given["--lora_alpha"], given["--lora_dropout"]) == ("128", "256", "0.05")
