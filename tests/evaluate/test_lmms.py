@@ -400,6 +400,7 @@ def test_questions_with_yes_or_no_are_open_where_the_task_has_other_answers_too(
         ("Which way?\nA. left\nB. right\nAnswer with the letter.", "AB"),
         ("Which?\n(A) 1\n(B) 2\n(C) 3", "ABC"),
         ("Is it open? (a) yes (b) no", "AB"),
+        ("Which?\nA.left\nB.right", "AB"),
         ("Vitamin A. helps?\nA: eyes\nB: bones", "AB"),
         ("Example: A. cat B. dog\nNow: A. tree B. house C. car", "ABC"),
         ("Which letter is on the sign?\nA. B\nB. C", "AB"),

@@ -35,7 +35,7 @@ class Settled:
     @property
     def path(self) -> Path:
         """The note."""
-        return self.sources / ".known" / f"{self.name}.commit.json"
+        return self.sources / ".known" / "commits" / f"{self.name}.json"
 
     def read(self, repo: str, revision: str) -> str | None:
         """The commit; None where this revision of this repository was not fetched here."""

@@ -21,7 +21,7 @@ from workflow_scripts.io import UserError
 
 GUESSES, MOST_DRAWS, SEED = 10_000, 20, 0
 """Metrics over all questions rest on about so many guesses: some tasks count for a minute at each draw."""
-_LISTED = re.compile(r"(?:^|(?<=\s))(?:\(([A-Za-z])\)|([A-Z])[.):])(?=\s)")
+_LISTED = re.compile(r"^(?:\(([A-Za-z])\)|([A-Z])[.):])|(?<=\s)(?:\(([A-Za-z])\)|([A-Z])[.):])(?=\s)", re.M)
 OPEN = "they list no options with the right one among them, and not only yes and no are right"
 
 
@@ -49,7 +49,7 @@ def listed_letters(text: str) -> tuple[str, ...]:
     """The letters of the last list of options in a question: A, B, ... in order, at least two."""
     run: list[str] = []
     for found in _LISTED.finditer(text):
-        letter = (found[1] or found[2]).upper()
+        letter = next(filter(None, found.groups())).upper()
         if letter == "A":
             run = [letter]
         elif run and ord(letter) == ord(run[-1]) + 1:
