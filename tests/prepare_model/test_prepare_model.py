@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from tests.support import warm_python
 from tests.support.servers import HubServer
 from tests.support.workspace import ROOT
 
@@ -85,8 +86,9 @@ def vicuna(tmp_path_factory):
 
 
 def prepare(spec, folder, **environment):
+    """The step; what the hub's client reads from the environment it reads while it is loaded."""
     command = [
-        sys.executable,
+        sys.executable if environment else warm_python.python(),
         "-m",
         "workflow_scripts.prepare_model",
         "--name",
@@ -97,7 +99,7 @@ def prepare(spec, folder, **environment):
     done = subprocess.run(
         [*command, "--manifest", str(folder / "manifest.json")],
         cwd=ROOT,
-        env={**os.environ, **environment, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, **environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=False,

@@ -26,7 +26,13 @@ import zlib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-MODULES = ("snakemake", "torch.distributed.run", "workflow_scripts.step", "llava_ext.train")
+MODULES = (
+    "llava_ext.train",
+    "snakemake",
+    "torch.distributed.run",
+    "workflow_scripts.prepare_model",
+    "workflow_scripts.step",
+)
 LIBRARIES = (
     "llava_ext.train",
     "snakemake.cli",
