@@ -487,7 +487,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"a plain matrix product: {options.product / 1e12:.4g} TFLOP/s\n")
     for stage, tokens in itertools.product(options.stages, sorted({0, options.pooled})):
         options.stage, options.tokens = stage, tokens
-        rows = measure(options)
+        with warm.servers():
+            rows = measure(options)
         print(f"{stage}, {tokens or options.grid**2} vision tokens a picture;", end=" ")
         print(f"the first losses agree within {BOUND:g} in float32\n")
         print(table(HEAD, rows), end="\n\n")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -191,13 +192,13 @@ def watch(model, seen: dict[str, Any]) -> list[Any]:
     core = model.model
 
     def projector_in(module, args):
-        seen.setdefault("projector_in", args[0].detach())
+        seen.setdefault("projector_in", args[0].detach().cpu())
 
     def embeddings(module, args, kwargs):
-        seen["inputs_embeds"] = kwargs["inputs_embeds"].detach()
+        seen["inputs_embeds"] = kwargs["inputs_embeds"].detach().cpu()
 
     def rope(module, args, kwargs, output):
-        seen["rope"] = [table.detach() for table in output]
+        seen["rope"] = [table.detach().cpu() for table in output]
 
     return [
         core.multi_modal_projector.register_forward_pre_hook(projector_in),
@@ -206,7 +207,8 @@ def watch(model, seen: dict[str, Any]) -> list[Any]:
     ]
 
 
-def run(root: Path, recording: dict[str, Any], recorded: dict[str, np.ndarray]):
+def run(root: Path, recording: dict[str, Any], recorded: dict[str, np.ndarray], device: str = "cpu"):
+    """The model, which is back on the CPU with its gradients, its logits and loss, and what was seen."""
     model, tokenizer = model_for(root, recording)
     _, settings = configuration(recording)
     model.train()
@@ -216,19 +218,31 @@ def run(root: Path, recording: dict[str, Any], recorded: dict[str, np.ndarray]):
     seen: dict[str, Any] = {"used": used, "batch": batch}
     handles = watch(model, seen)
     order = published_order(settings, model.config.tokens_per_image)
+    given = {name: item.to(device) if torch.is_tensor(item) else item for name, item in batch.items()}
+    model.to(device)
     try:
         with permuted_vision_tokens(model, order=order):
-            output = model(**batch)
+            output = model(**given)
+        output.loss.backward()
     finally:
         for handle in handles:
             handle.remove()
-    output.loss.backward()
-    return model, output, seen
+        model.cpu()
+    return model, SimpleNamespace(logits=output.logits.cpu(), loss=output.loss.cpu()), seen
 
 
-def test_recorded_pass(root, recording, report_difference):
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request, monkeypatch):
+    """Where a pass is computed, in float32 throughout."""
+    if request.param == "cuda":
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    return request.param
+
+
+def test_recorded_pass(root, recording, device, report_difference):
     recorded = reference.arrays(root / recording["file"])
-    model, output, seen = run(root, recording, recorded)
+    model, output, seen = run(root, recording, recorded, device)
     name = Path(recording["file"]).stem
     batch, mask = seen["batch"], recorded["attention_mask"]
 

@@ -18,8 +18,9 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,20 @@ def run(
         return answers.recv()
 
 
+@contextlib.contextmanager
+def servers() -> Iterator[None]:
+    """Where no tests run: while it lasts, processes can be ordered here."""
+    if FOLDER in os.environ:
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="warm-", ignore_cleanup_errors=True) as folder:
+        os.environ |= {FOLDER: folder, OWNER: str(os.getpid())}
+        try:
+            yield
+        finally:
+            del os.environ[FOLDER], os.environ[OWNER]
+
+
 def _order(order: tuple[Any, ...], name: str, environment: Mapping[str, str]) -> Connection:
     path = Path(os.environ[FOLDER]) / name
     with FileLock(f"{path}.lock"):
@@ -80,7 +95,8 @@ def _order(order: tuple[Any, ...], name: str, environment: Mapping[str, str]) ->
 
 def _start_server(path: Path, environment: Mapping[str, str]) -> None:
     """Returns when it can be connected to; it answers when its libraries are loaded."""
-    found, log = dict(environment), path.with_suffix(".log")
+    found = {**environment, FOLDER: os.environ[FOLDER], OWNER: os.environ[OWNER]}
+    log = path.with_suffix(".log")
     if path.name == "plain":
         command = [sys.executable, "-m", __name__, str(path)]
         with log.open("wb") as stream:
