@@ -17,7 +17,7 @@ from pathlib import Path
 from workflow_scripts.command_line import command_line
 
 CODE_VERSION = 3
-CODE_DIGEST = "d5a1e1245457916d"
+CODE_DIGEST = "2f96e5dc0620e748"
 
 # The modules whose code decides what a training computes.
 NUMERIC = (

@@ -133,6 +133,12 @@ class ImagePreprocessor:
 
         Without ``aspect_ratio`` its ``do_pad`` decides.
         """
+        read = ["size", "image_mean", "image_std", "resample"]
+        read += ["crop_size"] if getattr(processor, "do_center_crop", None) else []
+        if unsaid := [name for name in read if getattr(processor, name, None) is None]:
+            raise ImageError(
+                f"the image processor does not say {', '.join(unsaid)}; preprocessor_config.json has to"
+            )
         size = {name: value for name, value in dict(processor.size).items() if value}
         crop = dict(processor.crop_size) if getattr(processor, "do_center_crop", None) else size
         side, edge = crop.get("height"), size.get("shortest_edge", 0)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from llava_ext.checkpoints.original import export_original, loads_with, unknown_to_llava
 from llava_ext.checkpoints.stored import load_model, save_checkpoint
-from llava_ext.data.images import ImagePreprocessor
+from llava_ext.data.images import ImageError, ImagePreprocessor
 from llava_ext.errors import TrainingError
 from llava_ext.model.build import build_model
 from llava_ext.model.folders import (
@@ -431,6 +431,15 @@ def test_pictures_are_told_by_the_settings_as_by_transformers_image_processor(
     by_class = picture_fields(tower_config(folder), load_image_processor(folder))
     stated = image_config(folder, Interventions(), keeps_all=False)
     assert {name: getattr(stated, name) for name in by_class} == by_class
+
+
+@each_tower
+@pytest.mark.parametrize("name", ["size", "image_mean", "image_std", "resample", "crop_size"])
+def test_a_setting_that_is_null_is_named(tmp_path, kind, name):
+    settings = TURNED | {"do_center_crop": True, "crop_size": {"height": 56, "width": 56}, name: None}
+    folder = make_tower(tmp_path / "tower", kind, settings)
+    with pytest.raises(ImageError, match=f"does not say {name}; preprocessor_config.json has to"):
+        image_config(folder, Interventions(), keeps_all=False)
 
 
 def test_a_processors_file_comes_before_the_image_processors(folders, tmp_path):
