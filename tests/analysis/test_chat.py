@@ -98,6 +98,7 @@ def test_a_follow_up_is_asked_as_training_sees_a_second_round():
     assert trained[: len(ids)] == ids and len(ids) < len(trained)
 
 
+@pytest.mark.slow
 def test_a_person_asks_on_and_takes_another_picture(folder, tmp_path):
     """In a terminal: two questions, the second with the first in mind; then a new picture, and an end."""
     picture(3).save(tmp_path / "other.png")

@@ -548,6 +548,7 @@ def test_every_flag_that_the_configuration_decides_has_its_key(spec, tmp_path):
         assert key.partition(".")[0] in models[section].model_fields
 
 
+@pytest.mark.slow
 def test_a_launcher_ends_a_verdict_at_once_and_refuses_the_next_attempt(spec, tmp_path, monkeypatch, capfd):
     """The training is real and has a flag that it does not know."""
     for name, role in (("llm", "llm"), ("tower", "vision_tower")):

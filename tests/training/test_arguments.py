@@ -233,6 +233,7 @@ def test_mistakes_are_named(base, flags, words):
         assert word in str(error.value)
 
 
+@pytest.mark.slow
 def test_deepspeed_stays_on_the_cpu_of_a_machine_with_a_gpu(base):
     """What torch says of a GPU stands for the GPU; DeepSpeed would take it."""
     script = (
