@@ -130,3 +130,10 @@ def test_a_micro_batch_divides_every_experiments_step():
     plan = plan_of("llava-v1.5-7b-lora", **other)
     size = batches(plan)["finetune"]
     assert math.gcd(128, 48) % size == 0
+
+
+def test_every_nth_of_fewer_than_n_layers_is_refused():
+    """Vicuna-7B has 32: of those one could be recomputed, of 33 none."""
+    assert lora_on(80, kernels={"attention": "varlen", "checkpoint_layers": 32})
+    with pytest.raises(UserError, match=r"compute\.one_gpu\.kernels\.checkpoint_layers: 33: .* from 1 to 32"):
+        lora_on(80, kernels={"attention": "varlen", "checkpoint_layers": 33})

@@ -11,11 +11,12 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from llava_ext.kernels import layer_interval
 from workflow_scripts.config.compute import AUTO, ComputeSpec
 from workflow_scripts.config.experiments import Experiment
 from workflow_scripts.config.schema import Config
 from workflow_scripts.io import UserError
-from workflow_scripts.plan.sizes import GB, USABLE, footprint, longest_allowed, room_of
+from workflow_scripts.plan.sizes import GB, USABLE, decoder_layers, footprint, longest_allowed, room_of
 from workflow_scripts.stages import STAGES
 
 LARGEST = 32
@@ -32,7 +33,7 @@ Peak = Callable[[ComputeSpec], float]
 def fitted(config: Config, experiments: Mapping[str, Experiment]) -> dict[tuple[str, str], ComputeSpec]:
     """Each kind of job by its name and the stage that it computes, with a value in place of every `auto`.
 
-    Raises UserError where no value fits, with what would.
+    Raises UserError where no value fits, with what would, and for a number of layers that no model has.
     """
     used: dict[tuple[str, str], list[Experiment]] = {}
     for experiment in experiments.values():
@@ -43,6 +44,7 @@ def fitted(config: Config, experiments: Mapping[str, Experiment]) -> dict[tuple[
 
 def _fitted(config: Config, name: str, stage: str, experiments: list[Experiment]) -> ComputeSpec:
     compute = config.compute[name]
+    _check_layers(config, name, experiments)
     if AUTO not in (compute.per_device_batch_size, compute.offload):
         return compute
     if not compute.gpus_per_node:
@@ -60,6 +62,18 @@ def _fitted(config: Config, name: str, stage: str, experiments: list[Experiment]
         f" per_device_batch_size: {tried[-1].per_device_batch_size} and offload: {tried[-1].offload}, and"
         f" gpu_gb is {compute.gpu_gb:g}; what would fit: {alternative(tried[-1], peak)}"
     )
+
+
+def _check_layers(config: Config, name: str, experiments: list[Experiment]) -> None:
+    """Refuses to recompute every Nth of fewer than N layers, which would be the first one alone."""
+    interval = layer_interval(config.compute[name].kernels.checkpoint_layers) or 0
+    for experiment in experiments:
+        layers = decoder_layers(config, experiment)
+        if layers is not None and layers < interval:
+            raise UserError(
+                f"compute.{name}.{LAYERS_KEY}: {interval}: the language model {experiment.model.llm} has"
+                f" {layers} layers; allowed: all, none, {AUTO}, or a number N from 1 to {layers}"
+            )
 
 
 def _peak(config: Config, experiment: Experiment, stage: str, name: str, compute: ComputeSpec) -> float:

@@ -114,6 +114,11 @@ def _stated_there(content: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in found.items() if value is not None}
 
 
+def decoder_layers(config: Config, experiment: Experiment) -> int | None:
+    """Layers of an experiment's language model; None where they are not known yet."""
+    return _known(config, experiment.model.llm).get("num_hidden_layers")
+
+
 def longest_allowed(config: Config, experiment: Experiment, stage: str) -> int:
     """Tokens of the longest sample that the configuration allows."""
     spec = experiment.stage(stage)
