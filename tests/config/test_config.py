@@ -51,7 +51,7 @@ BAD = [
     ("stages/finetune/prompt_version", "v7", "found 'v7'", "plain, v1"),
     ("stages/finetune/mixture", "shapes_finetun", "did you mean 'shapes_finetune'?", "section mixtures"),
     ("stages/finetune/compute", "cluster", "stages.finetune.compute", "laptop"),
-    ("stages/finetune/global_batch_size", 33, "a multiple of 32", "compute.laptop"),
+    ("stages/finetune/global_batch_size", 33, "a multiple of 24", "compute.laptop"),
     ("stages/finetune/warmup_ratio", 3, "stages.finetune.warmup_ratio", "<= 1"),
     ("stages/finetune/min_lr_rate", ..., "cosine_with_min_lr", "min_lr_rate"),
     ("stages/pretrain/lora", {"r": 8}, "stages.pretrain.lora", "move it to finetune"),
@@ -107,9 +107,9 @@ BAD = [
     ),
     (
         "experiments/vanilla/finetune",
-        {"global_batch_size": 48},
+        {"global_batch_size": 36},
         "experiments.vanilla.finetune.global_batch_size",
-        "32",
+        "24",
     ),
     (
         "experiments/vanilla/finetune",

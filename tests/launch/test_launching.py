@@ -124,14 +124,14 @@ def test_the_global_batch_stays_whatever_the_number_of_processes(spec, tmp_path,
     spec["compute"] |= {
         "processes_per_node": processes,
         "parallel": "ddp" if processes > 1 else "none",
-        "per_device_batch_size": 4,
+        "per_device_batch_size": 3,
     }
     flags = flags_of(spec, tmp_path)
     value = {
         name: int(flags[flags.index(f"--{name}") + 1])
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps")
     }
-    assert value["per_device_train_batch_size"] * value["gradient_accumulation_steps"] * processes == 32
+    assert value["per_device_train_batch_size"] * value["gradient_accumulation_steps"] * processes == 24
 
 
 def test_trainings_are_offline_and_have_one_thread_pool_each():

@@ -157,7 +157,7 @@ def test_a_pinned_file_under_the_name_of_another_mirror_is_not_fetched_again(ser
 
 
 SHIPPED = {
-    "config.yaml": ("pretrain/vanilla-649c46fae3", "finetune/normalize-multilayer-0c23cfcdc8"),
+    "config.yaml": ("pretrain/vanilla-0208fe24dd", "finetune/normalize-multilayer-04e931b0b3"),
     "llava-v1.5-7b.yaml": ("pretrain/vanilla-a6b3bbb8f2", "finetune/compress-4-b8bcfd76a0"),
 }
 

@@ -158,7 +158,7 @@ def test_the_self_test_runs_on_the_machines_of_a_training(tmp_path):
     content = yaml.safe_load(DEMO.read_text())
     two = {"nodes": 2, "gres": "gpu:2", "processes_per_node": 1, "parallel": "ddp"}
     for name in content["compute"]:
-        content["compute"][name] |= {**two, "per_device_batch_size": 8}
+        content["compute"][name] |= {**two, "per_device_batch_size": 4}
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(content))
     with running() as sandbox:
