@@ -140,11 +140,11 @@ def test_snakemake_itself_may_be_a_job(ready, slurm, tmp_path):
 
     main = submit()
     state = wait_until_held(workspace)
-    job = job_of(state)
     slurm.output("scancel", "--batch", "--signal=INT", main)  # what Slurm does ahead of the time limit
     wait_for(lambda: ended(main), PATIENCE_S, "the end of Snakemake")
-    wait_for(lambda: not slurm.output("squeue", "-h", "-j", job), PATIENCE_S, "the end of its job")
-    again = submit()  # nothing has to be unlocked
+    # Snakemake cancels what it started, but for a job whose state it is just asking for: the next attempt has
+    # that one save and end. Nothing has to be unlocked.
+    again = submit()
     assert wait_for(lambda: ended(again), PATIENCE_S, "the second Snakemake") == "COMPLETED"
     _, second = attempts(state)
     assert 3 <= second["from_step"] <= 5 and second["outcome"] == "finished"
