@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from workflow_scripts.acquire.answers import hub_advice
 from workflow_scripts.acquire.download import fetch
 from workflow_scripts.acquire.patience import Patience, retry_after
-from workflow_scripts.acquire.settled import Settled, is_commit
+from workflow_scripts.acquire.settled import COMMIT, SHORT_COMMIT, Settled, is_commit
 from workflow_scripts.acquire.stopping import pause
 from workflow_scripts.acquire.verified import (
     Wanted,
@@ -42,8 +42,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 # What a repository has at the revision of a source, where the configuration does not name every file.
 LISTING = ".listing.json"
-SHORT_COMMIT = re.compile(r"[0-9a-f]{7,39}")
-COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 class Repository:

@@ -12,12 +12,13 @@ from pathlib import Path
 
 from workflow_scripts.io import read_json, write_json
 
-_COMMIT = re.compile(r"[0-9a-f]{7,40}")
+SHORT_COMMIT = re.compile(r"[0-9a-f]{7,39}")
+COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def is_commit(revision: str) -> bool:
     """Whether a revision is a commit, in full or its first digits, and so has the same files for ever."""
-    return bool(_COMMIT.fullmatch(revision))
+    return bool(COMMIT.fullmatch(revision) or SHORT_COMMIT.fullmatch(revision))
 
 
 @dataclass(frozen=True)
